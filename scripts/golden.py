@@ -63,6 +63,8 @@ def canonical(content: bytes) -> bytes:
 
 def proofs(folder: Path, run) -> dict[str, str]:
     """Proof files of every frozen preset, without the seconds they took."""
+    settings = folder / "prove.toml"
+    settings.write_text("[poc.prove]\nnode_id = 1\nnode_count = 3\n", encoding="utf-8")
     found = {}
     for model in MODELS:
         for preset in run.presets:
@@ -83,10 +85,8 @@ def proofs(folder: Path, run) -> dict[str, str]:
                     "3",
                     "--nonces",
                     "0:7",
-                    "--node-id",
-                    "1",
-                    "--node-count",
-                    "3",
+                    "--config",
+                    settings,
                     "--block-hash",
                     "golden block",
                     "--public-key",
@@ -102,6 +102,8 @@ def proofs(folder: Path, run) -> dict[str, str]:
 
 def bases(folder: Path, run) -> dict[str, str]:
     """Basis files of every method in float32."""
+    settings = folder / "extract.toml"
+    settings.write_text("[vhack.extract]\nmax_tokens = 4096\nno_cache = true\n", encoding="utf-8")
     found = {}
     for model in MODELS:
         for method in ("svd", "lda"):
@@ -119,9 +121,8 @@ def bases(folder: Path, run) -> dict[str, str]:
                 "4",
                 "--dtype",
                 "float32",
-                "--max-tokens",
-                "4096",
-                "--no-cache",
+                "--config",
+                settings,
                 "--overwrite",
                 "-o",
                 out,

@@ -14,8 +14,14 @@ from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from assay.errors import UsageError
 
@@ -104,7 +110,10 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        env_ignore_empty=True,
     )
     has_flags: ClassVar[bool] = True
     """Whether a command line sets the fields; an error names their variables otherwise."""
@@ -127,11 +136,9 @@ class Settings(BaseSettings):
         """Return the sources of values: the environment is one where the class has a prefix of
         variables.
         """
-        return (
-            (init_settings, env_settings)
-            if settings_cls.model_config.get("env_prefix")
-            else (init_settings,)
-        )
+        if settings_cls.model_config.get("env_prefix"):
+            return init_settings, Variables(settings_cls)
+        return (init_settings,)
 
     @classmethod
     def flag(cls, field: str) -> Flag:
@@ -166,6 +173,17 @@ class Settings(BaseSettings):
             or (prefix and f"{prefix}{flag.names[-1].lstrip('-').replace('-', '_').upper()}")
             or None
         )
+
+
+class Variables(EnvSettingsSource):
+    """Values of the environment, each by :meth:`Settings.environment_name` of its field."""
+
+    settings_cls: type[Settings]
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Return the text of a field's variable or None, the name of the field, and False."""
+        variable = self.settings_cls.environment_name(field_name)
+        return self.env_vars.get(variable.lower()) if variable else None, field_name, False
 
 
 def words_of(annotation: Any) -> list[Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from assay.cli import run
 from assay.poc import Round, prove
+from tests.settings_files import with_file
 
 KNOWN = ("--block-hash", "b", "--public-key", "k")
 
@@ -30,11 +31,11 @@ class Outcome:
 
 
 @pytest.fixture
-def assay(capsys):
-    """Run ``assay`` with arguments."""
+def assay(capsys, tmp_path_factory):
+    """Run ``assay`` with arguments; those that are no options go into a configuration file."""
 
     def call(*arguments):
-        code = run([str(argument) for argument in arguments])
+        code = run(with_file(*arguments, folder=tmp_path_factory.getbasetemp()))
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

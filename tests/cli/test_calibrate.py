@@ -24,6 +24,7 @@ from assay.poc import (
     verify,
 )
 from tests.cli.conftest import made
+from tests.settings_files import with_file
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ FORMS = {
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),
     "-o": ("PROOFS",),
-    "leave --vectors": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
+    "leave `vectors`": ("PROOFS", "--vectors", "SETS", "-o", "c.json"),
     "directory": ("--vectors", "none", "-o", "no-such-folder/c.json"),
     "repeat --merge": ("--merge", "c.json", "-o", "d.json"),
     "measurement without -o": ("--model", "reference:qwen3"),
@@ -103,7 +104,7 @@ def measured(small_checkpoint, tmp_path_factory):
     pins = folder / "pins.toml"
     shape = ("--seq-len", "16", "--blocks", "8", "--nonces", "32", "--formats", "bfloat16,float32")
     alone = ("poc", "calibrate", "--model", small_checkpoint, "--device", "cpu", *shape)
-    assert run([*map(str, alone), "-o", str(calibration), "--pins", str(pins)]) == 0
+    assert run(with_file(*alone, "-o", calibration, "--pins", pins, folder=folder)) == 0
     return calibration, pins
 
 
@@ -168,7 +169,7 @@ def test_a_control_needs_a_calibration_that_measured_one(
         "--public-key",
         "k",
     )
-    assert "--control without a calibration" in refused("poc", "verify", path, *known, "--control")
+    assert "`control` without a calibration" in refused("poc", "verify", path, *known, "--control")
     beside = ("--control", "--calibration", measured[0])
     assert "a calibration without a control" in refused("poc", "verify", path, *known, *beside)
 

@@ -63,9 +63,9 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--kernels", "quick"), "--kernels quick"),
+        (("--kernels", "quick"), "`kernels` quick"),
         (("--engine", "VLLM"), "did you mean --engine vllm?"),
-        (("--engine", "vllm", "--deterministic"), "--deterministic with --engine vllm"),
+        (("--engine", "vllm", "--deterministic"), "`deterministic` with --engine vllm"),
         (("--engine", "vllm", "--dtype", "float8"), "--dtype float8 with --engine vllm"),
         (("--engine", "vllm", "--preset", "layer-signs"), "preset layer-signs on the vllm engine"),
         (("--dtype", "int4"), "--dtype int4"),

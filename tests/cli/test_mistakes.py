@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from assay import poc
+from tests.settings_files import with_file
 
 ROUND = "--block-hash block_alpha --public-key node_A"
 PROVE = f"poc prove --model model {ROUND}"
@@ -229,7 +230,7 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder
         "import sys; from assay.cli import run; code = run(sys.argv[1:]); "
         "print(sorted({'torch', 'transformers', 'scipy.stats'} & set(sys.modules))); sys.exit(code)"
     )
-    called = [sys.executable, "-c", code, *shlex.split(command)]
+    called = [sys.executable, "-c", code, *with_file(*shlex.split(command))]
     done = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
     assert all(part in done.stderr for part in ("error: ", "wanted: ", "to do: "))

@@ -173,7 +173,7 @@ def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small
     made(small_model, seq_len=8, **STRONG).save(tmp_path / "b.jsonl")
     proofs = ("--from-proof", tmp_path / "a.jsonl", "--from-proof", tmp_path / "b.jsonl")
     assert "proofs with seq_len 8 and 16" in refused(*new, *proofs)
-    assert "--dtype float16 beside --from-proof" in refused(*new, *proofs[:2], "--dtype", "float16")
+    assert "`dtype` float16 beside --from-proof" in refused(*new, *proofs[:2], "--dtype", "float16")
     said = refused(*new, *proofs[:2], "--model", "reference:llama")
     assert re.search("^warning: --model is given more than once(.|\n)*trained, ", said)
     assert not (tmp_path / "pins.toml").exists()

@@ -136,7 +136,7 @@ def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkey
         ("sample", ["--tasks", "none:such"], "--tasks none:such"),
         ("sample", ["--tasks", "0"], "0 tasks"),
         ("sample", ["--modes", "luck"], "modes luck"),
-        ("sample", ["--split", "mine"], "--split mine"),
+        ("sample", ["--split", "mine"], "`split` mine"),
         ("sample", ["--delta", "missing.safetensors"], "missing.safetensors: No such file"),
         ("sample", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--reward", "none:such"], "--reward none:such"),

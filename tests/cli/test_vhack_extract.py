@@ -53,9 +53,9 @@ def test_a_table_without_json_and_no_cache(assay, tmp_path):
     ("arguments", "message"),
     [
         (("--heldout-group", "nobody"), "'nobody' is not there"),
-        (("--max-tokens", 0), "--max-tokens 0"),
+        (("--max-tokens", 0), "`max_tokens` 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
-        (("--factors", "int8"), "--factors int8"),
+        (("--factors", "int8"), "`factors` int8"),
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
 )

@@ -48,9 +48,9 @@ def test_a_run_is_made_and_continued(assay, told, refused, arguments):
     ("flags", "seen"),
     [
         (["--arm", "nothing"], "arm 'nothing'"),
-        (["--difficulty", "easy"], "--difficulty easy"),
+        (["--difficulty", "easy"], "`difficulty` easy"),
         (["--basis", "missing.safetensors"], "missing.safetensors"),
-        (["--micro-batch", "2"], "micro-batch 2"),
+        (["--micro-batch", "2"], "`micro_batch` 2"),
     ],
 )
 def test_bad_arguments_leave_nothing(refused, arguments, tmp_path, flags, seen):

@@ -58,9 +58,7 @@ def shown(text: str) -> Iterator[list[str]]:
 
 
 def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
-    """Return what programs say of lines that they refuse or whose flags will go, in a folder with
-    the files needed.
-    """
+    """Return what programs say of lines that they refuse, in a folder with the files needed."""
     command = [sys.executable, "-m", "tests.docs.command_lines"]
     environment = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}",
@@ -94,9 +92,7 @@ def _with_new_output(words: list[str]) -> list[str]:
 
 
 def _refusal(words: list[str]) -> str:
-    """Have a line read by its program; return what it said if it did not take it or a flag will go;
-    else nothing.
-    """
+    """Have a line read by its program; return what it said if it did not take it, else nothing."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
@@ -104,7 +100,7 @@ def _refusal(words: list[str]) -> str:
                 run(_with_new_output(words)[1:]) if words[0] == "assay" else _start(words[1:])
             )
         except _Read:
-            return said.getvalue() if " will go: " in said.getvalue() else ""
+            return ""
         except SystemExit as end:
             code = end.code
     return f"exit code {code}: {said.getvalue()}"

@@ -82,7 +82,16 @@ AUDIT = "assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK
 AS_IS = {"/opt/assay/bin/assay": "assay", "/opt/assay/bin/pip": "pip", "/etc/": "$PLACE/etc/"}
 OF_ONE = "--models reference:qwen3 --blocks a,b --device cpu --seq-len 16 --batch-size 16"
 OF_FEW = "--max-new-tokens 8 --per-task 1"
-OF_TWO = "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
+OF_TWO = "--steps 1 --config few.toml"
+FEW = """\
+[vhack.train]
+prompts = 2
+group = 2
+max_new_tokens = 8
+[vhack.evaluate]
+per_task = 1
+max_new_tokens = 8
+"""
 TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
 COLLECT = (
     "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
@@ -260,10 +269,10 @@ RUNS = {
             "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:20",
             "assay vhack train": OF_TWO,
             "assay vhack sample": f"{OF_FEW} --tasks 4",
-            "assay vhack evaluate --model": OF_FEW,
+            "assay vhack evaluate --model": "--config few.toml",
             "assay vhack fuzz": "--count 20 --output fuzz.json",
         },
-        given={"prompts.jsonl": PROMPTS},
+        given={"prompts.jsonl": PROMPTS, "few.toml": FEW},
         makes=(
             "own.html",
             "delta.safetensors",

@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tests.settings_files import with_file
+
 # What a start spends its time on; a fork server imports it once for all starts.
 PRELOAD = [
     "assay.poc.service",
@@ -81,14 +83,15 @@ class Server:
         self.process: Any = None
 
     def start(self) -> None:
+        words = with_file(*self.arguments, folder=self.log.parent)
         if self.fork:
             context = mp.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-            self.process = context.Process(target=_forked, args=(self.arguments, str(self.log)))
+            self.process = context.Process(target=_forked, args=(words, str(self.log)))
             self.process.start()
         else:
             with self.log.open("ab") as log:
-                command = [sys.executable, "-m", "assay", *self.arguments]
+                command = [sys.executable, "-m", "assay", *words]
                 self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     @property

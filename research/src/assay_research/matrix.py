@@ -319,7 +319,10 @@ def _service(plan: MatrixPlan, model: str, data: Path, log: Path) -> Live:
         str(data),
         "--allow-private-callbacks",
     ]
-    arguments += ["--callback-interval", "0.5"]
+    settings = data.with_suffix(".toml")
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text("[poc.serve]\ncallback_interval = 0.5\n", encoding="utf-8")
+    arguments += ["--config", str(settings)]
     for flag, value in (("--dtype", plan.dtype), ("--device", plan.device)):
         arguments += [flag, value] if value else []
     return Live(arguments, log)

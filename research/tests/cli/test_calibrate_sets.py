@@ -38,8 +38,8 @@ def test_published_vectors(assay, sets: Path, tmp_path: Path):
     ("arguments", "words"),
     [
         (("--vectors", "SETS", "--model", "reference:qwen3", "-o", "c.json"), "--model"),
-        (("--vectors", "SETS", "--digest", "xyz", "-o", "c.json"), "--digest xyz"),
-        (("--vectors", "SETS", "--sets", "nothing", "-o", "c.json"), "choose with --sets"),
+        (("--vectors", "SETS", "--digest", "xyz", "-o", "c.json"), "`digest` xyz"),
+        (("--vectors", "SETS", "--sets", "nothing", "-o", "c.json"), "choose with `sets`"),
     ],
 )
 def test_forms_that_do_not_go_together_are_refused_by_name(

@@ -1,16 +1,14 @@
 """Commands that are made from settings classes: options, environment, configuration file, help and
 errors.
 
-A command is a function of objects of settings classes. Every field of a class is an option. At most
-fourteen of a command are in its help; the others belong into the configuration file and are still
-read as options for one release, with a warning. A value comes from the command line, else from the
-variable of its field, else from the file.
+A command is a function of objects of settings classes. Every field of a class is a key of the
+configuration file, and the fields that the command names are options too. A value comes from the
+command line, else from the variable of its field, else from the file.
 """
 
 import errno
 import gc
 import inspect
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from assay.cli.variables import unknown
 from assay.devices import check_device
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.files.references import check_reference
-from assay.settings import NEAR, Settings, Spelling, words_of
+from assay.settings import NEAR, Settings, Spelling, Variables, words_of
 
 EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc
@@ -120,16 +118,15 @@ class Setting:
         )
         return unit or ("FILE" if is_path else self.name.upper())
 
-    def parameter(self, hidden: bool) -> click.Parameter:
-        """Return the option or the argument of click's. Settings check the values, so it takes any
-        text.
-        """
+    @property
+    def parameter(self) -> click.Parameter:
+        """The option or argument of click, which takes any text: the settings check values."""
         if self.flag.argument:
             count = -1 if self.repeats else 1
             return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
         options: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
         options = {"is_flag": True} if self.field.annotation is bool else options
-        return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **options)
+        return click.Option([self.name, *self.flag.names], help=self.help, **options)
 
     def read(self, value: Any) -> Any:
         """Return a value of a command line or a file as the settings class takes it."""
@@ -229,15 +226,20 @@ class Command(click.Command):
         }
 
     def is_shown(self, name: str) -> bool:
-        """Return whether the help of the command shows a field."""
+        """Return whether a field is an option or argument, and not only a key of the file."""
         return name in (self._shown or self.settings) or self.settings[name].flag.argument
+
+    def key_of(self, flag: str) -> str | None:
+        """Return the key of the configuration file that a word beginning with dashes stands for."""
+        names = (name for name in self.settings if not self.is_shown(name))
+        return next((name for name in names if flag in self.settings[name].flag.names), None)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, which are made when they are first asked for."""
         if not self.params:
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
             self.params += [
-                self.settings[name].parameter(not self.is_shown(name)) for name in ordered
+                self.settings[name].parameter for name in ordered if self.is_shown(name)
             ]
             if self.settings:
                 file_options: dict[str, Any] = {
@@ -259,11 +261,11 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write how to get the other settings, and the example."""
         words = ctx.command_path.split()[1:]
-        hidden = sum(not self.is_shown(name) for name in self.settings)
+        keys = sum(not self.is_shown(name) for name in self.settings)
         formatter.write_paragraph()
-        if hidden:
+        if keys:
             formatter.write_text(
-                f"{hidden} more settings in a file for --config: assay config {' '.join(words)}"
+                f"{keys} more settings in a file for --config: assay config {' '.join(words)}"
             )
         formatter.write(f"{self.epilog}\n")
 
@@ -283,74 +285,13 @@ class Command(click.Command):
         its code.
         """
         words = ctx.command_path.split()[1:]
-        from_line = {
-            n: v
-            for n, v in ctx.params.items()
-            if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE
-        }
-        from_line.pop("config", None)
-        table = own_table(ctx.params.get("config"), ctx, words)
-        as_json = from_line.pop("as_json", table.pop("json", False))
-        if not isinstance(as_json, bool):
-            raise UsageError(
-                f"json = {as_json!r:.80} in the configuration of {ctx.command_path}",
-                wanted="true or false",
-                do="correct the file (--config)",
-            )
-        variable_names = {
-            name: variable
-            for name, setting in self.settings.items()
-            if (variable := setting.kind.environment_name(name))
-        }
-        self._warn(words, from_line, variable_names.values())
-        from assay.files.storage import check_new_file
-
-        variables = {name: os.environ.get(variable) for name, variable in variable_names.items()}
-        values = (
-            self._named(table, ctx.command_path)
-            | {n: v for n, v in variables.items() if v}
-            | from_line
-        )
-        values = {
-            name: self.settings[name].read(value)
-            for name, value in values.items()
-            if value not in (None, ())
-        }
-        refuse_own_sources(self.settings, values)
-        for name in {"model", "reference"} & values.keys():
-            check_reference(
-                str(values[name])
-            )  # or it is refused here, before a command imports torch
-        instances = [
-            kind(
-                **{
-                    name: value
-                    for name, value in values.items()
-                    if self.settings[name].kind is kind
-                }
-            )
-            for kind in self.kinds
-        ]
-        if "device" in values:
-            check_device(values["device"])
-        options = (
-            {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
-        )
+        values = self.gather(ctx, words)
+        as_json = values.pop("as_json", False)
+        takes_json = "as_json" in inspect.signature(self.function).parameters
+        options = {"as_json": as_json} if takes_json else {}
         try:
-            for name in (name for name in values if self.settings[name].flag.file):
-                check_new_file(
-                    values[name],
-                    overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)),
-                )
-                if "overwrite" not in self.settings and Path(values[name]).exists():
-                    _say(
-                        f"{values[name]} exists, and the result will replace it "
-                        f"({self.settings[name].spelling})"
-                    )
-            for setting in self.settings.values():
-                setting.check_files(
-                    getattr(instances[self.kinds.index(setting.kind)], setting.name)
-                )
+            instances = self.build(values)
+            self.check_files(instances, values)
             with loading_bar():
                 ctx.exit(self.function(*instances, **options) or 0)
         except Stopped as stop:
@@ -361,30 +302,86 @@ class Command(click.Command):
         except ModuleNotFoundError as error:  # a command imports what it runs
             raise _not_installed(error) from error
         except (OSError, AssayError) as error:
-            fault = in_assay_words(error) if isinstance(error, OSError) else error
-            faulty = self.settings.get(fault.field)
-            if faulty is not None and faulty.spelling not in str(fault):
-                fault.do += f" ({faulty.spelling})"
-            self._name_keys(fault, words, from_line)
-            cause = fault.__cause__ or error
-            if (
-                self.resumable
-                and isinstance(cause, OSError)
-                and cause.errno in (errno.ENOSPC, errno.EFBIG)
-            ):
-                fault.do += f"; {CONTINUES}"
+            fault = self._advised(error, words)
             if fault is error:
                 raise
             raise fault from error
 
-    def _name_keys(
-        self, error: AssayError, words: Sequence[str], from_line: Collection[str]
-    ) -> None:
-        """Name the key of the configuration file where advice has a flag that the help does not."""
+    def gather(self, ctx: click.Context, words: Sequence[str]) -> dict[str, Any]:
+        """Return the values of a call by field: of the file, the variables and the command line."""
+        table = own_table(ctx.params.get("config"), ctx, words)
+        as_json = table.pop("json", False)
+        if not isinstance(as_json, bool):
+            raise UsageError(
+                f"json = {as_json!r:.80} in the configuration of {ctx.command_path}",
+                wanted="true or false",
+                do="correct the file (--config)",
+            )
+        _warn_of_variables(self.settings.values())
+        values = self._named(table, ctx.command_path)
+        for kind in self.kinds:
+            variables = Variables(kind)()
+            values |= {n: v for n, v in variables.items() if self.settings[n].kind is kind}
+        values |= {
+            name: value
+            for name, value in ctx.params.items()
+            if name in self.settings
+            and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        values = {
+            name: self.settings[name].read(value)
+            for name, value in values.items()
+            if value not in (None, ())
+        }
+        return {"as_json": ctx.params.get("as_json") or as_json, **values}
+
+    def build(self, values: Mapping[str, Any]) -> list[Settings]:
+        """Return the objects of the settings classes, once what needs no torch is checked."""
+        refuse_own_sources(self.settings, values)
+        for name in {"model", "reference"} & values.keys():
+            check_reference(str(values[name]))
+        instances = []
+        for kind in self.kinds:
+            mine = {n: v for n, v in values.items() if self.settings[n].kind is kind}
+            instances.append(kind(**mine))
+        if "device" in values:
+            check_device(values["device"])
+        return instances
+
+    def check_files(self, instances: Sequence[Settings], values: Mapping[str, Any]) -> None:
+        """Refuse results that cannot be written and files that cannot be read, before torch."""
+        from assay.files.storage import check_new_file
+
+        may_replace = "overwrite" not in self.settings
+        for name in (name for name in values if self.settings[name].flag.file):
+            check_new_file(values[name], overwrite=bool(values.get("overwrite", may_replace)))
+            if may_replace and Path(values[name]).exists():
+                flag = self.settings[name].spelling
+                _say(f"{values[name]} exists, and the result will replace it ({flag})")
+        for setting in self.settings.values():
+            instance = instances[self.kinds.index(setting.kind)]
+            setting.check_files(getattr(instance, setting.name))
+
+    def _advised(self, error: OSError | AssayError, words: Sequence[str]) -> AssayError:
+        """Return an error in three parts, naming the flag or key that it is about."""
+        fault = in_assay_words(error) if isinstance(error, OSError) else error
+        faulty = self.settings.get(fault.field)
+        if faulty is not None and faulty.spelling not in str(fault):
+            fault.do += f" ({faulty.spelling})"
+        cause = fault.__cause__ or error
+        full_disk = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG)
+        self._name_keys(fault, words)
+        if self.resumable and full_disk:
+            fault.do += f"; {CONTINUES}"
+        return fault
+
+    def _name_keys(self, error: AssayError, words: Sequence[str]) -> None:
+        """Name the key of the configuration file where an error has a flag that is none here."""
         for name, setting in self.settings.items():
-            if self.is_shown(name) or name in from_line or setting.flag.secret:
+            if self.is_shown(name):
                 continue
             flag = rf"{re.escape(setting.spelling)}(?![\w-])"
+            error.seen = re.sub(flag, f"`{name}`", error.seen)
             advice, count = re.subn(flag, f"`{name}`", error.do)
             if count:
                 error.do = f"{advice}; `{name}` stands under [{'.'.join(words)}] of --config FILE"
@@ -411,31 +408,6 @@ class Command(click.Command):
         """Return what to do about a flag or key that the command does not have."""
         flag = self.instead.get(word.lstrip("-").replace("-", "_"))
         return f"write {flag} in its place" if flag else _nearest(word, choices, else_do)
-
-    def _warn(
-        self, words: Sequence[str], from_line: Mapping[str, Any], variable_names: Collection[str]
-    ) -> None:
-        """Say of options of earlier releases, and of secrets, where their values belong, and of
-        misspelt variables.
-        """
-        for name, near in unknown(variable_names).items():
-            hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
-            _say(f"{name} is set, but no command reads it: {hint}")
-        place = f"under [{'.'.join(words)}] in a file for --config"
-        for setting in (self.settings[name] for name in from_line):
-            if setting.flag.secret:
-                variable = setting.kind.environment_name(setting.name)
-                _say(
-                    f"{setting.spelling} shows a secret to all users of this machine: use a file, "
-                    f"or {variable}"
-                )
-        if moved := [
-            name
-            for name in from_line
-            if not (self.is_shown(name) or self.settings[name].flag.secret)
-        ]:
-            flags = ", ".join(self.settings[name].spelling for name in moved)
-            _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
 
 
 class Group(click.Group):
@@ -638,7 +610,11 @@ def in_three_parts(error: click.ClickException) -> UsageError:
             else []
         )
         command = context.command if context else None
-        if error.option_name.lstrip("-") in flags:
+        key = command.key_of(error.option_name) if isinstance(command, Command) else None
+        if key:
+            words = ".".join(name.split()[1:])
+            do = f"write `{key} = …` under [{words}] in a file for --config"
+        elif error.option_name.lstrip("-") in flags:
             do = "pass its value without the flag"
         elif isinstance(command, Command):
             do = command.advise(error.option_name, flags, look)
@@ -704,6 +680,14 @@ def without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _warn_of_variables(settings: Iterable[Setting]) -> None:
+    """Name the variables that begin as those of assay and that no command reads."""
+    names = (setting.kind.environment_name(setting.name) for setting in settings)
+    for name, near in unknown([name for name in names if name]).items():
+        hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
+        _say(f"{name} is set, but no command reads it: {hint}")
 
 
 def _say(warning: str) -> None:

@@ -184,7 +184,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     "replay",
     ReplaySettings,
     panel="Validator",
-    shown="model pins requests block_hash public_key sample calibration engine device ledger",
+    shown="model pins requests block_hash public_key sample calibration lora engine device ledger",
     example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
     "--block-hash BLOCK "
     "--public-key KEY",

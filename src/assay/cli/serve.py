@@ -104,7 +104,8 @@ class CallbackListSettings(Settings):
     RunSettings,
     SERVICE,
     panel="Node",
-    shown="model data_dir host port api_key_file pins ledger device dtype log_format",
+    shown="model data_dir host port api_key_file allow_private_callbacks pins ledger device dtype "
+    "log_format",
     example="assay poc serve --model reference:qwen3 --api-key-file keys",
 )
 def serve(chosen: RunSettings, service: "ServiceSettings") -> None:

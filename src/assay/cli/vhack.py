@@ -391,7 +391,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     "train",
     TrainCommand,
     "assay.vhack.training.settings:TrainSettings",
-    shown="model output arm detector pairs steps reward teacher seed device",
+    shown="model output arm detector pairs steps reward teacher allow_unsandboxed seed device",
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )

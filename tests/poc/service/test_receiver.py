@@ -273,7 +273,9 @@ def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):
         "0",
     ]
     assert run(command) == 2
-    assert run([*command, "--callback-secret", SECRET, "--api-key", KEY]) == 0
+    monkeypatch.setenv("ASSAY_CALLBACK_SECRET", SECRET)
+    monkeypatch.setenv("ASSAY_API_KEY", KEY)
+    assert run(command) == 0
     ((app, _, _),) = started
     asked = TestClient(app)
     assert asked.get("/stats").status_code == 401

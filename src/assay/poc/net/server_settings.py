@@ -49,12 +49,6 @@ def loaded_by(module: str, name: str, value: Any) -> Any:
     return value
 
 
-def _list(flag: str, description: str) -> Any:
-    """Return a list's field, which the environment names as the flag does: in the singular."""
-    name = PREFIX + flag.lstrip("-").replace("-", "_").upper()
-    return Field((), validate_default=True, validation_alias=name, description=description)
-
-
 Count = Annotated[int, "NUMBER", Field(ge=1)]
 Bytes = Annotated[int, "BYTES", Field(ge=1)]
 Seconds = Annotated[float, "SECONDS", Field(ge=0, allow_inf_nan=False)]
@@ -77,14 +71,16 @@ class ListenerSettings(assay.settings.Settings):
     api_key_file: Path | None = Field(
         None, description="File with keys that may do everything, one per line."
     )
-    api_keys: Annotated[Words, Flag(("--api-key",), secret=True)] = _list(
-        "--api-key", "Keys that may do everything. Those of the file are added to them."
+    api_keys: Annotated[Words, Flag(("--api-key",), secret=True)] = Field(
+        (),
+        validate_default=True,
+        description="Keys that may do everything. Those of the file are added to them.",
     )
-    validate_keys: Annotated[Words, Flag(("--validate-key",), secret=True)] = _list(
-        "--validate-key", "Keys that may validate, submit artifact jobs and read."
+    validate_keys: Annotated[Words, Flag(("--validate-key",), secret=True)] = Field(
+        (), description="Keys that may validate, submit artifact jobs and read."
     )
-    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list(
-        "--read-key", "Keys that may only read."
+    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = Field(
+        (), description="Keys that may only read."
     )
     max_body: Bytes = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(
@@ -110,9 +106,10 @@ class ListenerSettings(assay.settings.Settings):
         description="Time in which the next request of a connection must begin, and its whole "
         "head arrive.",
     )
-    callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
-        "--callback-secret",
-        "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback.",
+    callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = Field(
+        (),
+        description="Standard Webhooks secrets (whsec_…), the newest first. Each of them signs "
+        "every callback.",
     )
 
     def __init__(self, **values: Any) -> None:
