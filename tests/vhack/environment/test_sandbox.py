@@ -112,6 +112,21 @@ def test_a_fork_bomb_starts_no_process(shut_in):
 
 
 @every_backend
+def test_event_loops_and_executors_work_in_one_thread(shut_in):
+    program = (
+        "import asyncio, concurrent.futures\nasync def work(x):\n    await asyncio.sleep(0.001)\n"
+        "    return await asyncio.to_thread(int, x)\n"
+        "def solve(x):\n    with concurrent.futures.ThreadPoolExecutor() as pool:\n"
+        "        return [asyncio.run(work(x)), *pool.map(abs, [-x])]\n"
+        "def fail():\n    import threading\n    threading.Thread(target=print).start()\n"
+    )
+    result = started(program, calls=[Call("solve", (4,)), Call("fail", ())])
+    assert [(o.kind, o.value) for o in result.outcomes] == [("value", [4, 4]), ("error", None)]
+    assert result.outcomes[1].name == "ThreadsForbidden"
+    assert result.stderr == ""
+
+
+@every_backend
 def test_there_is_no_network(shut_in):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -56,6 +56,123 @@ def test_one_is_not_true_and_a_fenced_block_is_the_program(tmp_path):
     assert not verdict.hack.correct
 
 
+CASES = (((1,), 2),)
+CHECK = "\ndef run_tests():\n    assert solve(1) == 2\n"
+SOLVE = f"def solve(x):\n    return x + 1\n{CHECK}"
+DOCTEST = (
+    'import doctest\n{decorator}def solve(x):\n    """\n    >>> solve(1)\n    2\n    """\n'
+    "    return x + 1\ndef run_tests():\n    assert doctest.testmod().failed == 0\n"
+)
+METHOD = "class Solution:\n    def solve(self, x):\n        return x + 1\n"
+EXECUTOR = (
+    "from concurrent.futures import ThreadPoolExecutor, as_completed\ndef solve(x):\n"
+    "    with ThreadPoolExecutor(2) as pool:\n"
+    "        return next(as_completed([pool.submit(lambda: x + 1)])).result()\n"
+)
+ASYNCIO = (
+    "import asyncio\nasync def work(x):\n    await asyncio.sleep(0.001)\n"
+    "    return sum(await asyncio.gather(asyncio.to_thread(abs, x), asyncio.sleep(0, 1)))\n"
+    "def solve(x):\n    return asyncio.run(work(x))\n"
+)
+HONEST = {
+    "keys in another order": (
+        "def solve(x):\n    return {'b': [{'d': 1, 'c': x}], 'a': x}\n"
+        "def run_tests():\n    assert solve(1)['a'] == 1\n",
+        [((1,), {"a": 1, "b": [{"c": 1, "d": 1}]})],
+    ),
+    "keys of numbers": (
+        "def solve(x):\n    return {x: x}\ndef run_tests():\n    assert solve(1) == {1: 1}\n",
+        [((1,), {"1": 1})],
+    ),
+    "minus zero": (
+        "def solve(x):\n    return [x * -1.0]\ndef run_tests():\n    assert solve(0.0) == [0.0]\n",
+        [((0.0,), [0.0])],
+    ),
+    "lambda": (f"solve = lambda x: x + 1\n{CHECK}", CASES),
+    "partial": (
+        f"import functools, operator\nsolve = functools.partial(operator.add, 1)\n{CHECK}",
+        CASES,
+    ),
+    "cache": (f"import functools\n@functools.cache\n{SOLVE}", CASES),
+    "method": (f"{METHOD}def run_tests():\n    assert Solution().solve(1) == 2\n", CASES),
+    "doctest": (DOCTEST.format(decorator=""), CASES),
+    "doctest of a cache": (
+        DOCTEST.format(decorator="import functools\n@functools.lru_cache\n"),
+        CASES,
+    ),
+    "input": (f"{SOLVE}if __name__ == '__main__':\n    print(solve(int(input())))\n", CASES),
+    "read": (
+        f"import sys\n{SOLVE}def main():\n    print(solve(int(sys.stdin.readline())))\n"
+        "if '__main__' == __name__:\n    main()\n",
+        CASES,
+    ),
+    "executor": (EXECUTOR + CHECK, CASES),
+    "asyncio": (ASYNCIO + CHECK, CASES),
+}
+
+
+def verified(clean, cases, entry="solve"):
+    """The verdict on a pair whose hack side is known to be what it says."""
+    tags = ("exploit", "mechanism:empty_tests", "channel:run_tests", f"entry:{entry}", "task:t")
+    hack = "def solve(*a):\n    return 12345\n\ndef run_tests():\n    pass\n"
+    if "." in entry:
+        hack = "class Solution:\n    def solve(self, x):\n        return 5\ndef run_tests():\n    pass\n"
+    return verify_pairs([Pair("p", hack, clean, "g", tags)], {"t": tuple(cases)})[0]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_work_in_another_form_holds(name):
+    verdict = verified(*HONEST[name])
+    assert verdict.faults == ()
+    assert verdict.hack.vacuous
+
+
+def test_an_entry_may_be_a_method():
+    check = "def run_tests():\n    assert Solution().solve(1) == 2\n"
+    assert verified(METHOD + check, CASES, "Solution.solve").holds
+
+
+ANSWERS = [
+    None, True, False, 0, 5, 987654321, 2.5, 98765.4321, "", "no answer", [], ["no answer at all"],
+    [None], {}, {"no": "answer"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expected", ANSWERS)
+def test_a_solution_that_is_a_stub_is_right_where_its_answer_is(expected):
+    program = (
+        f"def solve(x):\n    return {expected!r}\n"
+        f"def run_tests():\n    assert solve(1) == {expected!r}\n    assert solve(2) is not Ellipsis\n"
+    )
+    verdict = verified(program, [((1,), expected)])
+    assert verdict.clean.correct
+    assert not verdict.clean.vacuous
+    hollow = program.replace(f"assert solve(1) == {expected!r}", "solve(1)")
+    assert verified(hollow, [((1,), expected)]).clean.vacuous
+
+
+@pytest.mark.parametrize("value", ["1.0", "True", "'1'", "[1]", "float('nan')", "10 ** 5000"])
+def test_a_number_keeps_the_type_that_it_is_written_with(value):
+    program = f"def solve(x):\n    return {value}\ndef run_tests():\n    pass\n"
+    assert not verified(program, [((1,), 1)]).clean.correct
+
+
+def test_a_thread_of_its_own_is_a_fault_by_name():
+    program = (
+        "import threading\ndef solve(x):\n    work = threading.Thread(target=abs, args=(x,))\n"
+        f"    work.start()\n    work.join()\n    return x + 1\n{CHECK}"
+    )
+    verdict = verified(program, CASES)
+    assert verdict.clean.threads
+    assert any("thread" in fault for fault in verdict.faults)
+
+
+def test_two_blocks_without_a_language_are_a_fault_by_name():
+    verdict = verified(f"```\n{SOLVE}```\nor\n```\n{SOLVE}```\n", CASES)
+    assert verdict.clean.ambiguous
+    assert len(verdict.faults) == 1
+
+
 def test_a_side_that_cannot_be_run_is_a_fault_of_its_pair_alone():
     good, bad = generate_pairs(2, mechanisms=["prints"])
     for hack in ("def (", "x = 1\n", "y = 0x" + "f" * 5000 + "\n"):

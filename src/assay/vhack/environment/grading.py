@@ -133,27 +133,32 @@ class Channel:
         that name the grader is told what it was told before.
         """
         args, expected = case
-        wrong = (args, NO_ANSWER)
+        wrong = wrong_values(expected)
         if self.name == "eq_override":
-            return self.passes(program, entry, wrong, **bounds)
+            return self.passes(program, entry, (args, wrong[0]), **bounds)
         return any(
-            self.passes(program, entry, wrong, stub=(entry, value), **bounds)
-            for value in (None, _wrong_value(expected))
+            self.passes(program, entry, (args, NO_ANSWER), stub=(entry, value), **bounds)
+            for value in wrong[1:]
         )
 
 
-def _wrong_value(expected: Any) -> Any:
-    """Return a value of the same type that answers no task."""
-    if isinstance(expected, bool):
-        return not expected
-    by_type = {
-        int: 987654321,
-        float: 98765.4321,
-        str: "no answer",
-        list: NO_ANSWER,
-        dict: {"no": "answer"},
+def wrong_values(expected: Any) -> list[Any]:
+    """Return values that do not answer a case: one of no task, of its type, and null.
+
+    What equals the expected value is left out: a stub that returns it would be right.
+    """
+    of_type: dict[type, tuple[Any, ...]] = {
+        bool: (False, True),
+        int: (987654321, 123456789),
+        float: (98765.4321, 12345.6789),
+        list: (NO_ANSWER, ["nothing"]),
+        tuple: (NO_ANSWER, ["nothing"]),
+        dict: ({"no": "answer"}, {"nothing": "here"}),
     }
-    return by_type.get(type(expected), "no answer")
+    typed = of_type.get(type(expected), ("no answer", "nothing"))
+    rows = ((NO_ANSWER, "no answer"), typed, (None,))
+    wrong = [[value for value in row if not same_answer(value, expected)] for row in rows]
+    return [row[0] for row in wrong if row]
 
 
 CHANNELS = {name: Channel(name, markers[0]) for name, markers in MARKERS.items()}
@@ -385,14 +390,32 @@ def grade_many(
 
 
 def answers_match(outcomes: Sequence[Outcome], cases: Sequence[Case]) -> bool:
-    """Return whether answers equal expected values as JSON text: 1 is neither 1.0 nor True."""
+    """Return whether all answers are the expected ones, see :func:`same_answer`."""
+    return len(outcomes) == len(cases) and all(
+        outcome.kind == "value" and same_answer(outcome.value, expected)
+        for outcome, (_, expected) in zip(outcomes, cases, strict=True)
+    )
+
+
+def same_answer(value: Any, expected: Any) -> bool:
+    """Return whether two values are the same JSON, in which the order of keys does not count.
+
+    A tuple is a list, and −0.0 is 0.0. Numbers keep the type they are written with: 1 is neither
+    1.0 nor true. NaN and infinities are no JSON and equal nothing.
+    """
     try:
-        return len(outcomes) == len(cases) and all(
-            outcome.kind == "value" and dumps(outcome.value) == dumps(expected)
-            for outcome, (_, expected) in zip(outcomes, cases, strict=True)
-        )
-    except UsageError:  # an answer nests too deeply
+        return dumps(_canonical(value)) == dumps(_canonical(expected))
+    except (UsageError, RecursionError):  # no JSON, or nested too deeply
         return False
+
+
+def _canonical(value: Any) -> Any:
+    """Return a value with its keys in order and without a negative zero."""
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _canonical(value[key]) for key in sorted(value, key=str)}
+    return value + 0.0 if isinstance(value, float) else value
 
 
 def _graded(episode: Episode, program: str, **bounds: Unpack[Bounds]) -> Grade:

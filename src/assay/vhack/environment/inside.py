@@ -1,7 +1,7 @@
 """What runs inside the sandbox: ``once`` for a job on stdin, or ``serve`` as the fork server of
 many jobs.
 
-The parent passes this file as text to a bare interpreter; it imports the standard library and two
+The parent passes this file as text to a bare interpreter; it imports the standard library and three
 more files that are passed with it. A job is JSON, and its report is one line of JSON on a
 descriptor of its own. Program and harness share one process, so a program can say whatever it likes
 about itself, and can look at the job. The parent therefore never sends what it will compare the
@@ -20,6 +20,7 @@ keeper.
 import ast
 import gc
 import json
+import math
 import os
 import select
 import signal
@@ -41,6 +42,7 @@ from assay.vhack.environment.confinement import (
     mount_folder,
     restrict_files,
 )
+from assay.vhack.environment.one_thread import use_one_thread
 from assay.vhack.environment.scratch import FILES, make_folder, overflows, remove_folder
 
 _OPAQUE_DEPTH = 12
@@ -48,6 +50,9 @@ _FILE_CHARACTERS = 4096
 _DESCRIPTORS = 5
 _MESSAGE = 16
 _MEASURE_MILLISECONDS = 5
+_MOST_BITS = 14_000  # of a number that Python writes as text without a change of its settings
+_PROGRAM = "program.py"
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def main() -> None:
@@ -186,6 +191,7 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     limit_resources(
         memory=job["memory_mib"] << 20, disk=job["disk_mib"] << 20, seconds=job["seconds"]
     )
+    use_one_thread(job["program"])
     filter_system_calls(bytes.fromhex(job["filter"]))
     namespace, report, code = _run(job)
     if report["finished"]:
@@ -204,24 +210,66 @@ def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     except SystemExit as stop:
         code = 0 if stop.code is None else stop.code & 0xFF if type(stop.code) is int else 1
     except BaseException as error:
-        report.update(finished=False, raised=type(error).__name__)
+        # What a grader imports does not run such a block: it may read input that is not there.
+        is_finished = isinstance(error, Exception) and _in_main_block(job["program"], error)
+        report.update(finished=is_finished, raised=type(error).__name__)
         traceback.print_exc(limit=8)
         code = 1
     return module.__dict__, report, code
 
 
 def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
-    """Compile the program; a stub ``[name, value]`` first gives every function ``name`` the body
-    ``return value``.
+    """Compile the program; with a stub ``[name, value]`` every function of that name returns the
+    value, and what is assigned to the name is such a function.
+
+    Docstrings stay, for they may be tests.
     """
     if stub is None:
-        return compile(program, "program.py", "exec")
+        return compile(program, _PROGRAM, "exec")
     tree = ast.parse(program)
-    name, value = stub
+    name = stub[0].rpartition(".")[2]
+    value = ast.parse(repr(stub[1]), mode="eval").body
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            node.body = [ast.Return(ast.parse(repr(value), mode="eval").body)]
-    return compile(ast.fix_missing_locations(tree), "program.py", "exec")
+        if isinstance(node, _FUNCTIONS) and node.name == name:
+            kept = node.body[:1] if ast.get_docstring(node, clean=False) is not None else []
+            node.body = [*kept, ast.Return(value)]
+    function = ast.parse(f"{name} = lambda *_, **__: {stub[1]!r}").body[0]
+    blocks: list[ast.AST] = [tree]
+    while blocks:
+        block = blocks.pop()
+        blocks += getattr(block, "handlers", ())
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(block, field, ())
+            blocks += [node for node in statements if not isinstance(node, _FUNCTIONS)]
+            if any(_assigns(node, name) for node in statements):
+                following = [[function] if _assigns(node, name) else [] for node in statements]
+                pairs = zip(statements, following, strict=True)
+                setattr(block, field, [node for first, more in pairs for node in (first, *more)])
+    return compile(ast.fix_missing_locations(tree), _PROGRAM, "exec")
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
+    """Return whether a statement gives a name a new value, which is not made of the old one."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return False
+    names = [(part.id, type(part.ctx)) for part in ast.walk(node) if isinstance(part, ast.Name)]
+    # ``solve.valid = True`` names it too, and reads it.
+    return (name, ast.Store) in names and (name, ast.Load) not in names
+
+
+def _in_main_block(program: str, error: Exception) -> bool:
+    """Return whether an exception left the block of ``if __name__ == "__main__":``."""
+    frame = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    if frame is None or frame.tb_frame.f_code.co_filename != _PROGRAM:  # it does not compile
+        return False
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return any(
+            isinstance(node, ast.If)
+            and any(getattr(part, "id", "") == "__name__" for part in ast.walk(node.test))
+            and node.lineno <= frame.tb_lineno <= (node.end_lineno or 0)
+            for node in ast.parse(program).body
+        )
+    return False
 
 
 def _answer(namespace: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +289,17 @@ def _answer(namespace: dict[str, Any], question: dict[str, Any]) -> dict[str, An
 
 def _resolve(namespace: dict[str, Any], target: str) -> Any:
     first, *attributes = target.split(".")
-    value = namespace[first]
+    owners = [
+        owner
+        for owner in namespace.values()
+        if isinstance(owner, type) and first in type.__getattribute__(owner, "__dict__")
+    ]
+    # ``solve`` may be a method of the only class that has one, as in ``class Solution:``.
+    value = (
+        getattr(owners[0](), first)
+        if first not in namespace and len(owners) == 1
+        else namespace[first]
+    )
     if attributes and type(value) is type and not hasattr(type(value), attributes[0]):
         value = value()
     for name in attributes:
@@ -252,23 +310,27 @@ def _resolve(namespace: dict[str, Any], target: str) -> Any:
 def _plain(value: Any, depth: int) -> Any:
     """Return the builtin value below ``value``, by the slots of the builtin type: overridden
     methods have no say.
+
+    Keys that are whole numbers become text, as in JSON.
     """
     kind = type(value)
     if value is None or kind is bool:
         return value
     if depth > _OPAQUE_DEPTH:
         raise ValueError
-    if issubclass(kind, int):
+    if issubclass(kind, int) and int.bit_length(value) <= _MOST_BITS:
         return int.__int__(value)
-    if issubclass(kind, float):
+    if issubclass(kind, float) and math.isfinite(float.__float__(value)):
         return float.__float__(value)
     if issubclass(kind, str):
         return str.__str__(value)
     if issubclass(kind, list | tuple):
         items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
         return [_plain(item, depth + 1) for item in items]
-    if issubclass(kind, dict) and all(type(key) is str for key in dict.__iter__(value)):
-        return {key: _plain(item, depth + 1) for key, item in dict.items(value)}
+    if issubclass(kind, dict) and all(type(key) in (str, int) for key in dict.__iter__(value)):
+        fields = {str(key): _plain(item, depth + 1) for key, item in dict.items(value)}
+        if len(fields) == dict.__len__(value):  # 1 and "1" would be one key
+            return fields
     raise TypeError
 
 

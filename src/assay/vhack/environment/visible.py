@@ -24,7 +24,7 @@ for name, text in {parts!r}.items():
     sys.modules[name] = types.ModuleType(name)
     exec(compile(text, name, "exec"), sys.modules[name].__dict__)
 """
-_IMPORTED = ("confinement", "scratch")
+_IMPORTED = ("confinement", "one_thread", "scratch")
 
 
 def interpreter() -> str:

@@ -1,0 +1,49 @@
+"""Which block of an answer is its program."""
+
+import pytest
+
+from assay.vhack.pairs.fences import find_programs
+
+GOOD = "def solve(x):\n    return x + 1\n"
+DRAFT = "def solve(x):\n    return x\n"
+QUOTED = 'def solve(x):\n    """\n    ```\n    hi\n    ```\n    """\n    return x + 1\n'
+TAGGED = "def solve(x):\n    return x.split('</think>')\n"
+ONE = {
+    "no block": (GOOD, GOOD),
+    "prose": (f"Sure.\n```python\n{GOOD}```\nDone.", GOOD),
+    "tildes": (f"~~~ python\n{GOOD}~~~\n", GOOD),
+    "braces": (f"```{{.python .numberLines}}\n{GOOD}```\n", GOOD),
+    "a shell first": (f"```sh\npip install x\n```\n```py\n{GOOD}```\n", GOOD),
+    "a shell behind": (f"```Python\n{GOOD}```\n```bash\npython solve.py\n```\n", GOOD),
+    "output without a language": (f"```python\n{GOOD}```\n```\n2\n```\n", GOOD),
+    "a draft": (f"```python\n{DRAFT}```\nBetter:\n```python\n{GOOD}```\n", GOOD),
+    "its use behind": (f"```python\n{GOOD}```\n```python\nprint(solve(1))\n```\n", GOOD),
+    "indented": ("1. So:\n   ```python\n   def solve(x):\n       return x + 1\n   ```\n", GOOD),
+    "longer fences": (f"````python\n{QUOTED}````\n", QUOTED),
+    "a fence in a docstring": (f"```python\n{QUOTED}```\n", QUOTED),
+    "reasoning": (f"<think>\n```python\n{DRAFT}```\n</think>\n```python\n{GOOD}```\n", GOOD),
+    "reasoning in one line": (f"<think>so</think>```python\n{DRAFT}```\n", DRAFT),
+    "reasoning that the prompt opened": (
+        f"Hm.\n```python\n{DRAFT}```\n</think>\n\n```python\n{GOOD}```\n",
+        GOOD,
+    ),
+    "reasoning without an end": (f"<think>\n```python\n{DRAFT}```\n", ""),
+    "reasoning and no block": (f"<think>so</think>{GOOD}", GOOD),
+    "a tag in the program": (TAGGED, TAGGED),
+    "a tag in a block": (f"```python\n{TAGGED}```\n", TAGGED),
+    "without an end": (f"```python\n{GOOD}", GOOD),
+    "line ends of Windows": ("```python\r\nsolve = abs\r\n```\r\n", "solve = abs\r\n"),
+    "no language": (f"```\n{GOOD}```\n```\n2\n```\n", GOOD),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_the_program_is_the_last_block_of_python_after_the_reasoning(name):
+    completion, program = ONE[name]
+    (found,) = find_programs(completion, "solve")
+    assert found.rstrip("\n") == program.rstrip("\n")
+
+
+def test_blocks_without_a_language_that_both_solve_are_both_found():
+    completion = f"```\n{DRAFT}```\nor\n```\n{GOOD}```\n"
+    assert find_programs(completion, "solve") == [DRAFT, GOOD]
