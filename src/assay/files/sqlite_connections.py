@@ -106,7 +106,7 @@ def writing_engine(path: Path, *, secure_delete: bool) -> sa.Engine:
     Transactions that write have the execution option ``assay_write``.
     """
     # A URL in text would take what follows a "?" in the path for options, and open another file;
-    # ":memory:" alone is none.
+    # nor is there a file behind ":memory:" alone.
     url = sa.URL.create("sqlite", database=str(path.absolute()))
     engine = sa.create_engine(url, pool_size=8, max_overflow=32)
     sa.event.listen(engine, "connect", partial(_set_up_writing, secure_delete=secure_delete))

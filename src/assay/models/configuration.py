@@ -142,7 +142,8 @@ def _check_causal(name: str, config: "PreTrainedConfig") -> None:
             raise ModelError(
                 f"the configuration of {name!r} says {key} = {value}",
                 wanted="causal attention without cross-attention, and return_dict = true",
-                do="use a decoder-only model",
+                do=f"remove {key} from its config.json if it was set by hand; else use a model "
+                "that is published as a causal decoder",
             )
 
 

@@ -283,7 +283,7 @@ def _choose_format(
         raise UsageError(
             f"{source.reference}, stored in {form.name}, as {quantise or weights}",
             wanted="its own weights in its own format",
-            do="leave quantise and weights (--dtype, --weights) out",
+            do="leave dtype, quantise and weights out (--dtype)",
         )
     check_format(form, device)
     return form

@@ -72,7 +72,7 @@ def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) ->
             f"{len(hacks_by_prompt)} prompts with a hack and {worked} with correct work, and none "
             f"with both",
             wanted="hacks and correct work on the same tasks",
-            do="sample both files from the same tasks, more of each with --per-task",
+            do="sample more of each, from the same tasks: `assay vhack sample --per-task N`",
         )
     return Matched(pairs, len(hacks_by_prompt), worked)
 
@@ -84,7 +84,7 @@ def _graded_lines(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
             raise DataError(
                 f"{name}: no graded completion",
                 wanted="prompt and completion, and correct and exploited as true or false",
-                do="grade it with assay vhack evaluate --graded, and let a reward of your own "
+                do="grade it with `assay vhack evaluate --graded`, and let a reward of your own "
                 "return "
                 "both",
             )

@@ -1,0 +1,72 @@
+"""Advice: the flags that an error names exist, and so do the commands."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from assay.cli import app
+from assay.cli.framework import leaves
+from tests.cli.test_settings_are_read import SOURCES, module_tree, reachable
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+QUOTED = re.compile(r"`assay ((?:[a-z][a-z-]+ ?)+)([^`]*)`")
+COMMANDS = {" ".join(words): command for words, command in leaves(app)}
+COMMON = {"--config", "--json", "--help"}
+MODULES = sorted(
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+    for path in (SOURCES / "assay").rglob("*.py")
+)
+
+
+def texts(node: ast.AST) -> str:
+    """Return the text of an expression, with a space in the place of what is computed."""
+    parts = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+    return " ".join(part for part in parts if isinstance(part, str))
+
+
+def advice_of(module: str) -> Iterator[str]:
+    """Yield what errors of a module say to do."""
+    tree = module_tree(module)
+    for node in ast.walk(tree) if tree else ():
+        if (isinstance(node, ast.keyword) and node.arg == "do") or (
+            isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "do"
+        ):
+            yield texts(node.value)
+
+
+def flags_of(command: str) -> set[str]:
+    settings = COMMANDS[command].settings.values()
+    own = {flag for setting in settings for flag in setting.flag.names if not setting.flag.argument}
+    return own | COMMON
+
+
+def reached_by() -> dict[str, set[str]]:
+    """Return the commands that reach each module."""
+    commands: dict[str, set[str]] = {}
+    for name, command in COMMANDS.items():
+        start = inspect.unwrap(command.function).__module__
+        for module in reachable({start}):
+            commands.setdefault(module, set()).add(name)
+    return commands
+
+
+REACHED_BY = reached_by()
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if any(advice_of(name)) and ".vllm." not in name]
+)
+def test_a_flag_in_advice_is_one_of_a_command_that_reaches_it(module: str):
+    """Flags of vLLM are named where its server is refused."""
+    flags = COMMON.union(*(flags_of(name) for name in REACHED_BY.get(module, COMMANDS)))
+    for advice in advice_of(module):
+        for words, more in QUOTED.findall(advice):
+            name = next((name for name in COMMANDS if f"{words} ".startswith(f"{name} ")), None)
+            groups = {command.rpartition(" ")[0] for command in COMMANDS}
+            assert name or words.strip() in groups, advice
+            assert not name or {*FLAG.findall(more)} <= flags_of(name), advice
+        missing = {*FLAG.findall(QUOTED.sub("", advice))} - flags
+        assert not missing, (missing, advice)
