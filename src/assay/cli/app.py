@@ -116,9 +116,8 @@ def run(arguments: list[str] | None = None) -> int:
     signal n (141: the reader of stdout left).
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, TextIOWrapper
-        ):  # what a terminal of another encoding has no sign for is escaped
+        # What a terminal of another encoding has no sign for is escaped.
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if instruction := os.environ.get("_ASSAY_COMPLETE"):
         return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
@@ -194,7 +193,8 @@ def _stoppable() -> Iterator[None]:
                 signal.signal(number, stop)
         yield
     except Exception as error:
-        if caught:  # a library may raise an error of its own where the signal met it
+        # A library may raise an error of its own where the signal met it.
+        if caught:
             raise caught[-1] from error
         raise
     finally:

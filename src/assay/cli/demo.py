@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from assay.vhack.detectors.comparison import Comparison
 
 
+# With the key of its honest node.
 BLOCKS = {
     "block_alpha": "node_A",
     "block_beta": "node_B",
     "block_gamma": "node_C",
-}  # with the key of its honest node
-SEQ_LEN = 8  # of 256 by default: a demonstration should be over before coffee
+}
+# Of 256 by default: a demonstration should be over before coffee.
+SEQ_LEN = 8
 NONCES = 56
 CHEATED = 32  # of an honest node, and of a cheat that runs a model
 COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")

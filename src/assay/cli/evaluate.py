@@ -129,10 +129,11 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
     from assay.files.storage import write_jsonl
     from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
+    # Which is for all commands.
     has_model = options.model not in (
         None,
         os.environ.get("ASSAY_MODEL"),
-    )  # which is for all commands
+    )
     for flag, is_given in (("--model", has_model), ("--delta", options.delta is not None)):
         if options.samples is not None and is_given:
             raise UsageError(

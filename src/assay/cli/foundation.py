@@ -99,9 +99,8 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
     from assay.files.storage import check_folder, check_new_file
 
-    (check_new_file if chosen.output.exists() else check_folder)(
-        chosen.output
-    )  # before torch is imported
+    # Before torch is imported.
+    (check_new_file if chosen.output.exists() else check_folder)(chosen.output)
     from assay import models
 
     models.save_random(

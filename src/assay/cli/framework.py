@@ -376,7 +376,7 @@ class Command(click.Command):
         return fault
 
     def _name_keys(self, error: AssayError, words: Sequence[str]) -> None:
-        """Name the key of the configuration file where an error has a flag that is none here."""
+        """Name the key of the configuration file where an error names a flag that is not one."""
         for name, setting in self.settings.items():
             if self.is_shown(name):
                 continue
@@ -563,9 +563,10 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
                 for text in (value if isinstance(value, list | tuple) else [value])
                 if isinstance(text, str)
             ]
+            # It may grow.
             if name not in (result, "merge") and any(
                 _same_file(values[result], text) for text in texts
-            ):  # it may grow
+            ):
                 raise UsageError(
                     f"{flag} {values[result]}, which is {settings[name].spelling} too",
                     wanted="a file of its own for every result",

@@ -85,9 +85,8 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         }
     if as_json:
         accounts = [standing.as_dict() for standing in selected]
-        for shown, entries in zip(
-            accounts, audits.values(), strict=False
-        ):  # of all accounts, or of none
+        # Of all accounts, or of none.
+        for shown, entries in zip(accounts, audits.values(), strict=False):
             shown["entries"] = [entry.model_dump() for entry in entries]
         values = {"path": str(chosen.ledger), "count": count, "head": head, "accounts": accounts}
         emit_json("assay.poc.ledger/1", values)

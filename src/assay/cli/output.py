@@ -26,10 +26,13 @@ from rich.text import Text
 from assay.errors import AssayError, visible
 from assay.loading_progress import listening
 
-WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
-LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter
+# Columns of a file or a pipe, which have no width of their own.
+WIDEST = 1000
+# Characters; names and reasons that assay writes are shorter.
+LONGEST_CELL = 500
 MOMENT = 1.0  # seconds of loading that need no word
-PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
+# Seconds between two lines of progress where there is no terminal.
+PAUSE = 5.0
 
 
 def emit_json(schema: str, values: dict[str, Any]) -> None:
@@ -87,7 +90,8 @@ def errors(error: AssayError) -> None:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich itself would exit with code 1, and that means fraud here
+        # Rich itself would exit with code 1, and that means fraud here.
+        raise BrokenPipeError
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
@@ -135,9 +139,8 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
     every few seconds.
     """
     if not _is_terminal(sys.stderr):
-        marks: list[
-            tuple[float, int]
-        ] = []  # the first update, which may come long after a model loads, and the last
+        # The first update, which may come long after a model loads, and the last.
+        marks: list[tuple[float, int]] = []
 
         def say(count: int, total: int) -> None:
             now = time.monotonic()
@@ -161,7 +164,8 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
         TimeRemainingColumn(),
     )
     with ExitStack() as stack:
-        if not _bars:  # a terminal has one at a time, of several lines
+        # A terminal has one at a time, of several lines.
+        if not _bars:
             stack.callback(_bars.clear)
             _bars.append(
                 stack.enter_context(

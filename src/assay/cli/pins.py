@@ -143,7 +143,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
         header = poc.Proof.load(chosen.proof).header
-        if network.nodes:  # a key and a share that the file lists are not only the prover's word
+        # A key and a share that the file lists are not only the prover's word.
+        if network.nodes:
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
             expected |= {name: value for name, value in stated.items() if expected[name] is None}
         agreed = network.for_round(model=header.digest, **expected)

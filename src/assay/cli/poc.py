@@ -418,9 +418,8 @@ class _Pace:
 
     def __init__(self, show: "Callable[[int, int], None] | None") -> None:
         self._show = show
-        self._marks = [
-            (time.perf_counter(), 0)
-        ]  # the call, where the proof begins, the first batch, the newest one
+        # The call, where the proof begins, the first batch, the newest one.
+        self._marks = [(time.perf_counter(), 0)]
 
     def update(self, count: int, total: int) -> None:
         """Note where the proof begins, and then every batch: the first and the newest are kept."""

@@ -405,7 +405,8 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     from assay.vhack.training.pool import RolloutPool
     from assay.vhack.training.tasks import import_function
 
-    check_folder(options.output)  # and all else that needs no torch
+    # And all else that needs no torch.
+    check_folder(options.output)
     check_trackers(options.tracker)
     if chosen.basis:
         check_basis(chosen.basis)
@@ -427,7 +428,8 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
         allow_unsandboxed=options.allow_unsandboxed,
     )
     code = 0 if result.alarm is None else 1
-    if not result.is_first:  # one of several processes prints
+    # One of several processes prints.
+    if not result.is_first:
         return code
     if as_json:
         values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}

@@ -65,7 +65,8 @@ def dumps(value: object) -> str:
             separators=(",", ":"),
             default=_python_number,
         )
-        text.encode()  # a lone surrogate has no UTF-8 form
+        # A lone surrogate has no UTF-8 form.
+        text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"a value that is not JSON: {error}",

@@ -173,7 +173,8 @@ class Database:
 
     def _check_identity(self) -> None:
         """Refuse to write where the file was moved or deleted: the next start would miss it all."""
-        descriptor = self._descriptor  # another thread may close it meanwhile
+        # Another thread may close it meanwhile.
+        descriptor = self._descriptor
         try:
             if descriptor is None or os.path.samestat(os.fstat(descriptor), self.path.stat()):
                 return
@@ -236,7 +237,8 @@ class Database:
 
 def file_system(path: Path) -> int:
     """Return the number by which Linux knows the file system of a directory; 0 elsewhere."""
-    statfs = ctypes.create_string_buffer(256)  # longer than the struct of statfs(2)
+    # Longer than the struct of statfs(2)
+    statfs = ctypes.create_string_buffer(256)
     if sys.platform != "linux" or ctypes.CDLL(None).statfs(os.fsencode(path), statfs):
         return 0
     return int.from_bytes(statfs.raw[:4], sys.byteorder)

@@ -64,7 +64,8 @@ def _sync_directory(path: Path) -> None:
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
-    while view:  # an unbuffered file may take a part of the data only
+    # An unbuffered file may take a part of the data only.
+    while view:
         view = view[file.write(view) :]
 
 

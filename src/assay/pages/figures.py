@@ -81,7 +81,8 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()
-    svg = svg[svg.index("<svg") :]  # without the XML declaration, which a page has not
+    # Without the XML declaration, which a page has not.
+    svg = svg[svg.index("<svg") :]
     label = escape(description, quote=True).replace("\\", r"\\")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(

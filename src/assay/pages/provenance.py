@@ -84,7 +84,8 @@ def _cpu_model() -> str:
 
 
 def _gpu_name() -> str | None:
-    torch = sys.modules.get("torch")  # importing it here would cost seconds
+    # Importing it here would cost seconds.
+    torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_name())

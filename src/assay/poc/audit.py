@@ -95,9 +95,8 @@ class Auditor(Launch):
         header = proof.header
         pins, measured = self._expected(header, given or Pins(), positions)
         _check_round(pins, header)
-        check_proof(
-            proof, expect=pins, sample=self.sample, calibration=measured
-        )  # before a model is loaded
+        # Before a model is loaded.
+        check_proof(proof, expect=pins, sample=self.sample, calibration=measured)
         try:
             self._check_commitments(proof)
         except CommitmentBroken as error:
@@ -164,9 +163,8 @@ class Auditor(Launch):
             AssayError: As of :meth:`audit_proof`.
         """
         read = Receipts.load(path)
-        seed = (
-            secrets.randbits(53) if self.seed is None else self.seed
-        )  # exact in every JSON reader
+        # Exact in every JSON reader.
+        seed = secrets.randbits(53) if self.seed is None else self.seed
         sample = sample_receipts(read, self.sample, seed)
         ReceiptPins.of_network(
             self._network, given or Pins(), read.header, evidence=evidence

@@ -20,7 +20,8 @@ from assay.poc.protocol.round import VERSION
 from assay.poc.prover import Progress
 
 _BATCH = 8
-_SMALLEST = 1e-6  # of the median scale: what a coordinate that never moves is divided by
+# Of the median scale: what a coordinate that never moves is divided by.
+_SMALLEST = 1e-6
 
 
 def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:

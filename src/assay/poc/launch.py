@@ -231,7 +231,8 @@ def open_judge(
     if chosen.engine == "hf":
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
-    stored = dtype in NUMBER_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
+    # Which vLLM reads of the checkpoint, and cannot be told.
+    stored = dtype in NUMBER_FORMATS
     chosen.check_engine(header.pipeline)
     from assay.poc.verifier import judging_batch
 

@@ -277,12 +277,12 @@ def write_pins(
     from assay.models.load import identify
     from assay.poc.engines.hf.shapes import check_shape
 
-    if round_values["seq_len"] is not None:  # the default is one to be changed in the file
+    # The default is one to be changed in the file.
+    if round_values["seq_len"] is not None:
         steps = get_pipeline(round["preset"]).steps
         check_shape(model_info(model), batch_size=1, seq_len=round_values["seq_len"], steps=steps)
-    identity = identify(model, dtype="float32").with_frame(
-        frame
-    )  # in which dtype it would run does not matter
+    # In which dtype it would run does not matter.
+    identity = identify(model, dtype="float32").with_frame(frame)
     digest = identity.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
@@ -308,7 +308,8 @@ def write_pins(
         f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED
     ]
     if not unfilled:
-        NetworkPins.load(output)  # a file that this version writes is one that it reads
+        # A file that this version writes is one that it reads.
+        NetworkPins.load(output)
     stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
     counts = {
         "builds": len(builds) if headers or engine else 0,
@@ -338,7 +339,8 @@ def _round(chosen: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, An
     values["preset"] = get_pipeline(values["preset"]).name
     if get_pipeline(values["preset"]).output != "distance":
         del values["r_target"]  # only a distance has a target
-    Pins(**values)  # an error says which value is out of range
+    # An error says which value is out of range.
+    Pins(**values)
     return values
 
 
@@ -351,7 +353,8 @@ def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[d
             do="leave --dtype out",
         )
     for header in headers:
-        Build.of(header.fingerprint)  # an error says what is no build
+        # An error says what is no build.
+        Build.of(header.fingerprint)
     agreed = [dtype] if dtype else [*get_pipeline(preset).number_formats, UNFILLED]
     empty = dict.fromkeys(BUILD_FIELDS, UNFILLED) | {"dtype": agreed[0]}
     return [describe_build(header.fingerprint) for header in headers] or [empty]

@@ -54,11 +54,13 @@ FORMATS = ("bfloat16", "float16", "float32")
 POSITIONS_OF_FULL = 256
 BLOCKS = 16
 NONCES = 64
-QUICK_FORMATS = ("float32",)  # in which equal engines agree far better than a cheat does
+# In which equal engines agree far better than a cheat does.
+QUICK_FORMATS = ("float32",)
 QUICK_POSITIONS = 16
 QUICK_BLOCKS = 4
 TIMED = 512  # positions of the pass by which the whole is estimated
-LONG = 600.0  # seconds from which on the estimate names the quick measurement
+# Seconds from which on the estimate names the quick measurement.
+LONG = 600.0
 LIMITS = (
     "a quick law: it decides on {formats} engines of this processor and these libraries at "
     "{positions} positions, and tells their proofs from those of int4 weights; proofs of another "
@@ -392,7 +394,8 @@ def _fit(
             and sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair)
         }
         of_pair = {(place[i], place[j]): errors_N for (i, j), errors_N in chosen.items()}
-        if not of_pair:  # one engine in a format says nothing of that format beside itself
+        # One engine in a format says nothing of that format beside itself.
+        if not of_pair:
             continue
         facts: dict[str, Any] = {
             "digest": digest,
@@ -461,7 +464,8 @@ def _engines(
                         seq_len=extent.seq_len,
                         compiled=compiled,
                     )
-                    assert engine.fingerprint  # now, while its threads and attention are set
+                    # Now, while its threads and attention are set.
+                    assert engine.fingerprint
                     yield model, engine
             finally:
                 model.module.set_attn_implementation(usual)

@@ -42,7 +42,8 @@ def check_seeds(seeds: Seeds) -> UInts:
         array = np.asarray(seeds)
     except (ValueError, TypeError, OverflowError):
         array = np.asarray(None)  # refused below
-    if array.size == 0 and array.ndim == 1:  # numpy makes float64 of an empty list
+    # Numpy makes float64 of an empty list.
+    if array.size == 0 and array.ndim == 1:
         array = array.astype(np.uint32)
     if array.ndim == 1:
         array = array[:, None]
@@ -99,7 +100,8 @@ def check_tensor(
     dtype = dtype_name(tensor.dtype)
     kind, _, number = device.partition(":")
     on_device = kind == tensor.device.type
-    if on_device and kind == "cuda":  # without a number it is the current device
+    # Without a number it is the current device.
+    if on_device and kind == "cuda":
         on_device = tensor.device.index == (int(number) if number else torch.cuda.current_device())
     if dtype not in dtypes or tensor.ndim != axes or not on_device:
         unit = "axis" if axes == 1 else "axes"

@@ -98,7 +98,8 @@ class TorchBackend(Backend):
             u2 = _uniform(_hash(seeds, pairs + pair, pairs + pair_stop))
             cosines, sines = _box_muller(u1, u2)
             out_BN[row:row_stop, pair:pair_stop] = cosines
-            sines_stop = min(pairs + pair_stop, n)  # an odd n: the last cosine has no sine
+            # An odd n: the last cosine has no sine.
+            sines_stop = min(pairs + pair_stop, n)
             out_BN[row:row_stop, pairs + pair : sines_stop] = sines[:, : sines_stop - pairs - pair]
 
 
@@ -202,11 +203,13 @@ def _gumbel(h: torch.Tensor) -> torch.Tensor:
     The definition takes one of two logarithms. Here k and f are selected first, and the logarithm
     is taken once.
     """
-    smaller = h ^ (h >> 31)  # the smaller of h and ~h, as unsigned numbers
+    # The smaller of h and ~h, as unsigned numbers.
+    smaller = h ^ (h >> 31)
     x = smaller.to(torch.int64).mul_(2).add_(1).to(torch.float32).mul_(2.0**-33)
     k, f = _split(x)
     halved = x > float(definition.LOG1P_SPLIT)
-    is_upper = h >= 0  # below the middle, as an unsigned number
+    # Below the middle, as an unsigned number.
+    is_upper = h >= 0
     k = torch.where(is_upper, halved.to(torch.float32), k)
     f = torch.where(is_upper, torch.where(halved, 1 - 2 * x, -x), f)
     return _negative_log(_negative_log_of_parts(k, f))

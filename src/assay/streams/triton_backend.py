@@ -41,7 +41,8 @@ _WARPS = 16
 _ROWS_OF_PROGRAM = 8
 _FEWEST_PROGRAMS = 128
 
-_LARGEST_REFLECTED = 16_384  # coordinates of a row that one program can hold in its registers
+# Coordinates of a row that one program can hold in its registers.
+_LARGEST_REFLECTED = 16_384
 _HASH_BLOCK = 1024
 _SEED_BLOCK = 128
 
@@ -78,7 +79,8 @@ class TritonBackend(TorchBackend):
             return None
         x_BD = x_BD.contiguous()
         out_BD = torch.empty_like(x_BD)
-        block = max(32, 1 << (-(-d // 2) - 1).bit_length())  # the power of two that holds all pairs
+        # The power of two that holds all pairs.
+        block = max(32, 1 << (-(-d // 2) - 1).bit_length())
         seeds = on_device(seeds_BR, self.device)
         arguments = (seeds, x_BD, out_BD, d, seeds_BR.shape[1])
         warps = min(16, max(1, block // 128))

@@ -47,7 +47,8 @@ def check_trackers(names: Collection[str], there: Collection[str] | None = None)
     """Refuse a tracker that is not among those; without them, one that no installed package has the
     name of.
     """
-    if there is None:  # three trackers of transformers are not named as their packages
+    # Three trackers of transformers are not named as their packages.
+    if there is None:
         there = [
             n
             for n in names

@@ -71,9 +71,8 @@ class Feed:
         too many.
         """
         events = self._events(client)
-        await anext(
-            events
-        )  # counts the stream before another reader is looked at: nothing is waited for here
+        # Counts the stream before another reader is looked at: nothing is waited for here.
+        await anext(events)
         return events
 
     async def respond(self, request: Request) -> Response:

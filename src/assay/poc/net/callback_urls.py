@@ -106,9 +106,8 @@ def new_client(timeout: float, connections: int) -> httpx.AsyncClient:
     client = httpx.AsyncClient(
         follow_redirects=False, trust_env=False, timeout=timeout, limits=limits
     )
-    client.cookies.jar.set_policy(
-        DefaultCookiePolicy(allowed_domains=())
-    )  # of one receiver, others would get them
+    # Of one receiver, others would get them.
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
     return client
 
 

@@ -56,9 +56,8 @@ class Deployment:
     aliases: tuple[str, ...] = ()  # its further names, as those under which vLLM serves it
     decodes: bool = False  # whether its engines take the presets that decode
     framed: bool = False  # whether they have the frame of the checkpoint, which tokens-1 needs
-    controls: tuple[
-        "Deployment", ...
-    ] = ()  # same model in other number formats, with which a validator computes again
+    # Same model in other number formats, with which a validator computes again.
+    controls: tuple["Deployment", ...] = ()
 
     def __post_init__(self) -> None:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every

@@ -165,9 +165,8 @@ def _is_local(headers: dict[bytes, bytes]) -> bool:
         b"http://" + host,
         b"https://" + host,
     )
-    site = headers.get(
-        b"sec-fetch-site", b"none"
-    )  # only browsers send it, and no page can change it
+    # Only browsers send it, and no page can change it.
+    site = headers.get(b"sec-fetch-site", b"none")
     try:
         named = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
     except ValueError:
@@ -251,7 +250,8 @@ def route_class(
             scope = (self.openapi_extra or {}).get("x-scope")
             path = self.path_format
             has_body = self.body_field is not None
-            if metrics is not None:  # Prometheus sees no increase in a series that appears
+            # Prometheus sees no increase in a series that appears.
+            if metrics is not None:
                 metrics.requests.labels(path, "200")
                 metrics.request_seconds.labels(path)
 
@@ -306,7 +306,8 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
             Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs")
         )
     except ClientDisconnect:
-        return Response(status_code=400)  # for the metrics: no client is there to read it
+        # For the metrics: no client is there to read it.
+        return Response(status_code=400)
     except AssayError as error:
         return answer(refusal_of(error))
 
@@ -400,9 +401,8 @@ def answer(refusal: Refusal) -> Response:
         | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
     )
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    body = text.encode(
-        "utf-8", "replace"
-    )  # a request may hold unpaired surrogates, and no response can
+    # A request may hold unpaired surrogates, and no response can.
+    body = text.encode("utf-8", "replace")
     return Response(
         body, status_code=refusal.status, headers=headers, media_type="application/json"
     )

@@ -36,11 +36,14 @@ Kept = TypeVar("Kept")
 
 THREADS = 8  # calls that wait for the database at the same time
 AT_ONCE = 1024  # items of one transaction
-MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may be larger
-TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
+# That wait at the same time; an item that waits alone may be larger.
+MOST_BYTES = 2**26
+# Seconds after which :class:`GroupCommit` rests where nothing arrives.
+TICK = 1.0
 
 
-_STARTED = time.time() - time.monotonic()  # the time of the clock when the machine started
+# The time of the clock when the machine started.
+_STARTED = time.time() - time.monotonic()
 
 
 def settled_time() -> float:
@@ -100,9 +103,8 @@ class EngineThread(LoopThread):
 
     @override
     def close(self, timeout: float | None = None) -> bool:
-        return super().close(
-            0.0 if self._loading else timeout
-        )  # nothing is lost with a model that still loads
+        # Nothing is lost with a model that still loads.
+        return super().close(0.0 if self._loading else timeout)
 
     def _run(self) -> None:
         deployment = self._load()
@@ -318,7 +320,8 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         for (*_, future), result in zip(entries, answers, strict=True):
             waiting[future.get_loop()].append((future, result))
         for loop, pairs in waiting.items():
-            with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
+            # The loop has ended, and with it everyone who waited.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, pairs)
         return fault is None
 

@@ -36,8 +36,10 @@ log = structlog.get_logger("assay.server")
 MAX_FILES = 16_384
 MAX_HEADERS = 256  # lines of a head, and of the trailers of a body
 MAX_CHUNKS = 1024.0
-BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
-LEAST_CHUNK = 128  # of a body: smaller ones than this on average, and their bytes
+# Connections that wait to be accepted, as uvicorn has it.
+BACKLOG = 2048
+# Of a body: smaller ones than this on average, and their bytes.
+LEAST_CHUNK = 128
 
 _CONTRADICTION = Refusal(
     400,
@@ -68,7 +70,8 @@ class ClientLimit:
         )
         if is_ambiguous:
             app = answer(_CONTRADICTION)
-            app.headers["connection"] = "close"  # what follows may be a part of the body
+            # What follows may be a part of the body.
+            app.headers["connection"] = "close"
         with ExitStack() as open_request:
             try:
                 open_request.enter_context(
@@ -223,9 +226,8 @@ def run_app(
             other processes.
         ModelError: The model could not be loaded.
     """
-    if (
-        "PROMETHEUS_MULTIPROC_DIR" in os.environ
-    ):  # whose files outlive a restart, and mix two servers' counters
+    # Whose files outlive a restart, and mix two servers' counters.
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         raise UsageError(
             "PROMETHEUS_MULTIPROC_DIR in the environment",
             wanted="metrics of this process alone",
@@ -256,9 +258,8 @@ def run_app(
     log.info("stopped")
     if runtime is not None and runtime.loaded.done():
         runtime.loaded.result()
-    if (
-        runtime is not None and not runtime.ended
-    ):  # what it computes is not on disk, and will be computed again
+    # What it computes is not on disk, and will be computed again.
+    if runtime is not None and not runtime.ended:
         sys.stderr.flush()
         os._exit(0)
 

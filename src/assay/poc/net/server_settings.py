@@ -141,7 +141,8 @@ class ListenerSettings(assay.settings.Settings):
                 wanted="a text file",
                 do="correct --api-key-file or ASSAY_API_KEY_FILE",
             ) from None
-        if not keys_of_file:  # its owner believes that the service has one
+        # Its owner believes that the service has one.
+        if not keys_of_file:
             raise UsageError(
                 f"the key file {path} without a key",
                 wanted="a key on each line",

@@ -48,7 +48,8 @@ class Shares:
             return
         self._held[client] -= amount
         if not self._held[client]:
-            del self._held[client]  # or the addresses of all who ever came would stay in memory
+            # Or the addresses of all who ever came would stay in memory.
+            del self._held[client]
 
     @contextmanager
     def held(

@@ -17,7 +17,8 @@ _SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
 LONGEST_ID = 128
 
 
-TOLERANCE = 300.0  # seconds for which a signature holds, as Standard Webhooks has it
+# Seconds for which a signature holds, as Standard Webhooks has it.
+TOLERANCE = 300.0
 
 
 class Signatures:

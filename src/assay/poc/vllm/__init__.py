@@ -62,7 +62,8 @@ def before_start() -> None:
     chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
     try:
         if chosen:
-            import_module("assay.poc.net.routes")  # its packages do not come with vLLM
+            # Its packages do not come with vLLM.
+            import_module("assay.poc.net.routes")
             from assay.poc.vllm.preflight import check_server
 
             check_server()

@@ -62,12 +62,10 @@ class Client:
     def __init__(self, llm: Any, throttle: Throttle, engines: int = 1, version: str = "") -> None:
         self.throttle = throttle
         self.version = version
-        self.ended: Future[None] = (
-            Future()
-        )  # done once the engine ends: what waits for a nonce must not wait longer
-        self.closers: set[Callable[[], Awaitable[None]]] = (
-            set()
-        )  # the `close` of every open stream of nonces
+        # Done once the engine ends: what waits for a nonce must not wait longer.
+        self.ended: Future[None] = Future()
+        # The `close` of every open stream of nonces.
+        self.closers: set[Callable[[], Awaitable[None]]] = set()
         self._llm = llm
         self._engines = engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
@@ -269,7 +267,8 @@ class NonceStream:
         self._sizer = CallSizer(0)
         self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._call: asyncio.Task[Any] | None = None  # the last one
-        self._covered = 0  # places of nonces that have begun
+        # Places of nonces that have begun.
+        self._covered = 0
 
     def values(self, rows: Rows) -> Values:
         """Return what the pipeline publishes of the next batch, from what the workers gave."""
@@ -306,7 +305,8 @@ class NonceStream:
         key = self._key
         self._key = ""
         if key:
-            with suppress(Exception):  # the engine may have ended, and its workers with it
+            # The engine may have ended, and its workers with it.
+            with suppress(Exception):
                 await self._client.call("assay_close", key)
 
     def _start(self, work: Any) -> "asyncio.Task[Any]":
@@ -318,10 +318,12 @@ class NonceStream:
     def _finished(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # read, because asyncio logs every error that is never read
+            # Read, because asyncio logs every error that is never read.
+            task.exception()
 
     async def _produce(self) -> None:
-        if not self._spec.pipeline.steps:  # nonces that decode are requests
+        # Nonces that decode are requests.
+        if not self._spec.pipeline.steps:
             self._sizer = await self._client.direct.open(self._key, self._spec.round.seq_len)
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
@@ -338,7 +340,8 @@ class NonceStream:
         if place < self._covered and self._call is not None:
             return self._call
         count = await self._client.direct.admit(self._sizer)
-        if not count:  # beside chat, or where there are no calls
+        # Beside chat, or where there are no calls.
+        if not count:
             self._covered = place + 1
             return await self._launch(self._nonces[place])
         nonces = list(self._nonces[place : place + count])
@@ -481,7 +484,8 @@ class TokenStream(NonceStream):
         return {"tokens": tokens_BN, "sketches": sketches_BSK}
 
     def _split(self, values: Rows) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-        if np.isnan(values).any():  # an infinite margin is that of an id without a token
+        # An infinite margin is that of an id without a token.
+        if np.isnan(values).any():
             raise not_finite("vLLM returned NaN or infinity")
         count = len(sketch_steps(self._steps))
         sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)

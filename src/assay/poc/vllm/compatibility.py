@@ -30,11 +30,13 @@ from assay.poc.vllm.tested_settings import (
     Tested,
 )
 
-EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
+# What `--worker-extension-cls` names for nonces.
+EXTENSION = "assay.poc.vllm.WorkerExtension"
 OLD_EXTENSION = (
     "assay.poc.engines.vllm.WorkerExtension"  # its name before 0.3, which works until 0.4
 )
-RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"  # what it names for nonces and responses
+# What it names for nonces and responses.
+RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"
 
 PROCESSORS = {"v1": "assay.poc.vllm:ProcessorV1", "v2": "assay.poc.vllm:ProcessorV2"}
 """What ``--logits-processors`` names for seeded responses, by model runner."""

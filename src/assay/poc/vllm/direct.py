@@ -42,7 +42,8 @@ waits for both.
 # seconds in which the next call follows if there is one; its reply has the values of the one before
 FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
-FAILURES = 3  # calls that fail one after the other until all nonces are requests
+# Calls that fail one after the other until all nonces are requests.
+FAILURES = 3
 BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
 """Kernels of attention whose cache has the block as its first axis and needs no workspace of the
 runner.
@@ -52,7 +53,8 @@ CACHE_SPECS = {"FullAttentionSpec"}
 step to step.
 """
 MAX_TABLES = 8  # shapes of passes whose metadata is kept
-MAX_GRAPH = 2**30  # bytes of activations that a recorded pass may keep from vLLM
+# Bytes of activations that a recorded pass may keep from vLLM.
+MAX_GRAPH = 2**30
 SPARE_BLOCKS = (
     8  # columns of a block table behind the last block: tiles of a kernel may look past it
 )
@@ -122,7 +124,8 @@ class DirectPath:
         if self._throttle.settings.path == "requests":
             self.reason = "ASSAY_VLLM_PATH=requests"
             return CallSizer(0)
-        self._failures = 0  # a stream tries again, whatever ended the calls of the one before
+        # A stream tries again, whatever ended the calls of the one before.
+        self._failures = 0
         replies = await self._call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
         sizer = self._sizers.setdefault(seq_len, CallSizer(0))
@@ -302,9 +305,8 @@ class PassGraph:
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._states_ND = run(self._inputs)
         except Exception:
-            with suppress(
-                RuntimeError
-            ):  # torch's allocator goes on recording after a capture that CUDA has ended
+            # torch's allocator goes on recording after a capture that CUDA has ended.
+            with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(before.device_index, pool)
                 torch._C._cuda_releasePool(before.device_index, pool)
             with (
@@ -315,7 +317,8 @@ class PassGraph:
                 torch.zeros(1, device=f"cuda:{before.device_index}").add_(1)
             raise
         finally:
-            torch.cuda.set_stream(before)  # torch leaves that of a capture that fails in its place
+            # Torch leaves that of a capture that fails in its place.
+            torch.cuda.set_stream(before)
 
     def __call__(self, inputs: dict[str, Tensor | None]) -> Tensor:
         """Queue the pass; the next one overwrites its states."""
@@ -434,7 +437,8 @@ class DirectPasses:
         blocks = 1 + batch * -(-spec.round.seq_len // int(layer_cache.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
-            self._cache = None  # freed before the larger one is made
+            # Freed before the larger one is made.
+            self._cache = None
             shape = (blocks, *layer_cache.shape[1:])
             order = _axis_order(layer_cache)
             self._cache = torch.empty_permuted(
@@ -489,7 +493,8 @@ class DirectPasses:
         states_ND = self._forward(spec, nonces)
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
-            return states_BTD[:, -1].clone()  # a view would keep the states of every pass
+            # A view would keep the states of every pass.
+            return states_BTD[:, -1].clone()
         reading = self._transform(spec).reading(spec.round.inputs(nonces), seq_len)
         assert reading is not None
         at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
@@ -518,7 +523,8 @@ class DirectPasses:
             return run(inputs)
         kind = (seq_len, *(name for name, values in inputs.items() if values is not None))
         if self._recorded is None or self._recorded[0] != kind:
-            self._recorded = None  # its memory is given back before
+            # Its memory is given back before.
+            self._recorded = None
             states_ND = run(inputs)
             self._recorded = kind, self._record(run, inputs, len(nonces) * seq_len)
             return states_ND
@@ -640,9 +646,8 @@ class DirectPasses:
         lengths = torch.full((batch,), seq_len, dtype=torch.int32)
         positions_N = torch.arange(seq_len).repeat(batch)
         table_BP = torch.zeros(batch, blocks + SPARE_BLOCKS, dtype=torch.int32)
-        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(
-            batch, blocks
-        )  # block 0 is vLLM's null block
+        # Block 0 is vLLM's null block.
+        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(batch, blocks)
         block_N = table_BP[:, :blocks].repeat_interleave(block_size, 1)[:, :seq_len].reshape(-1)
         slots_N = (block_N.long() * block_size + positions_N % block_size).to(device)
         positions_N = positions_N.to(device)

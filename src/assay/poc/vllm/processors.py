@@ -37,7 +37,8 @@ from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
 
-AHEAD = 16  # steps whose seeds are made at once: as many as a batch may well stay the same for
+# Steps whose seeds are made at once: as many as a batch may well stay the same for.
+AHEAD = 16
 MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of
 a GPU free.
@@ -160,9 +161,8 @@ class BatchV2:
     begun: NDArray[np.int64] | None = (
         None  # lengths [N] of the requests at which the first of `seeds` is due
     )
-    seeds: tuple[
-        Tensor, ...
-    ] = ()  # of that step and of those that follow, int32 [N] with the bits of uint32
+    # Of that step and of those that follow, int32 [N] with the bits of uint32.
+    seeds: tuple[Tensor, ...] = ()
     words: Tensor | None = None  # with drafts, of the stream of each row, [R, 8]
     firsts: Tensor | None = None  # with drafts, the positions [R] that give the first tokens
 
@@ -265,7 +265,8 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         """
         assert batch.words is not None
         assert batch.firsts is not None
-        if rows != len(batch.slots):  # which request a row belongs to is known there, too
+        # Which request a row belongs to is known there, too.
+        if rows != len(batch.slots):
             order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
             order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
             index_R = order_M[ctx.expanded_idx_mapping.long()]
@@ -285,7 +286,8 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         longest = int(ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)].max())
         all_ids = states.all_token_ids.gpu[slots_R, :longest].long()
         ids = all_ids.clamp(0, vocab_size - 1)
-        is_token = all_ids == ids  # a prompt may have ids that no logit stands for
+        # A prompt may have ids that no logit stands for.
+        is_token = all_ids == ids
         places = torch.arange(ids.shape[1], device=self._device)
         in_prompt = places < states.prompt_len.gpu[slots_R].unsqueeze(1)
         committed = places < states.total_len.gpu[slots_R].unsqueeze(1)

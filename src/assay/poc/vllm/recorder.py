@@ -192,9 +192,8 @@ class Collector:
             choice = self._open.get(output.request_id)
             if choice is not None:
                 choice.tokens += len(output.new_token_ids)
-                if (
-                    choice.tokens > SKETCH_EVERY * choice.asked
-                ):  # more are due, without a range for every token
+                # More are due, without a range for every token.
+                if choice.tokens > SKETCH_EVERY * choice.asked:
                     self._ask(choice)
         return self._process(outputs, *args, **kwargs)
 
@@ -210,9 +209,8 @@ class Collector:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._waits.wait(), PUT_OFF)
             due = -1
-            while (
-                len(self._due) > due
-            ):  # responses that end in one step: the server wakes them a part at a time
+            # Responses that end in one step: the server wakes them a part at a time.
+            while len(self._due) > due:
                 due = len(self._due)
                 await asyncio.sleep(0)
             self._waits.clear()
@@ -226,9 +224,8 @@ class Collector:
                 for name, data in (item for reply in replies for item in reply.items()):
                     self._called[name].found += data
                 for name, choice in self._called.items():
-                    if (
-                        ranges[name][1] == choice.due
-                    ):  # one that ended since waits for the next call
+                    # One that ended since waits for the next call.
+                    if ranges[name][1] == choice.due:
                         choice.wake()
             except Exception as error:
                 reason = reason_of(error)[:300]
@@ -327,9 +324,8 @@ class Recorder:
         self, outputs: Any, accepted: AcceptedRequest, call: ChatCall, lora: Any
     ) -> AsyncGenerator[Any]:
         if lora is not None and ((key := _key(lora)) not in self._adapters or lora.load_inplace):
-            with suppress(
-                AssayError
-            ):  # an adapter whose files are not here stays unknown, and without receipts
+            # An adapter whose files are not here stays unknown, and without receipts.
+            with suppress(AssayError):
                 self._adapters[key] = Adapter(
                     key[0], await asyncio.to_thread(digest_adapter, key[1])
                 )

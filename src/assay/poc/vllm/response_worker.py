@@ -38,9 +38,8 @@ from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import call_before, is_first_of_group, spans
 from assay.poc.vllm.worker import WorkerExtension
 
-MOST_NORMALS = (
-    2**22
-)  # numbers of projections that are made at once: vLLM leaves little of a GPU's memory free
+# Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free.
+MOST_NORMALS = 2**22
 MOST_RESPONSES = 8192
 """Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server
 side left behind.
@@ -152,8 +151,10 @@ class Capture:
         self._runner = runner
         self._raw = raw
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
-        self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
-        self._idle = 0  # steps that need no look, if the requests stay the same
+        # Requests of the step before, and their tokens in it.
+        self._scheduled: dict[str, int] = {}
+        # Steps that need no look, if the requests stay the same.
+        self._idle = 0
         # The states of each step, and on a GPU the event after which they are there.
         self._waiting: deque[tuple[list[SketchedState], list[Tensor], Any]] = deque()
         speculative = getattr(config, "speculative_config", None)

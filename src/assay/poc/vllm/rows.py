@@ -31,13 +31,12 @@ from assay.streams.arrays import dtype_name
 MAX_STREAMS = 16
 # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
 MAX_ROWS = 4096
-LONGEST_REASON = 300  # characters of the reason for which a nonce or a call did not run
-MAX_VALUES = (
-    2**24
-)  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
-MAX_SUMMED = (
-    2**23
-)  # number of state values that are summed at once; they are held three times in float32
+# Characters of the reason for which a nonce or a call did not run.
+LONGEST_REASON = 300
+# Number of input values that are made at once: vLLM leaves little of a GPU's memory free.
+MAX_VALUES = 2**24
+# Number of state values that are summed at once; they are held three times in float32.
+MAX_SUMMED = 2**23
 
 
 def new_key() -> str:
@@ -117,15 +116,12 @@ class RowStream:
     # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are
     # kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    parts: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # sums or states of prompts that come in several steps
-    decodes: dict[int, Decode] = field(
-        default_factory=dict
-    )  # of nonces that decode, until they are collected
-    failed: "OrderedDict[int, str]" = field(
-        default_factory=OrderedDict
-    )  # reasons of nonces that could not run
+    # Sums or states of prompts that come in several steps.
+    parts: dict[int, Tensor] = field(default_factory=dict)
+    # Of nonces that decode, until they are collected.
+    decodes: dict[int, Decode] = field(default_factory=dict)
+    # Reasons of nonces that could not run.
+    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
     dropped: int = 0  # number of rows that were never collected
 
     def fill(self, nonce: int) -> None:

@@ -27,7 +27,8 @@ Amount = Annotated[float, Field(ge=0, lt=MOST)]
 
 # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 TICK = 0.02
-WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
+# Seconds over which the speed of an engine without chat is measured.
+WINDOW = 0.25
 
 
 class ThrottleSettings(Settings):
@@ -96,7 +97,8 @@ class Throttle:
         self._burst = 0
         self._burst_began = 0.0
         self._rest_until = 0.0
-        self._seconds = 0.0  # per pass, on an engine without chat
+        # Per pass, on an engine without chat.
+        self._seconds = 0.0
         self._window_began = 0.0
         self._window_count = 0
 
@@ -132,7 +134,8 @@ class Throttle:
         """Wait until one more nonce may run, and count it."""
         self.look()
         while not self._may_start():
-            if self.in_flight:  # one of them will leave, and nothing else can make room
+            # One of them will leave, and nothing else can make room.
+            if self.in_flight:
                 self._left.clear()
                 await self._left.wait()
             else:
@@ -178,9 +181,8 @@ class Throttle:
             return False
         if not self._paces:
             return True
-        if (
-            self.in_flight
-        ):  # a burst enters whole and leaves whole: between two of them the engine belongs to chat
+        # A burst enters whole and leaves whole: between two of them the engine belongs to chat.
+        if self.in_flight:
             return self._burst < self.settings.chat_in_flight
         return time.monotonic() >= self._rest_until
 

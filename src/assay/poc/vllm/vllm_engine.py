@@ -47,12 +47,12 @@ from assay.poc.vllm.response_worker import state_argument
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
 
-CPU_KV_BYTES = (
-    2**30
-)  # vLLM would take most of the machine's memory; nonces and replays need a little
+# VLLM would take most of the machine's memory; nonces and replays need a little.
+CPU_KV_BYTES = 2**30
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
 T = TypeVar("T")
-LIKELIEST = 1024  # number of the largest logits that are asked for at every position
+# Number of the largest logits that are asked for at every position.
+LIKELIEST = 1024
 FIXED = (
     "model",
     "logprobs_mode",
@@ -210,7 +210,8 @@ class RequestEngine(Engine):
             while (values := self._wait(stream.next())) is not None:
                 yield values
         finally:
-            if not self._client.ended.done():  # Client.end closes every stream
+            # Client.end closes every stream.
+            if not self._client.ended.done():
                 self._wait(stream.close())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -232,7 +233,8 @@ class RequestEngine(Engine):
 def _split_round(inputs: Sequence[Input]) -> tuple[Round, Sequence[int]]:
     """Return the round of inputs and their nonces; a stream of the workers is of one round."""
     round = inputs[0].round
-    if isinstance(inputs, RoundInputs):  # which may be longer than a list could be
+    # Which may be longer than a list could be.
+    if isinstance(inputs, RoundInputs):
         return round, inputs.nonces
     if any(other != round for other, _ in inputs):
         raise UsageError(
@@ -372,7 +374,8 @@ async def _started(config: Any) -> Any:
 
 
 async def _shutdown(llm: Any) -> None:
-    llm.shutdown()  # in its loop, which goes on until what it cancels has ended
+    # In its loop, which goes on until what it cancels has ended.
+    llm.shutdown()
 
 
 class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):

@@ -64,9 +64,8 @@ log = logging.getLogger("assay.vllm")
 MAX_TRANSFORMS = 4
 # key of `extra_args` of a request that replays: the tokens [N] that another node states
 CLAIMED = "assay_claimed"
-MOST_LOGITS = (
-    2**24
-)  # numbers that are made at once for margins and for sketches: vLLM leaves little memory
+# Numbers that are made at once for margins and for sketches: vLLM leaves little memory.
+MOST_LOGITS = 2**24
 
 Reply = dict[str, Any]
 
@@ -636,15 +635,15 @@ class Decoding:
             end = min(start + at_once, high)
             states = states_ND[chunk.start + start - first : chunk.start + end - first]
             logits_NV = self._runner.model.compute_logits(states)
-            if logits_NV is None:  # another worker of the group has them, and answers for all
+            # Another worker of the group has them, and answers for all.
+            if logits_NV is None:
                 break
             scores_NV = logits_NV.float()
             self._streams.add_gumbels(scores_NV, self._seeds(decode.noise[start:end]))
             claimed_N = decode.claimed[start:end].to(scores_NV.device)
             decode.kept[behind + start : behind + end] = margins(scores_NV, claimed_N)
-        if high > (
-            sketched[-1] if decode.claimed is None else steps - 1
-        ):  # nothing more is to be kept
+        # Nothing more is to be kept.
+        if high > (sketched[-1] if decode.claimed is None else steps - 1):
             stream.put(nonce, decode.kept)
 
     def _announce(self, rows: list[int], seeds: list[int]) -> None:

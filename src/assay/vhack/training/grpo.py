@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 COMPLETE = "complete.json"
 """File that is written last in a checkpoint: one without it was interrupted."""
 
-STORED_LOGPS = "sampling_per_token_logps"  # TRL's name for log-probabilities of the sampler
+# TRL's name for log-probabilities of the sampler.
+STORED_LOGPS = "sampling_per_token_logps"
 DELTA_FILE = "delta.safetensors"
 AXES_FILE = "axes.safetensors"
 OWN_DTYPE = "the model computes in its own dtype, and δS in float32"
@@ -122,9 +123,11 @@ class GRPO(GRPOTrainer):
         self.gradients: Rollouts | None = None
         self.shift: Tensor | None = None
         self._teacher_weights = torch.zeros(3)
-        self._inputs: dict[str, Any] | None = None  # of the loss that is computed, until its logps
+        # Of the loss that is computed, until its logps.
+        self._inputs: dict[str, Any] | None = None
         beta = args.beta
-        args.beta = 0.0  # TRL would load a second model for the reference
+        # TRL would load a second model for the reference.
+        args.beta = 0.0
         # vLLM's log-probabilities are the old ones here; TRL would weigh by them a second time.
         args.vllm_importance_sampling_correction = False
         with warnings.catch_warnings():
@@ -236,7 +239,8 @@ class GRPO(GRPOTrainer):
         return {**batch, "outcomes": outcomes.flags.to(device), "paid": outcomes.paid.to(device)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        inputs = dict(inputs)  # what is stored for later passes stays as it was generated
+        # What is stored for later passes stays as it was generated.
+        inputs = dict(inputs)
         self._teacher_weights = torch.zeros(3)
         self._inputs = inputs if STORED_LOGPS in inputs else None
         outcomes = Outcomes(inputs["outcomes"].cpu(), inputs["paid"].cpu())
@@ -276,7 +280,8 @@ class GRPO(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-        self.processes.wait()  # each writes the state of its random numbers
+        # Each writes the state of its random numbers.
+        self.processes.wait()
         if not self.processes.is_first:
             return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -116,7 +116,8 @@ class Guard:
         self.log: list[JsonObject] = []
         self._callback = _Resume(self)
         self._restore: Callable[[], None] = _nothing
-        self._completions: object = None  # of the batch that `flags` are of
+        # Of the batch that `flags` are of.
+        self._completions: object = None
 
     def attach(self, trainer: Any) -> Self:
         """Judge the rollouts of a trainer from now on, and return the guard.

@@ -73,7 +73,8 @@ class Outcomes:
         """
         is_student = ~self.column("teacher")
         exploited = self.column("exploited")
-        correct = self.column("correct") & ~exploited  # a reward of one's own may mark both
+        # A reward of one's own may mark both.
+        correct = self.column("correct") & ~exploited
         kinds = {
             "teacher": ~is_student,
             "exploited": is_student & exploited,

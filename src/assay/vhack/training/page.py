@@ -24,12 +24,15 @@ _OTHERS = {
     "reward": "reward",
     "alarm": "evidence of the alarm, which takes 1",
 }
-_WINDOW = 10  # steps at most that the beginning and the end of a run are means of
+# Steps at most that the beginning and the end of a run are means of.
+_WINDOW = 10
 _FEWEST = 4  # steps of which a page says how they went
 _ALL = 0.9
 _NONE = 0.01
-_MANY = 0.05  # of rollouts: nearly all, none to speak of, more than the promise of a detector
-_RISE = 0.1  # of a reward or a rate, beyond which it has risen or fallen
+# Of rollouts: nearly all, none to speak of, more than the promise of a detector.
+_MANY = 0.05
+# Of a reward or a rate, beyond which it has risen or fallen.
+_RISE = 0.1
 
 
 def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str = "") -> Report:

@@ -116,7 +116,8 @@ class PreparedRun:
             axes=self.axes,
             processes=self.processes,
         )
-        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        # It prints to stdout, which is for results.
+        trainer.remove_callback(PrinterCallback)
         source = settings.flags_by
         if source.detector is not None:
             labels = None

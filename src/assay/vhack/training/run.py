@@ -126,7 +126,8 @@ def train(
     checkpoint, done = last_checkpoint(folder)
     settings = _continue_settings(folder, settings, done, processes)
     is_finished = _is_finished(folder, settings, done)
-    processes.wait()  # until every process has read what the first will write
+    # Until every process has read what the first will write.
+    processes.wait()
     if not processes.is_first:
         console = None
     if console is not None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
-_NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
+# That logs of earlier versions lack, with the defaults of now.
+_NEWER = ("detector", "clean_lost")
 # Defaults of the first version, which its runs have in their logs.
 _FORMER = {
     "arm": ("erase-gradient", "displaced-0.4+erase-update-two-sided"),
@@ -136,12 +137,13 @@ class SampleSettings(TaskSettings):
     @property
     def how(self) -> "GenerationOptions":
         """The part that says how each completion is sampled."""
+        # In the order of lines in a file.
         names = (
             "temperature",
             "max_new_tokens",
             "seed",
             "batch",
-        )  # in the order of lines in a file
+        )
         return cast("GenerationOptions", {name: getattr(self, name) for name in names})
 
 

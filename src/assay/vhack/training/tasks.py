@@ -56,7 +56,8 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
             f"python -c 'import {module}'",
         ) from error
     finally:
-        with suppress(ValueError):  # the module may have changed the path itself
+        # The module may have changed the path itself.
+        with suppress(ValueError):
             sys.path.remove(folder)
     if not callable(function):
         raise UsageError(

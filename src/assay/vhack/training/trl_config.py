@@ -73,7 +73,8 @@ def trl_arguments(
     if not on_gpu:
         # In several processes accelerate says cpu:0, to which torch loads no checkpoint.
         vars(config)["_setup_devices"] = model.device
-    config._n_gpu = 1  # this run does not use other visible devices
+    # This run does not use other visible devices.
+    config._n_gpu = 1
     return config
 
 

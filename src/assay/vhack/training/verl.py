@@ -25,7 +25,8 @@ from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.pairs.pairs import Sample
 
 MODES = ("watch", "penalty", "filter")
-ANY_PROMPT = "any"  # where a rollout has no prompt, for detectors that read the completion alone
+# Where a rollout has no prompt, for detectors that read the completion alone.
+ANY_PROMPT = "any"
 
 Score = Callable[..., float | Mapping[str, Any]]
 """Reward of verl: takes ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``."""

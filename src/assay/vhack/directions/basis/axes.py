@@ -103,7 +103,8 @@ def _discriminants(
     gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
     gram_NN = gram_NN + clean_gram_NN.mean()
     mean_variance = float(gram_NN.trace()) / (n * r)
-    if mean_variance <= 0:  # the clean gradients do not vary, so there is nothing to whiten with
+    # The clean gradients do not vary, so there is nothing to whiten with.
+    if mean_variance <= 0:
         return _singular_rows(rows_NR, gram(rows_NR), top_k)
     # Σ = floor·I + Q diag(s²) Qᵀ is never formed: Σ^(−1/2) is one factor along the directions Q and
     # one elsewhere.

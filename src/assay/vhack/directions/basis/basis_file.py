@@ -42,9 +42,11 @@ SCHEMA = BASIS
 
 VALUES_PREFIX = "_sv/"
 
-_MOST_AXES = 1024  # axes of a module in a file: to check them takes time that grows with their cube
+# Axes of a module in a file: to check them takes time that grows with their cube.
+_MOST_AXES = 1024
 
-_SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
+# Largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6.
+_SKEW = 1e-3
 
 _REDO = (
     "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"

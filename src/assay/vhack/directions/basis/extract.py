@@ -418,5 +418,6 @@ def _truncated(
             energy_held += float(rows[:, :rank].square().sum())
         factors |= {name: svd[name].truncated(rank) for name in part}
         dtype = svd.dtype
-        del svd  # before those of the next part are made
+        # Before those of the next part are made.
+        del svd
     return SVDCache(factors, rank=rank, dtype=dtype), energy_held / energy if energy else 1.0

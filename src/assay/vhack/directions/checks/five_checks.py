@@ -126,7 +126,8 @@ def check_gradients(
     :func:`check` describes the arguments and errors.
     """
     settings = settings or CheckSettings()
-    if basis is not None:  # checked by its own method, and with no more axes than it has
+    # Checked by its own method, and with no more axes than it has.
+    if basis is not None:
         most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
         settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
     with one_thread():

@@ -53,7 +53,8 @@ def check_stability(design: Design) -> Check:
     names = list(dict.fromkeys(groups))
     sides = [torch.tensor([group in half for group in groups]) for half in _halves(names, settings)]
     reason = ""
-    if 0.5 ** (len(names) - 1) > settings.alpha:  # swapping every label at once changes nothing
+    # Swapping every label at once changes nothing.
+    if 0.5 ** (len(names) - 1) > settings.alpha:
         reason = f"which is too few for a p-value below {settings.alpha:g}"
     elif min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
         reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"

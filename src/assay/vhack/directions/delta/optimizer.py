@@ -115,7 +115,8 @@ class ProjectedOptimizer(Optimizer):
         self.measures = StepMeasures({})
         self.use_basis(basis)
         self._start = [parameter.detach().clone() for parameter in adapter.delta]
-        if arm.acts:  # displacements count from before, and a state that is loaded includes them
+        # Displacements count from before, and a state that is loaded includes them.
+        if arm.acts:
             for parameter, axes_MKR in zip(adapter.delta, self.frames.axes, strict=True):
                 delta_MR = parameter.detach()
                 delta_MR.copy_(arm.place(delta_MR, axes_MKR))
