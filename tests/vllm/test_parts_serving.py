@@ -73,6 +73,14 @@ def test_settings_that_are_wrong_are_refused_in_words(
         PluginSettings()
 
 
+def test_servers_of_one_environment_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_DATA_DIR", "/data/assay-{port}")
+    folders = [PluginSettings().for_port(port).data_dir for port in (5001, 5002)]
+    assert folders == [Path("/data/assay-5001"), Path("/data/assay-5002")]
+    monkeypatch.setenv("ASSAY_DATA_DIR", "/data/assay")
+    assert PluginSettings().for_port(5001).data_dir == Path("/data/assay")
+
+
 def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path))
     for host in (None, "0.0.0.0", "203.0.113.7"):
