@@ -35,6 +35,7 @@ THRESHOLDS = (0.025, 0.05, 0.4)  # of the network: two that are named for models
 RESAMPLED = 1000
 FALSE = 3.090  # quantiles of the normal law: one in a thousand, and nine in ten
 POWER = 1.282
+VALIDATORS = ("bfloat16", "float32", "float16", "batches of 4", "eager attention")
 
 
 class Side:
@@ -151,10 +152,10 @@ def chain_only(model, round, nonces, honest, seq_len):
     shape = {"batch_size": 16, "seq_len": seq_len}
     for name, half in (("prompt of another nonce", False), ("half of the prompt", True)):
         engine = OtherPrompt(model, half=half, **shape)
-        yield name, prove(model, round, nonces, engine=engine)
-    yield "second half of the chain drawn", ended_early(honest, 0.5)
-    yield "last eighth of the chain drawn", ended_early(honest, 0.875)
-    yield "all points drawn", ended_early(honest, 0.0)
+        yield name, lambda engine=engine: prove(model, round, nonces, engine=engine)
+    drawn = {"second half": 0.5, "last eighth": 0.875, "whole": 0.0}
+    for name, share in drawn.items():
+        yield f"{name} of the chain drawn", lambda share=share: ended_early(honest, share)
 
 
 def measure(preset, full, halved, options):
@@ -167,13 +168,15 @@ def measure(preset, full, halved, options):
     size = packed_size(pipeline)
     rng = np.random.default_rng(1)
     honest = prove(halved, round, nonces, batch_size=16)
-    validators = {
-        "bfloat16": Side(halved),
-        "float32": Side(full),
-        "float16": Side(load_model(options.model, dtype="float16").with_frame(full.frame)),
-        "batches of 4": Side(halved, 4),
-        "eager attention": Side(with_attention(halved, "eager")),
+    quarter = {"dtype": "float16", "device": options.device}
+    makers = {
+        "bfloat16": lambda: Side(halved),
+        "float32": lambda: Side(full),
+        "float16": lambda: Side(load_model(options.model, **quarter).with_frame(full.frame)),
+        "batches of 4": lambda: Side(halved, 4),
+        "eager attention": lambda: Side(with_attention(halved, "eager")),
     }
+    validators = {name: make() for name, make in makers.items() if name in options.validators}
     figures = {"bytes": size, "seq_len": seq_len, "steps": pipeline.steps, "honest": {}}
     sizes = {}
     for name, validator in validators.items():
@@ -189,9 +192,11 @@ def measure(preset, full, halved, options):
     base = sizes[options.validator]
     figures["cheats"] = {}
 
-    def add(name, proof):
+    def add(name, make):
+        if not any(words in name for words in options.cheats):
+            return
         note(f"{preset}: {name}")
-        proof = replace(proof, header=replace(proof.header, digest=honest.header.digest))
+        proof = make()
         cheated, margins = judged(proof, judge)
         row = describe(cheated, margins)
         row["times_honest"] = round_to(float(cheated.mean() / base.mean()), 3)
@@ -199,11 +204,11 @@ def measure(preset, full, halved, options):
         figures["cheats"][name] = row
 
     for name, make in programs(halved, options):
-        add(name, prove(make(), round, few, batch_size=16))
+        add(name, lambda make=make: prove(make(), round, few, batch_size=16))
     if pipeline.output == "points":
         part = replace(honest, records=honest.records[: options.cheated])
-        for name, proof in chain_only(halved, round, few, part, seq_len):
-            add(name, proof)
+        for name, make in chain_only(halved, round, few, part, seq_len):
+            add(name, make)
     return figures
 
 
@@ -218,12 +223,15 @@ def main():
     made.add_argument("--cheated", type=int, default=32, help="nonces of every cheat")
     made.add_argument("--finetuned", type=int, default=20, help="steps of a stale checkpoint")
     made.add_argument("--validator", default="float32", help="whose honest law cheats are held to")
+    made.add_argument("--validators", nargs="*", default=VALIDATORS, help="of honest pairs")
+    made.add_argument("--cheats", nargs="*", default=[""], help="parts of the names of cheats")
     options = made.parse_args()
     torch.manual_seed(0)
     chain, ours = (f"{name}-{options.steps}" for name in ("chain-decode", "decode"))
     presets = options.presets or [chain, "artifact", "tokens-1", ours]
     full = load_model(options.model, dtype="float32", device=options.device)
-    full = full.with_frame(measure_frame(full))
+    if any(get_pipeline(preset).framed for preset in presets):
+        full = full.with_frame(measure_frame(full))
     halved = load_model(options.model, dtype="bfloat16", device=options.device)
     halved = halved.with_frame(full.frame)
     figures = {name: getattr(options, name) for name in ("model", "prompt", "steps", "validator")}

@@ -164,6 +164,18 @@ def test_cheaper_weights_and_drawn_points_are_larger_than_honest_noise(model: Mo
     assert np.median(residuals(drawn, replayed(model, invented))) > 20 * max(honest, 1e-3)
 
 
+@pytest.mark.slow
+def test_verdicts_of_whole_chains(model: Model):
+    """Honest from bfloat16 under the law of that format, and fraud from four bits."""
+    halved = load_model("reference:qwen3", dtype="bfloat16", device="cpu")
+    whole = replace(ROUND, preset="chain-decode", seq_len=32)
+    honest = prove(halved, whole, range(32), batch_size=16)
+    assert verify(honest, model, expect=whole).verdict == "honest"
+    cheap = prove(rounded(halved, 4), whole, range(16), batch_size=16)
+    cheap = replace(cheap, header=replace(cheap.header, digest=model.digest))
+    assert verify(cheap, model, expect=whole).verdict == "fraud"
+
+
 def test_a_verdict_needs_a_law_and_chains_are_not_compared(model: Model, proof: Proof):
     assert verify(proof, model, expect=ROUND).verdict == "undecided"  # of few steps
     with pytest.raises(UsageError, match="part"):

@@ -60,7 +60,7 @@ class Engine(Protocol):
         self,
         inputs: Sequence[Input],
         pipeline: Pipeline,
-        claimed_MN: NDArray[np.uint32] | None = None,
+        claimed_MN: NDArray[Any] | None = None,
     ) -> Generator[Values]:
         """Yield what the pipeline publishes for the inputs, ``batch_size`` of them at a time.
 
@@ -72,8 +72,8 @@ class Engine(Protocol):
             inputs: Inputs that may share a batch, by :func:`group_inputs`; vLLM takes those of one
                 round only.
             pipeline: Preset, or a pipeline of one's own.
-            claimed_MN: Tokens that another engine decoded for the M inputs. They are replayed by
-                one forward pass over prompt and tokens instead of being decoded again.
+            claimed_MN: Tokens that another engine decoded for the M inputs, or points of their
+                chains. They are replayed by one forward pass instead of being decoded again.
 
         Raises:
             UsageError: The engine cannot take a step of the pipeline, or an input is longer than it

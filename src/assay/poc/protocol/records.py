@@ -120,6 +120,10 @@ class PublishedForm(ABC):
     def residual(self, received: Record, again: Record) -> float:
         """Return how far a received record is from a recomputed one; NaN if a value is missing."""
 
+    def counted(self, received: Record, again: Record) -> float:
+        """Return what the published count holds against its threshold; NaN likewise."""
+        return self.residual(received, again)
+
 
 class DistanceForm(PublishedForm):
     """A distance to the target of the block."""
@@ -276,6 +280,12 @@ class PointForm(PublishedForm):
             return math.nan
         return math.sqrt(np.minimum(again.margins.astype(np.float64), FARTHEST_POINT).mean())
 
+    @override
+    def counted(self, received: Record, again: Record) -> float:
+        if received.points is None or again.margins is None:
+            return math.nan
+        return min(float(again.margins.max()), FARTHEST_POINT)
+
 
 FORMS: Mapping[str, PublishedForm] = {
     "distance": DistanceForm(),
@@ -340,6 +350,20 @@ def packed_size(pipeline: Pipeline) -> int:
     if pipeline.output == "points":
         return pipeline.steps + 1
     return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
+
+
+def pack_points(points: Sequence[int]) -> str:
+    """Return points of a chain as base64; a number that is no byte becomes one that is no point."""
+    return encode_vector(np.array([k if 0 <= k < 256 else 255 for k in points], np.uint8), "u1")
+
+
+def artifact_fields(packed: bytes, pipeline: Pipeline) -> dict[str, Any]:
+    """Return the fields of a packed record in callbacks and replies; chains have a list of
+    their points.
+    """
+    if pipeline.output == "points":
+        return {"vector_b64": "", "k_points_steps": list(packed)}
+    return {"vector_b64": base64.b64encode(packed).decode("ascii")}
 
 
 def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:

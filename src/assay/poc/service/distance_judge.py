@@ -34,6 +34,7 @@ from assay.poc.verdict.sample_plan import sequential_test
 
 # sequential tests kept in memory; others are rebuilt from the records when they are needed
 MAX_TESTS = 4096
+CHAIN_MARGIN = 0.025  # threshold of chains where a request names none, as the network has it
 
 
 class HonestNoise:
@@ -309,43 +310,48 @@ class Judge:
 def judge_vectors(
     request: GenerateRequest,
     errors: FloatArray,
+    counted: FloatArray,
     noise: Noise | None,
     settings: ServiceSettings,
     *,
     missing: str,
 ) -> JsonObject:
-    """Return the verdict on the residuals [N] of an artifact job; ``missing`` is the reason where
-    there is no law.
+    """Return the verdict on the residuals [N] of an artifact job, of which ``counted`` [N] are held
+    against the published threshold; ``missing`` is the reason where there is no law.
 
-    ``artifact`` has the published count and the published reply. The other presets are judged by
-    the residual test, which their reply holds beside the count.
+    ``artifact`` has the published count and the published reply, and ``chain-decode`` the residual
+    test beside it. The other presets are judged by the residual test, which their reply holds
+    beside the count.
     """
     pipeline = get_pipeline(request.params.preset)
-    rule = request.stat_test or StatTest()
+    points = pipeline.output == "points"
+    rule = request.stat_test or (StatTest(dist_threshold=CHAIN_MARGIN) if points else StatTest())
     level, field = rule.level
     bounds = {
         "threshold": rule.dist_threshold,
         "p_mismatch": rule.p_mismatch,
         "alpha": level,
     }
-    count = count_mismatches(errors, **bounds)
+    count = count_mismatches(counted, **bounds)
     nonces = request.nonces
     reply = {
         "n_total": count.n,
         "n_mismatch": count.mismatches,
         "mismatch_nonces": [
-            n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold
+            n for n, size in zip(nonces, counted, strict=True) if not size <= rule.dist_threshold
         ],
         "p_value": count.p_value,
         "fraud_detected": count.fraud,
     }
     if request.stat_test is not None:
         reply |= {"level": level, "level_field": field}
-    if pipeline.texts == "published":
+    if pipeline.texts == "published" and not points:
         return reply
     rates = {"alpha": account_alpha(settings.pins, settings.alpha), "beta": settings.beta}
     test = None if noise is None else sequential_test(noise, **rates).update(errors)
     residual = _residual(test, missing)
+    if points:
+        return reply | {"residual_test": residual}
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 
 

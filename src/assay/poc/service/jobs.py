@@ -1,6 +1,5 @@
 """Artifact jobs: vectors of asked nonces, computed or checked, while no round needs the engine."""
 
-import base64
 import threading
 import time
 import uuid
@@ -21,13 +20,13 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.records import Record, describe_packing, pack_record
+from assay.poc.protocol.records import Record, artifact_fields, describe_packing, pack_record
 from assay.poc.service.distance_judge import HonestNoise, judge_vectors
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.request_bodies import GenerateRequest
 from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.verdict.honest_noise import missing_law
-from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.residuals import counted_distances, residuals
 
 log = structlog.get_logger("assay.jobs")
 
@@ -237,15 +236,17 @@ class Jobs:
         round = request.round(deployment.reference)
         if request.validation is None:
             artifacts = [
-                {"nonce": r.nonce, "vector_b64": base64.b64encode(pack_record(r)).decode()}
-                for r in records
+                {"nonce": record.nonce, **artifact_fields(pack_record(record), pipeline)}
+                for record in records
             ]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
-        errors = residuals(request.received(), records)
+        received = request.received()
+        errors = residuals(received, records)
+        counted = counted_distances(received, records)
         validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
         noise = self._noise.of(pipeline, validator, deployment.digest, round)
         missing = missing_law(deployment.reference, deployment.digest, round)
-        return judge_vectors(request, errors, noise, self._settings, missing=missing)
+        return judge_vectors(request, errors, counted, noise, self._settings, missing=missing)
 
     def _next(self, deployment: Deployment) -> _Running | None:
         """Begin the oldest job that waits and can be read."""

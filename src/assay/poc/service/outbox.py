@@ -8,7 +8,6 @@ receipts that were deleted are missing from its body.
 """
 
 import asyncio
-import base64
 import random
 import time
 import uuid
@@ -30,7 +29,7 @@ from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.runtime import Runtime, settled_time
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.records import describe_packing
+from assay.poc.protocol.records import artifact_fields, describe_packing
 from assay.poc.service.database import FILE, open_database
 from assay.poc.service.service_metrics import Metrics
 from assay.poc.service.service_settings import ServiceSettings
@@ -225,14 +224,12 @@ class Outbox:
             for name in ("public_key", "block_hash", "block_height", "node_id")
         }
         if records_of_run and records_of_run[0].vector is not None:
+            pipeline = get_pipeline(round.preset)
             artifacts = [
-                {"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()}
-                for r in records_of_run
+                {"nonce": row.nonce, **artifact_fields(row.vector, pipeline)}
+                for row in records_of_run
             ]
-            return body | {
-                "artifacts": artifacts,
-                "encoding": describe_packing(get_pipeline(round.preset)),
-            }
+            return body | {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         nonces = [r.nonce for r in records_of_run]
         distances = [r.distance for r in records_of_run]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}

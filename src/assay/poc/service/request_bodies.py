@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    model_validator,
 )
 
 from assay.errors import UsageError
@@ -28,8 +29,8 @@ from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.distinct_seeds import check_distinct_seeds
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
-from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.records import Record, unpack_or_nan
+from assay.poc.protocol.pipelines import find_pipeline, get_pipeline
+from assay.poc.protocol.records import Record, pack_points, unpack_or_nan
 from assay.poc.protocol.round import Round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.service_settings import ServiceSettings
@@ -45,10 +46,11 @@ BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
-PRESET_PATTERN = (
-    "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+PRESET_PATTERN = (  # of jobs: those that publish bytes
+    "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?|chain-decode(-[1-9][0-9]{0,3})?)$"
 )
 MISMATCH = "pins mismatch"
+MOST_POINTS = 4097  # of a chain with the most steps
 
 
 def _distance(value: Any) -> Any:
@@ -98,7 +100,8 @@ class InitRequest(_Block):
 
 class Params(BaseModel):
     """Parameters that the network agreed on; another model or length is refused. ``preset`` is an
-    addition of assay.
+    addition of assay; ``decode``, or the scheme of that name, asks for ``chain-decode`` with
+    ``max_tokens`` steps.
     """
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
@@ -108,10 +111,20 @@ class Params(BaseModel):
     k_dim: Length = 12
     preset: Annotated[str, StringConstraints(pattern=PRESET_PATTERN)] = "artifact"
     # The wire form of decode proofs. Those who send one forward pass send these values or none.
-    decode: Literal[False] = False
-    scheme: Literal["prefill"] = "prefill"
+    decode: bool = False
+    scheme: Literal["prefill", "decode"] = "prefill"
     max_tokens: Index = 0  # steps to decode; read where decode is set
-    route_window: Index = 0
+    route_window: Index = 0  # of former releases; experts are seeded neighbours now
+
+    @model_validator(mode="after")
+    def _name_chain(self) -> "Params":
+        """Name the preset that the fields of the chain's client ask for."""
+        if self.decode or self.scheme == "decode":
+            pipeline = find_pipeline(f"chain-decode-{self.max_tokens}")
+            if pipeline is None:
+                raise ValueError(f"max_tokens {self.max_tokens}; a decode proof has 1 to 4096")
+            self.preset = pipeline.name
+        return self
 
 
 class ArtifactInit(_Block):
@@ -156,10 +169,22 @@ class ValidateRequest(BaseModel):
 
 
 class Artifact(BaseModel):
-    """A published vector. Text that does not decode to one counts as a mismatch."""
+    """A published vector, or the points of a chain. What does not decode to one counts as a
+    mismatch.
+    """
 
     nonce: Nonce
-    vector_b64: Annotated[str, StringConstraints(max_length=65_536)]
+    vector_b64: Annotated[str, StringConstraints(max_length=65_536)] = ""
+    k_points_steps: Annotated[list[int], Field(max_length=MOST_POINTS)] | None = None
+
+    @model_validator(mode="after")
+    def _pack(self) -> "Artifact":
+        """Make one text of either field; a number that is no byte becomes one that is no point."""
+        if self.k_points_steps is not None:
+            self.vector_b64 = pack_points(self.k_points_steps)
+        elif "vector_b64" not in self.model_fields_set:
+            raise ValueError("neither vector_b64 nor k_points_steps")
+        return self
 
 
 class Validation(BaseModel):
@@ -472,6 +497,15 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Servic
                 wanted="one artifact per nonce",
                 do="send both lists alike",
             )
+        if get_pipeline(round.preset).output == "points" and any(
+            not artifact.vector_b64 for artifact in request.validation.artifacts
+        ):
+            raise Refusal(
+                400,
+                "artifacts of a decode proof without k_points_steps",
+                wanted="the points of every nonce, which the check follows",
+                do="send what the node published",
+            )
 
 
 def _check_params(
@@ -495,7 +529,8 @@ def _check_params(
     deployed = {
         "model": params.model if params.model in aliases else deployment.reference,
         "seq_len": params.seq_len if chain else settings.seq_len,
-        "k_dim": pipeline.vector_size,
+        # No vector is published of a chain, and its client leaves the size at the default.
+        "k_dim": pipeline.vector_size or params.k_dim,
     }
     different_fields = sorted(name for name, value in deployed.items() if requested[name] != value)
     if different_fields:

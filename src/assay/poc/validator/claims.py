@@ -25,6 +25,7 @@ from assay.poc.protocol.records import (
     describe_packing,
     is_distance,
     is_valid,
+    pack_points,
     pack_record,
     packed_size,
     unpack_or_nan,
@@ -222,6 +223,7 @@ class Reader:
         length = 4 * -(-size // 3)
         if not isinstance(artifacts, list):
             raise refused("artifacts", artifacts, "a list")
+        artifacts = [_packed(artifact) for artifact in artifacts]
         for artifact in artifacts:
             well_formed = isinstance(artifact, dict) and artifact.keys() == {"nonce", "vector_b64"}
             if not well_formed or not isinstance(artifact["vector_b64"], str):
@@ -305,3 +307,12 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
         for r in proof.records
     ]
     return Claim(stated, [record.nonce for record in proof.records], published)
+
+
+def _packed(artifact: Any) -> Any:
+    """Return an artifact with its list of points as text; anything else as it is."""
+    points = artifact.get("k_points_steps") if isinstance(artifact, dict) else None
+    if not isinstance(points, list) or any(type(point) is not int for point in points):
+        return artifact
+    rest = {name: value for name, value in artifact.items() if name != "k_points_steps"}
+    return rest | {"vector_b64": pack_points(points)}

@@ -23,6 +23,12 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> Float
     return np.array([form_of(again).residual(record, again) for record, again in pairs], np.float64)
 
 
+def counted_distances(received: Sequence[Record], recomputed: Sequence[Record]) -> FloatArray:
+    """Return what the published count holds against its threshold, [N]; NaN as of residuals."""
+    pairs = zip(received, recomputed, strict=True)
+    return np.array([form_of(again).counted(record, again) for record, again in pairs], np.float64)
+
+
 def compare(
     received: Sequence[Record], computations: Sequence[Sequence[Record]]
 ) -> tuple[FloatArray, FloatArray]:

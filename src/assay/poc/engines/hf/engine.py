@@ -202,7 +202,7 @@ class HFEngine(Engine):
         self,
         inputs: Sequence[Input],
         pipeline: Pipeline,
-        claimed_MN: NDArray[np.uint32] | None = None,
+        claimed_MN: NDArray[Any] | None = None,
     ) -> Generator[Values]:
         if not len(inputs):
             return
