@@ -239,14 +239,15 @@ class Round:
             isinstance(chosen, range) and chosen.step > 0 and chosen.step % self.node_count == 0
         )
         last = -1
+        share = self.share
         for nonce in (
             sorted({chosen[0], chosen[-1]}) if regular else chosen
         ):  # the ends of a range decide for all
             check_number("nonce", nonce, 0, MAX_NONCE)
-            if nonce % self.node_count != self.share:
+            if nonce % self.node_count != share:
                 raise UsageError(
                     f"nonce {nonce} on node {self.node_id} of {self.node_count}",
-                    wanted=f"nonces that are {self.share} modulo {self.node_count}",
+                    wanted=f"nonces that are {share} modulo {self.node_count}",
                     do="take them from Round.nonces(start, stop)",
                 )
             if nonce <= last:
