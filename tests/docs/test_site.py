@@ -6,17 +6,54 @@ from pathlib import Path
 
 import pytest
 
+from tests.poc.service.dashboard.browser import chromium
+
 ROOT = Path(__file__).parents[2]
+
+
+SITE = ROOT / "build/site/html"
+
+OFF_SCREEN = """() => {
+  const cut = [...document.querySelectorAll("pre > code")]
+    .filter(code => code.scrollWidth > code.clientWidth + 1)
+    .map(code => code.innerText.slice(0, 60));
+  const wide = [...document.querySelectorAll("article img, article svg")]
+    .filter(picture => picture.getBoundingClientRect().right > window.innerWidth + 1)
+    .map(picture => picture.outerHTML.slice(0, 60));
+  const scrolls = document.documentElement.scrollWidth > window.innerWidth + 1;
+  return [...cut, ...wide, ...(scrolls ? ["the page scrolls sideways"] : [])];
+}"""
+"""What a reader does not see on a screen of this width: code, pictures, a part of the page."""
+
+
+def build_site():
+    subprocess.run([sys.executable, "scripts/site_pages.py"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_site_is_built_as_make_site_builds_it():
-    subprocess.run([sys.executable, "scripts/site_pages.py"], cwd=ROOT, check=True)
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (ROOT / "build/site/html/statistics/index.html").is_file()
+    build_site()
+    assert (SITE / "statistics/index.html").is_file()
+
+
+@pytest.mark.browser
+@pytest.mark.needs("chromium")
+@pytest.mark.timeout(600)
+def test_no_code_and_no_picture_of_the_site_is_off_screen_on_any_width():
+    build_site()
+    faults = {}
+    with chromium() as browser:
+        for width in (360, 768, 1280):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            for path in sorted(SITE.rglob("index.html")):
+                page.goto(path.as_uri())
+                if off_screen := page.evaluate(OFF_SCREEN):
+                    faults[width, path.parent.name] = off_screen
+    assert not faults
 
 
 def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, capsys):
