@@ -46,7 +46,9 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(
     assert summary["all_as_expected"] is True
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 1
-    assert summary["detectors"].keys() == {"length", "ngrams", "likelihood", "probe"}
+    assert summary["detectors"].keys() == {
+        *("length", "ngrams", "program", "likelihood", "probe", "cin-lda")
+    }
     assert (
         0
         <= summary["filter"]["lost"]

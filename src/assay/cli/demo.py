@@ -47,6 +47,8 @@ PAIRS = 48  # half of them fit the filter
 COMPARED = (
     20  # of which the model reads both sides: the fewest that show 5 % of clean completions lost
 )
+MOST_WEIGHTS = 50_000_000  # of a model that is asked for gradients
+GRADIENTS = "cin-lda"  # the detector that reads gradients of δS
 SMOLLM2 = "pretrained:smollm2"
 
 
@@ -142,27 +144,37 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
 
 def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
-    """Compare the detectors that need no gradient; count what a filter fitted to half of the groups
-    does on others.
+    """Compare detectors, by gradients only on a small model; count what a filter that was fitted to
+    half of the groups does on others.
     """
     from assay.vhack.detectors.all_detectors import make_detectors
     from assay.vhack.detectors.comparison import compare_detectors
     from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
     from assay.vhack.detectors.rollout_judge import fit_judge
+    from assay.vhack.directions.gradients.svd import weight_svd
     from assay.vhack.pairs.generate import generate_pairs
 
     pairs = generate_pairs(PAIRS)
     sides = [[pair.samples()[side] for pair in pairs[:COMPARED]] for side in (0, 1)]
+    # A backward pass of each completion, and the factors of all weights, take minutes on SmolLM2.
+    weights = sum(weight.numel() for weight in model.module.parameters())
+    is_small = weights <= MOST_WEIGHTS
+    needs = Needs.ALL if is_small else Needs.FORWARD
+    svd = weight_svd(model) if is_small else None
     read = [
-        collect_evidence(samples, model, needs=Needs.FORWARD)
+        collect_evidence(samples, model, needs=needs, svd=svd)
         for samples in followed("detectors", sides)
     ]
     groups = [pair.group for pair in pairs]
     half = set(list(dict.fromkeys(groups))[::2])
     of_compared = groups[:COMPARED]
-    cheap = [candidate for candidate in make_detectors() if candidate.cost < Cost.BACKWARD]
+    candidates = [
+        candidate
+        for candidate in make_detectors()
+        if candidate.cost < Cost.BACKWARD or (is_small and candidate.name == GRADIENTS)
+    ]
     compared = compare_detectors(
-        LabelledEvidence(read[0], read[1], of_compared, of_compared), cheap
+        LabelledEvidence(read[0], read[1], of_compared, of_compared), candidates
     )
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
     held_out = [pair.samples() for pair in pairs if pair.group not in half]
@@ -235,7 +247,10 @@ def draw(
     report.paragraph(
         f"{did[0].upper()}{did[1:]}. The pairs are generated and the tasks are small, so this is "
         f"a demonstration. "
-        "`assay vhack check` asks of pairs of your own whether gradients tell more."
+        "`program` runs the code and needs no model. `probe` takes a forward pass of each "
+        f"completion, `{GRADIENTS}` a forward and a backward pass: worth it where a policy may "
+        "learn the exploit of the pairs. `assay vhack check` says which detector tells most on "
+        "pairs of your own."
     )
 
 

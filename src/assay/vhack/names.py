@@ -32,6 +32,7 @@ DEFAULT_ARM = "penalty"
 DETECTORS = {
     "length": "assay.vhack.detectors.length:LengthDetector",
     "ngrams": "assay.vhack.detectors.ngrams:NgramDetector",
+    "program": "assay.vhack.detectors.program:ProgramDetector",
     "likelihood": "assay.vhack.detectors.likelihood:LikelihoodDetector",
     "probe": "assay.vhack.detectors.probe:ProbeDetector",
     "norm": "assay.vhack.detectors.gradient_norm:GradientNormDetector",

@@ -19,6 +19,7 @@ from assay.vhack.detectors import rollout_judge as _rollout_judge
 from assay.vhack.detectors.all_detectors import make_detectors
 from assay.vhack.detectors.comparison import compare_detectors
 from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence, collect_evidence
+from assay.vhack.detectors.facts import FACTS
 from assay.vhack.detectors.rollout_judge import fit_scorer
 from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.detectors.threshold import choose_threshold
@@ -42,6 +43,7 @@ def evidence(n, told, shift=0.0, seed=0, texts=None):
         parts["activations"],
         parts["logprobs"],
         {"module": parts["gradients"]},
+        noise(n, len(FACTS)).double(),
     )
 
 

@@ -1,6 +1,7 @@
-"""What detectors look at: texts, mean hidden states, mean log-probabilities, gradients of δS.
+"""What detectors look at: texts, facts of programs, mean hidden states, mean log-probabilities,
+gradients of δS.
 
-Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS.
+Shapes: S samples, F facts, L layers, H width of the hidden state, R coordinates of δS.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.model import Model
+from assay.vhack.detectors.facts import collect_facts
 from assay.vhack.detectors.forward import forward_samples
 from assay.vhack.directions.gradients.batches import Progress, context_length, encode
 from assay.vhack.directions.gradients.per_sample import per_sample_gradients
@@ -31,9 +33,11 @@ _Part = TypeVar("_Part")
 
 
 class Cost(IntEnum):
-    """What the score of one sample takes: its text, a forward pass, or a backward pass too."""
+    """What the score of one sample takes: its text, a run of its program, a forward pass, or a
+    backward pass too.
+    """
 
-    TEXT, FORWARD, BACKWARD = range(3)
+    TEXT, RUN, FORWARD, BACKWARD = range(4)
 
 
 class Needs(Flag):
@@ -43,7 +47,8 @@ class Needs(Flag):
     ACTIVATIONS = 2
     LOGPROBS = 4
     GRADIENTS = 8
-    FORWARD = TEXTS | ACTIVATIONS | LOGPROBS
+    FACTS = 16
+    FORWARD = TEXTS | FACTS | ACTIVATIONS | LOGPROBS
     ALL = FORWARD | GRADIENTS
 
     @property
@@ -53,7 +58,7 @@ class Needs(Flag):
             return Cost.BACKWARD
         if self & (Needs.ACTIVATIONS | Needs.LOGPROBS):
             return Cost.FORWARD
-        return Cost.TEXT
+        return Cost.RUN if Needs.FACTS in self else Cost.TEXT
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +70,14 @@ class SampleEvidence:
         activations: Outputs of some layers, mean over the completion tokens, [L, S, H] float32.
         logprobs: Mean log-probability of a completion token, [S] float32.
         gradients: Gradients of δS by module, [S, R] each.
+        facts: Facts of the programs in the completions, [S, F] float64.
     """
 
     texts: tuple[str, ...]
     activations: Tensor | None = None
     logprobs: Tensor | None = None
     gradients: Mapping[str, Tensor] | None = None
+    facts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -79,6 +86,8 @@ class SampleEvidence:
         """Return the evidence of some of the samples."""
         index = torch.as_tensor(rows, dtype=torch.long)
         taken = SampleEvidence(tuple(self.texts[row] for row in rows))
+        if self.facts is not None:
+            taken = replace(taken, facts=self.facts[index])
         if self.activations is not None:
             taken = replace(taken, activations=self.activations[:, index])
         if self.logprobs is not None:
@@ -166,6 +175,8 @@ def collect_evidence(
     )
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
+    if Needs.FACTS in needs:
+        evidence = replace(evidence, facts=collect_facts(samples))
     if needs & (Needs.ACTIVATIONS | Needs.LOGPROBS):
         module = module_of(model)
         names = [f"sample {row}" for row in range(len(samples))]

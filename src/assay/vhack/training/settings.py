@@ -169,11 +169,9 @@ class TrainSettings(TaskSettings):
     detector: str | None = Field(
         None,
         description="What flags rollouts, for the arms filter, quarantine, absorb and penalty "
-        "(cin-lda by "
-        "default), or only "
-        "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or "
-        "labels of the "
-        "reward, as labels=A+B those of some mechanisms only, as labels@0.6 with a recall of 0.6 "
+        "(cin-lda by default), or only watches: length, ngrams, program, likelihood, probe, norm, "
+        "cin-svd, cin-lda, ridge, combined, or labels of the reward, "
+        "as labels=A+B those of some mechanisms only, as labels@0.6 with a recall of 0.6 "
         "and clean-lost false alarms; with :random after it, as many others.",
     )
     clean_lost: float = Field(

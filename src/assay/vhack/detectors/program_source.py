@@ -1,0 +1,99 @@
+"""The program in a completion, and the examples in its prompt, as far as they can be read."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from textwrap import dedent
+from typing import Any
+
+MOST_EXAMPLES = 6
+_CUT_LINES = 3  # that the end of a completion may lose where it does not parse
+TEST_NAMES = re.compile(
+    r"^_?(run_?|do_?)?(all_?)?(tests?|checks?|verify|validate)(_|$)|^test", re.IGNORECASE
+)
+"""Names of functions that test."""
+
+_FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_NAMED = re.compile(r"Input:\s*(.+?)\s*\n\s*Output:\s*(.+)")
+_CALLED = re.compile(
+    r"(?:>>>|assert)?[ \t]*\b([A-Za-z_]\w*)\((.*?)\)[ \t]*"
+    r"(?:==|->|→|=>|\breturns\b|\bis\b|\bgives\b|\n(?=[^\n>]))[ \t]*"
+    r"('[^'\n]*'|\"[^\"\n]*\"|\[[^\n]*\]|\{[^\n]*\}|\([^\n]*\)|-?[\d.]*\d|True|False|None)"
+)
+_PRINTED = re.compile(
+    r"^(?:Sample )?Inputs?:?[ \t]*\n(.+?)\n+(?:Sample )?Outputs?:?[ \t]*\n(.+?)(?:\n\s*\n|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_JSON = {"true": "True", "false": "False", "null": "None"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example of a prompt.
+
+    Attributes:
+        call: Name of the function; empty where the prompt names arguments, or gives stdin.
+        arguments: Arguments by position; None where the example is of stdin and stdout.
+        expected: Value of the call, or text of stdout.
+        stdin: Text of stdin.
+    """
+
+    call: str
+    arguments: tuple[Any, ...] | None
+    expected: Any
+    stdin: str = ""
+
+
+def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
+    """Return the code of a completion and its tree, which is None where it is not Python.
+
+    A completion may go on in the middle of what the prompt began.
+    """
+    code = "\n\n".join(_FENCED.findall(completion)) or completion
+    lines = code.rstrip().split("\n")
+    head = prompt.rstrip("\n").split("\n")
+    for cut in range(min(_CUT_LINES, len(lines))):
+        body = "\n".join(lines[: len(lines) - cut])
+        for begun in (0, 1, 2):
+            text = "\n".join([*head[len(head) - begun :], body]) if begun else dedent(body)
+            try:
+                tree = ast.parse(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            # A word or a sentence may parse too.
+            if any(isinstance(node, ast.FunctionDef | ast.Call) for node in ast.walk(tree)):
+                return text, tree
+    return code, None
+
+
+def read_examples(prompt: str) -> list[Example]:
+    """Return the examples that a prompt gives, in any of the usual forms."""
+    examples = [*_named(prompt), *_called(prompt)]
+    if not examples:
+        for stdin, stdout in _PRINTED.findall(prompt):
+            examples.append(Example("", None, stdout.strip(), stdin + "\n"))
+    return examples[:MOST_EXAMPLES]
+
+
+def _named(prompt: str) -> Iterator[Example]:
+    for given, expected in _NAMED.findall(prompt):
+        try:
+            arguments = ast.parse(f"f({_literal(given)})", mode="eval").body
+            values = tuple(ast.literal_eval(part.value) for part in arguments.keywords)  # type: ignore[attr-defined]
+            yield Example("", values, ast.literal_eval(_literal(expected)))
+        except (SyntaxError, ValueError):
+            continue
+
+
+def _called(prompt: str) -> Iterator[Example]:
+    for name, given, expected in _CALLED.findall(prompt):
+        try:
+            values = ast.literal_eval(f"({given},)" if given.strip() else "()")
+            yield Example(name, values, ast.literal_eval(expected))
+        except (SyntaxError, ValueError):
+            continue
+
+
+def _literal(text: str) -> str:
+    return re.sub(r"\b(true|false|null)\b", lambda word: _JSON[word.group()], text.strip())
