@@ -16,7 +16,7 @@ from pathlib import Path
 
 BUDGETS = {
     "src": {"statements": 27_700, "lines88": 67_200},
-    "research": {"statements": 8_450, "lines88": 20_500},
+    "research": {"statements": 8_350, "lines88": 20_500},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
 22 500 statements and 54 000 lines."""
