@@ -282,7 +282,7 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
         body_of(proof_of(small_model, "node_A", range(i, i + 40))) for i in (0, 40, 80)
     )
     other = body_of(proof_of(small_model, "node_B", range(40)))
-    with validating(max_kept=5 * len(json.dumps(first))) as running:
+    with validating(max_kept=7 * len(json.dumps(first))) as running:
         assert running.send(first, id="m1")["new"]
         assert running.send(second, id="m2")["new"]
         refusal = running.send(third, id="m3", status=429)

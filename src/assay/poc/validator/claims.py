@@ -7,11 +7,13 @@ computed anything else has other values.
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from assay.errors import AssayError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
@@ -32,6 +34,7 @@ from assay.poc.protocol.records import (
 )
 from assay.poc.protocol.round import Round
 from assay.poc.validator.registry import Registry, Sender
+from assay.poc.verdict.entries import round_identity
 from assay.poc.verdict.proof_checks import check_proof
 
 MOST_NONCES = 2**16  # of one message
@@ -97,10 +100,9 @@ class Claim:
     @classmethod
     def decode(cls, encoded: bytes, count: int, pipeline: Pipeline) -> "Claim":
         """Return the claim of ``count`` nonces that :meth:`encode` made."""
-        head, _, values = encoded.partition(b"\n")
+        head, nonces_N, values = _split_claim(encoded, count)
         round = Round(**loads(head, "claim"))
-        nonces = np.frombuffer(values, "<i8", count).tolist()
-        values = values[8 * count :]
+        nonces = nonces_N.tolist()
         if pipeline.output == "distance":
             return cls(round, nonces, np.frombuffer(values, "<f8", count).tolist())
         text = values.decode()
@@ -108,6 +110,42 @@ class Claim:
         return cls(
             round, nonces, [text[size * place : size * (place + 1)] for place in range(count)]
         )
+
+    def restricted(self, nonces: Collection[int]) -> "Claim":
+        """Return the claim of those of its nonces that are among some."""
+        places = [place for place, nonce in enumerate(self.nonces) if nonce in nonces]
+        return Claim(
+            self.round,
+            [self.nonces[place] for place in places],
+            [self.values[place] for place in places],
+        )
+
+
+def _split_claim(encoded: bytes, count: int) -> tuple[bytes, npt.NDArray[np.int64], bytes]:
+    """Return head, nonces [N] and values of what `Claim.encode` made."""
+    head, _, numbers = encoded.partition(b"\n")
+    return head, np.frombuffer(numbers, "<i8", count), numbers[8 * count :]
+
+
+def named_nonces(encoded: bytes, count: int) -> tuple[str, str, list[int]]:
+    """Return the round's identity, its block and the nonces of what `Claim.encode` made."""
+    head, nonces_N, _ = _split_claim(encoded, count)
+    return (*_round_of(head), nonces_N.tolist())
+
+
+@lru_cache(maxsize=2**10)
+def _round_of(head: bytes) -> tuple[str, str]:
+    round = Round(**loads(head, "claim"))
+    return round_identity(round), round.block_hash
+
+
+def restrict_claim(encoded: bytes, count: int, places: Sequence[int]) -> bytes:
+    """Return what `Claim.encode` makes of some of ``count`` nonces, by their places."""
+    if len(places) == count:
+        return encoded
+    head, nonces_N, values = _split_claim(encoded, count)
+    rows = np.frombuffer(values, np.uint8).reshape(count, -1)[list(places)]
+    return head + b"\n" + nonces_N[list(places)].tobytes() + rows.tobytes()
 
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:

@@ -6,7 +6,7 @@ the highest first; it is published one whole epoch ahead. A message that arrives
 drawn from with
 
     seed  = the first 53 bits of HMAC-SHA-256(secret, tag ‖ key ‖ id ‖ SHA-256(body))
-    order = its nonces, sorted by SHA-256(seed ‖ nonce), both in eight bytes,
+    order = its new nonces, sorted by SHA-256(seed ‖ nonce), both in eight bytes,
 
 and the nonces that are recomputed are the first ones of that order. Of the messages of a node, the
 one with the lowest

@@ -1,6 +1,10 @@
 """The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are
 open.
 
+What is drawn is a nonce of a round. The first message of a key that names it owns it, and a later
+one keeps only its new nonces: ``nonces`` counts those, and ``claim`` holds them. So copies, under
+whatever ids, are stored and neither drawn from nor given a turn.
+
 A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while
 nonces are recomputed. Its ``turn`` says when it is drawn from:
 `assay.poc.validator.epochs.first_turn`.
@@ -9,7 +13,7 @@ nonces are recomputed. Its ``turn`` says when it is drawn from:
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes
@@ -18,11 +22,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import StorageError
-from assay.files.jsonl import JsonObject
+from assay.files.jsonl import JsonObject, dumps
 from assay.files.sqlite import Database
 from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import disk_room, fair_share
-from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
+from assay.poc.validator.claims import named_nonces, restrict_claim
+from assay.poc.validator.epochs import SECRET_BYTES, Epoch, draw, first_turn, message_seed
 from assay.poc.verdict.ledger import Ledger
 
 # The steps that lead to the tables. A step, once released, is never edited.
@@ -71,11 +76,27 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             nonces INTEGER NOT NULL, seconds REAL NOT NULL, fault TEXT
         )""",
     ),
+    (
+        """CREATE TABLE node_rounds (
+            id INTEGER PRIMARY KEY,
+            sender INTEGER NOT NULL REFERENCES senders (id),
+            round TEXT NOT NULL, block_hash TEXT NOT NULL,
+            at REAL NOT NULL, nonces INTEGER NOT NULL DEFAULT 0,
+            UNIQUE (sender, round)
+        )""",
+        """CREATE TABLE round_nonces (
+            node_round INTEGER NOT NULL REFERENCES node_rounds (id),
+            nonce INTEGER NOT NULL,
+            PRIMARY KEY (node_round, nonce)
+        ) WITHOUT ROWID""",
+    ),
 )
 
 
 NAME = "validator.sqlite3"
 SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
+NONCE_BYTES = 16  # of the disk, by which the nonces of a round are known again
+FORGOTTEN = 50_000  # nonces that are forgotten in one transaction, so that messages wait little
 _SIZE = "length(body) + coalesce(length(claim), 0)"
 
 
@@ -86,7 +107,7 @@ class Message:
     public_key: str  # key of the node
     id: str  # identity under which it is kept once
     kind: str  # what it is: generated, validated, proof or pulled
-    nonces: int  # number of nonces that may be recomputed; 0 for a message that is no evidence
+    nonces: int  # number of nonces that it claims; 0 for a message that is no evidence
     body: bytes  # bytes as they were received
     claim: bytes | None = (
         None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
@@ -99,7 +120,7 @@ class Message:
     @property
     def size(self) -> int:
         """Bytes that are kept of it."""
-        return len(self.body) + len(self.claim or b"")
+        return len(self.body) + len(self.claim or b"") + NONCE_BYTES * self.nonces
 
 
 @dataclass(frozen=True)
@@ -115,8 +136,8 @@ class Draw:
     drawn: int  # number of nonces that were drawn before
     planned: int  # number of nonces that are drawn after this draw
     body: bytes  # bytes as they were received
-    nonces: int  # number of nonces of the message
-    claim: bytes  # what the message claims, as it was kept
+    nonces: int  # number of nonces that the message was the first to name
+    claim: bytes | None  # what the message claims of these; None in a file of an older version
     pins: str  # hash of the pins that the claim was held against
 
     @property
@@ -161,6 +182,10 @@ class Inbox:
                 f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender"
             )
             self._kept: Counter[int] = Counter(dict(map(tuple, sizes)))  # bytes by sender
+            self._name_stored(connection)
+            named = "SELECT sender, sum(nonces) FROM node_rounds GROUP BY sender"
+            for sender, nonces in connection.exec_driver_sql(named):
+                self._kept[sender] += NONCE_BYTES * nonces
         self._free = disk_room(data_dir)
 
     def close(self) -> None:
@@ -192,22 +217,27 @@ class Inbox:
             rows = connection.exec_driver_sql(query, tuple(message.id for message in messages))
             stored = {(sender, name) for sender, name in rows}
             fresh: list[bool] = []
+            sizes: list[int] = []
             added: list[tuple[Any, ...]] = []
             changes: list[tuple[float, int, int, int, int]] = []
             for message in messages:
                 sender = senders[message.public_key]
                 new = (sender, message.id) not in stored
-                fresh.append(new)
-                changes.append((now, int(new), message.nonces if new else 0, int(not new), sender))
+                nonces = 0
+                size = 0
                 if new:
                     stored.add((sender, message.id))
+                    nonces, claim = self._name(connection, sender, message, now)
                     digest = hashlib.sha256(message.body).digest()
                     seed = message_seed(epoch.secret, message.public_key, message.id, digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
-                    turn = first_turn(seed, message.nonces, self._sample)
-                    added.append(
-                        (*about, message.nonces, turn, message.body, message.claim, message.pins)
-                    )
+                    turn = first_turn(seed, nonces, self._sample)
+                    added.append((*about, nonces, turn, message.body, claim, message.pins))
+                    size = len(message.body)
+                    size += len(claim) + NONCE_BYTES * nonces if claim else 0
+                fresh.append(new)
+                sizes.append(size)
+                changes.append((now, int(new), nonces, int(not new), sender))
             if added:
                 columns = (
                     "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
@@ -227,9 +257,54 @@ class Inbox:
             epoch,
             disk_room(self.database.path.parent),
         )
-        for message, new in zip(messages, fresh, strict=True):
-            self._kept[senders[message.public_key]] += message.size if new else 0
+        for message, size in zip(messages, sizes, strict=True):
+            self._kept[senders[message.public_key]] += size
         return fresh
+
+    def _name(
+        self, connection: sa.Connection, sender: int, message: Message, now: float
+    ) -> tuple[int, bytes | None]:
+        """Return how many nonces of a message are new in its round, and what it claims of them."""
+        if message.claim is None:
+            return message.nonces, None
+        round, block, nonces = named_nonces(message.claim, message.nonces)
+        new = _add_nonces(connection, (sender, round, block, now), nonces)
+        places = [place for place, nonce in enumerate(nonces) if nonce in new]
+        if not places:
+            return 0, None
+        return len(places), restrict_claim(message.claim, len(nonces), places)
+
+    def _name_stored(self, connection: sa.Connection) -> None:
+        """Give every nonce of an older inbox to the message that drew it, or that named it first.
+
+        A version that drew from copies wrote such files. What a message has drawn stays drawn.
+        """
+        if connection.exec_driver_sql("SELECT 1 FROM node_rounds").first():
+            return
+        columns = "seq, sender, at, seed, nonces, planned, drawn, claim"
+        query = f"SELECT {columns} FROM inbox WHERE seq = ?"
+        waiting = "SELECT seq FROM inbox WHERE claim IS NOT NULL AND nonces > 0"
+        numbers = [row.seq for row in connection.exec_driver_sql(f"{waiting} ORDER BY seq")]
+        for first in (True, False):
+            for number in numbers:
+                row = connection.exec_driver_sql(query, (number,)).one()
+                round, block, nonces = named_nonces(row.claim, row.nonces)
+                about = (row.sender, round, block, row.at)
+                planned = draw(row.seed, nonces, 0, row.planned)
+                if first:  # a copy may have drawn a nonce before the message that named it
+                    _add_nonces(connection, about, [nonces[place] for place in planned])
+                    continue
+                new = _add_nonces(connection, about, nonces)
+                places = {place for place, nonce in enumerate(nonces) if nonce in new}
+                places |= set(planned)
+                claim = restrict_claim(row.claim, len(nonces), sorted(places)) if places else None
+                turn = first_turn(row.seed, len(places), self._sample)
+                turn += row.drawn / max(1, len(places))
+                connection.exec_driver_sql(
+                    "UPDATE inbox SET nonces = ?, turn = ?, claim = ? WHERE seq = ?",
+                    (len(places), turn, claim, number),
+                )
+                self._kept[row.sender] -= len(row.claim) - len(claim or b"")
 
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
         """Return the highest nonce that was pulled of a machine in a block; −1 before the first."""
@@ -316,26 +391,28 @@ class Inbox:
         ]
 
     def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
-        """Draw up to ``most`` nonces, from one message of each node, in one transaction; return the
-        draws.
+        """Draw up to ``most`` nonces, a sample of each node, in one transaction; return the draws.
 
-        The message is the one whose turn it is, which neither the node nor the validator chooses. A
-        node that stands there twice has two messages drawn from.
+        They come from the message whose turn it is, which neither the node nor the validator
+        chooses, and from the next ones where it has fewer: many small messages get no fewer nonces
+        drawn than a large one. A node that stands there twice has two samples drawn.
         """
         chosen: list[int] = []
+        waits = "sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT ?"
+        query = f"SELECT seq, nonces - drawn FROM inbox WHERE {waits}"
+        change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
         with self.database.write() as connection:
             for key in public_keys:
-                if most <= 0:
-                    break
-                waits = "sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT 1"
-                values = (min(self._sample, most), self._senders.get(key, 0))
-                query = f"SELECT seq, min(?, nonces - drawn) FROM inbox WHERE {waits}"
-                row = connection.exec_driver_sql(query, values).first()
-                if row is not None:
-                    change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
-                    connection.exec_driver_sql(change, (row[1], row[0]))
-                    chosen.append(row[0])
-                    most -= row[1]
+                room = min(self._sample, most)
+                sender = self._senders.get(key, 0)
+                for seq, waiting in connection.exec_driver_sql(query, (sender, room)).all():
+                    drawn = min(waiting, room)
+                    if drawn <= 0:
+                        break
+                    connection.exec_driver_sql(change, (drawn, seq))
+                    chosen.append(seq)
+                    room -= drawn
+                    most -= drawn
             marks = ",".join(map(str, chosen))
             return (
                 self._draws(connection, f"seq IN ({marks}) ORDER BY inbox.seq", len(chosen))
@@ -422,9 +499,12 @@ class Inbox:
         with self.database.read() as connection:
             return connection.exec_driver_sql(query, values).all()
 
-    def prune(self, keep: float) -> int:
+    def prune(self, keep: float, open_blocks: Collection[str] = ()) -> int:
         """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return
         how many.
+
+        The nonces of a round are forgotten as late, and not while messages of its block are taken:
+        a copy would be drawn again.
         """
         now = settled_time()
         with self.database.write() as connection:
@@ -432,6 +512,41 @@ class Inbox:
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
             delete = f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}"
             gone = connection.exec_driver_sql(delete, (now - keep,)).all()
-        for sender, size in gone:
+            freed = [(sender, size) for sender, size in gone]
+            rounds = "SELECT id, sender, block_hash FROM node_rounds WHERE at < ?"
+            for number, sender, block in connection.exec_driver_sql(rounds, (now - keep,)).all():
+                if block not in open_blocks:
+                    nonces = _forget_nonces(connection, number)
+                    freed.append((sender, NONCE_BYTES * nonces))
+                    break
+        for sender, size in freed:
             self._kept[sender] -= size
         return len(gone)
+
+
+def _add_nonces(
+    connection: sa.Connection, about: tuple[int, str, str, float], nonces: Sequence[int]
+) -> set[int]:
+    """Keep nonces of a round of a node, (sender, round, block, time); return those that are new."""
+    later = "ON CONFLICT (sender, round) DO UPDATE SET at = max(at, excluded.at)"
+    insert = "INSERT INTO node_rounds (sender, round, block_hash, at) VALUES (?, ?, ?, ?)"
+    number = connection.exec_driver_sql(f"{insert} {later} RETURNING id", about).scalar_one()
+    # One statement for all: the writer takes thousands of messages a second.
+    insert = "INSERT OR IGNORE INTO round_nonces SELECT ?, value FROM json_each(?) RETURNING nonce"
+    rows = connection.exec_driver_sql(insert, (number, dumps(nonces))).all()
+    if rows:
+        count = "UPDATE node_rounds SET nonces = nonces + ? WHERE id = ?"
+        connection.exec_driver_sql(count, (len(rows), number))
+    return {row.nonce for row in rows}
+
+
+def _forget_nonces(connection: sa.Connection, number: int) -> int:
+    """Forget nonces of a round of a node, and the round with the last; return how many."""
+    some = f"SELECT nonce FROM round_nonces WHERE node_round = ? LIMIT {FORGOTTEN}"
+    delete = f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({some})"
+    count = connection.exec_driver_sql(delete, (number, number)).rowcount
+    change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
+    if count < FORGOTTEN:
+        change = "DELETE FROM node_rounds WHERE ? >= 0 AND id = ?"
+    connection.exec_driver_sql(change, (count, number))
+    return count

@@ -1,6 +1,7 @@
 """The thread that puts messages on disk, many in one transaction."""
 
 import time
+from collections.abc import Callable, Collection
 
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import GroupCommit
@@ -15,11 +16,20 @@ class InboxWriter(GroupCommit[Message, bool]):
     inbox.
     """
 
-    def __init__(self, inbox: Inbox, metrics: ValidatorMetrics, *, most: int, keep: float) -> None:
+    def __init__(
+        self,
+        inbox: Inbox,
+        metrics: ValidatorMetrics,
+        *,
+        most: int,
+        keep: float,
+        open_blocks: Callable[[], Collection[str]],
+    ) -> None:
         super().__init__("assay-inbox", most=most)
         self._inbox = inbox
         self._metrics = metrics
         self._keep = keep
+        self._open_blocks = open_blocks
         self._pruned = time.monotonic()
 
     async def keep(self, message: Message) -> bool:
@@ -61,5 +71,5 @@ class InboxWriter(GroupCommit[Message, bool]):
         if not wrote:  # what adds messages ends epochs as well
             self._inbox.roll()
         if time.monotonic() - self._pruned > PRUNE_EVERY:
-            self._inbox.prune(self._keep)
+            self._inbox.prune(self._keep, self._open_blocks())
             self._pruned = time.monotonic()

@@ -36,7 +36,7 @@ from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Input, Round, group_inputs
-from assay.poc.validator.claims import Claim, Reader, read_claim
+from assay.poc.validator.claims import Claim, Reader, named_nonces, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.registry import Registry
@@ -79,14 +79,8 @@ class Budget:
 
 
 def verdict_of(standing: Standing | None) -> str:
-    """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault
-    that is open.
-    """
-    if standing is None:
-        return "undecided"
-    if standing.fault is not None and standing.verdict != "fraud":
-        return "faulty"
-    return str(standing.verdict)
+    """Return the verdict on a node, which is undecided before its first audit."""
+    return "undecided" if standing is None else standing.verdict
 
 
 def expected_nonces(standing: Standing | None, *, alpha: float, beta: float) -> float:
@@ -357,9 +351,12 @@ class Recomputer(EngineThread):
         """Return what a message claims; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            if source.pins == reader.pins:
+            if source.claim is not None and source.pins == reader.pins:
                 return Claim.decode(source.claim, source.nonces, registry.pipeline)
-            return read_claim(source.kind, source.body, reader)
+            claim = read_claim(source.kind, source.body, reader)
+            if source.claim is None:  # an older version kept it
+                return claim
+            return claim.restricted(set(named_nonces(source.claim, source.nonces)[2]))
         except AssayError as error:
             log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
             self._metrics.dropped.inc()

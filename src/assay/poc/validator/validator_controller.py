@@ -86,7 +86,11 @@ class ValidatorController(Runtime):
             self.inbox.check_ledger(self.ledger)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = InboxWriter(
-                self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep
+                self.inbox,
+                self.metrics,
+                most=settings.max_unwritten,
+                keep=settings.keep,
+                open_blocks=lambda: self.open_blocks,
             )
             self.writers = (self.writer,)
             self.worker = Recomputer(
@@ -301,6 +305,7 @@ def _node(
         "log_e_value": standing.evidence.log_e_max if standing else 0.0,
         "log_evidence_honest": standing.evidence.log_evidence_honest if standing else 0.0,
         "fault": standing.fault if standing else None,
+        "payable": standing.payable if standing else None,
         "messages": sent.get("messages", 0),
         "claimed": sent.get("nonces", 0),
         "first_at": sent.get("first_at"),
