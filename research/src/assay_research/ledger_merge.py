@@ -56,6 +56,7 @@ class LedgerShare:
         verdict: What it would decide alone, as one of ``L`` ledgers.
         log_e_value: Logarithm of what stands of its e-value, stopped where it would decide alone.
         log_evidence_honest: Logarithm of its evidence for honesty, stopped likewise.
+        fault: Places of the batch at which its last audits together are large; None without any.
     """
 
     ledger: str
@@ -63,6 +64,7 @@ class LedgerShare:
     n: int = 0
     log_e_value: float = 0.0
     log_evidence_honest: float = 0.0
+    fault: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class MergedStanding:
     Args:
         account: Account.
         verdict: ``fraud`` when ``log_e_value`` ≥ ln 1/alpha; else ``honest`` when
-            ``log_evidence_honest`` ≥ ln 1/beta; else ``undecided``.
+            ``log_evidence_honest`` ≥ ln 1/beta, and no more ledgers show an open fault than may
+            be liars; else ``undecided``.
         log_e_value: Logarithm of the average of the stopped e-values, without the largest ``liars``
             of them.
         log_evidence_honest: Logarithm of the average of the stopped evidence for honesty, likewise.
@@ -227,6 +230,7 @@ def _stopped(
                 ledger=genesis.id,
                 n=found.n,
                 verdict=alone,
+                fault=found.faulty_places,
                 log_e_value=log_e,
                 log_evidence_honest=log_honest,
             )
@@ -250,7 +254,10 @@ def _decide(
     def decided(some: Sequence[LedgerShare]) -> tuple[Decision, float, float]:
         log_e = log_mean([share.log_e_value for share in some], without=liars)
         log_honest = log_mean([share.log_evidence_honest for share in some], without=liars)
-        return decide(log_e, log_honest, **rates), log_e, log_honest
+        verdict = decide(log_e, log_honest, **rates)
+        if verdict == "honest" and sum(share.fault is not None for share in some) > liars:
+            verdict = "undecided"
+        return verdict, log_e, log_honest
 
     verdict, log_e, log_honest = decided(shares)
     others = ((one.ledger, [share for share in shares if share is not one]) for one in shares)

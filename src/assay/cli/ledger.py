@@ -102,6 +102,7 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
             "since",
             "fault",
             "max log e",
+            "payable",
             "verdict",
         ),
         [(*names_of(standing.account), *_numbers(standing)) for standing in selected],
@@ -194,6 +195,7 @@ def _numbers(standing: "Standing") -> tuple[object, ...]:
         _day(standing.begun),
         _cut(standing.fault),
         f"{evidence.log_e_max:.1f}",
+        "" if standing.payable is None else f"{standing.payable:.1%}",
         standing.verdict,
     )
 
@@ -207,7 +209,7 @@ def _row(entry: "Entry") -> tuple[object, ...]:
         shown,
         _cut(entry.fault),
         f"{outcome.log_e_max:.1f}",
-        outcome.verdict,
+        entry.verdict,
     )
     return entry.seq, _day(entry.time), *values
 

@@ -520,18 +520,25 @@ def _sentence(verdict: "ProofVerdict") -> str:
 
 def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     """Return what `verify` says of the whole life."""
+    from assay.poc.verdict.pool_faults import STRIKES
+
     if standing is None:
         return []
     evidence = standing.evidence
     summary = (
-        f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
+        f"{standing.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
     )
     numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
     cheap = "" if evidence.share is None else f"; up to {evidence.share:.0%} may be cheap"
-    return [
+    rows = [
         ("whole life", summary),
         ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}"),
     ]
+    if evidence.credited is not None:
+        strikes = f"{evidence.strikes} of {STRIKES} strikes"
+        places = standing.fault or "none now"
+        rows.append(("fault", f"{places}; {evidence.credited} nonces credited, {strikes}"))
+    return rows
 
 
 @poc.add(

@@ -18,6 +18,9 @@ from assay.stats.chord import FloatArray
 Decision = Literal["honest", "fraud", "undecided"]
 """What a sequential test decides, or that it goes on."""
 
+Outcome = Decision | Literal["faulty"]
+"""A decision, or that residuals depend on the place in the batch, and are honest elsewhere."""
+
 CHEAP = 5.0
 """Multiple of honest noise from which a share of the nonces counts as computed cheaply."""
 

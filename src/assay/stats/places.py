@@ -111,6 +111,11 @@ class PlaceTest:
     ratio: float
     set_aside: BoolArray = field(repr=False, compare=False)
 
+    @property
+    def bad_places(self) -> Places:
+        """The bad places, of which there are some where there are two residuals or more."""
+        return Places(self.modulus or 1, frozenset(self.places))
+
 
 def place_test(
     magnitudes: npt.ArrayLike,
@@ -260,13 +265,18 @@ class _Sample:
         # half of all.
         expected_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]
         # Those above the next one are large: fewer where equal ones straddle the end.
-        least_L = np.sort(self.sizes)[[-1 - expected for expected in expected_L]]
-        large_LM = np.stack(
-            [np.bincount(place_N[self.sizes > least], minlength=modulus) for least in least_L]
-        )
-        count_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
+        order_N = np.argsort(-self.sizes)
+        falling_N = self.sizes[order_N]
+        number_L = np.searchsorted(-falling_N, -falling_N[expected_L], side="left")
+        # Each is large from one length on: counted there, and summed over the shorter ones.
+        row_N = np.searchsorted(number_L, np.arange(self.sizes.size), side="right")
+        is_large_N = row_N < lengths_L.size
+        cell = (row_N * modulus + place_N[order_N])[is_large_N]
+        added_LM = np.bincount(cell, minlength=lengths_L.size * modulus).reshape(-1, modulus)
+        large_LM = np.cumsum(added_LM, axis=0)
+        count_1M = np.bincount(place_N, minlength=modulus)[None, :]
         hits_LS = _sum_runs(large_LM, lengths_L, starts_S)
-        count_LS = _sum_runs(count_LM, lengths_L, starts_S)
+        count_LS = _sum_runs(count_1M, lengths_L, starts_S)
         large_L1 = large_LM.sum(axis=1, keepdims=True)
         log_p_LS = log_fisher(hits_LS, count_LS, large_L1, self.sizes.size)
         # Half of alpha is for runs from place 0, the first column, where faults of real machines
@@ -311,11 +321,17 @@ class _Sample:
 
 
 def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> IntArray:
-    """Return the sum of the counts in each run, [L, S]; place 0 follows the last place."""
-    before = np.pad(np.cumsum(np.tile(counts_LM, 2), axis=1), ((0, 0), (1, 0)))
+    """Return the sum of the counts in each run, [L, S]; place 0 follows the last place.
+
+    Counts that are those of every length have one row.
+    """
+    rows, modulus = counts_LM.shape
+    before = np.zeros((rows, 2 * modulus + 1), dtype=np.int64)
+    np.cumsum(counts_LM, axis=1, out=before[:, 1 : modulus + 1])
+    before[:, modulus + 1 :] = before[:, 1 : modulus + 1] + before[:, modulus, None]
     end_LS = starts_S[None, :] + lengths_L[:, None]
-    sums_LS = np.take_along_axis(before, end_LS, axis=1) - before[:, starts_S]
-    return np.asarray(sums_LS, dtype=np.int64)
+    row_L1 = np.arange(rows)[:, None]
+    return np.asarray(before[row_L1, end_LS] - before[:, starts_S], dtype=np.int64)
 
 
 def log_fisher(hits: IntArray, count: IntArray, large: IntArray, n: int) -> FloatArray:

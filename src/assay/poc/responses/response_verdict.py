@@ -19,8 +19,9 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.requests import Request
 from assay.poc.responses.response_calibration import ResponseCalibration, bundled_response_noise
 from assay.poc.verdict.entries import RESPONSES, Account, LedgerUpdate, response_identity
-from assay.poc.verdict.proof_judge import EXIT_CODES, Outcome
+from assay.poc.verdict.proof_judge import EXIT_CODES
 from assay.poc.verdict.response_noise import ResponseNoise, ResponseResult, ResponseTest
+from assay.stats.e_values import Outcome
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import ReplayedResponse

@@ -71,8 +71,9 @@ function badge(verdict) {
 function nodeRow(node) {
   const row = document.createElement("tr");
   const about = node.build ? `${visible(node.build)}, ` : "";
+  const unpaid = typeof node.payable === "number" && node.payable < 1;
   row.append(
-    cell("", badge(node.verdict), node.fault ? part("note", name(node.fault, 60)) : ""),
+    cell("", badge(node.verdict), node.fault ? part("note", name(node.fault, 60)) : "", unpaid ? part("note", `${percent(node.payable, 1)} payable`) : ""),
     cell("names", part("", name(node.public_key, 44)), part("note", `${about}${plural(node.messages, "message")}`)),
     cell("n evidence", odds(node.log_e_value), bar(node.log_e_value)),
     cell("n evidence", odds(node.log_evidence_honest), bar(node.log_evidence_honest)),

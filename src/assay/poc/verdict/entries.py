@@ -23,8 +23,9 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.round import Round
+from assay.poc.verdict.pool_faults import STRIKES
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
-from assay.stats.e_values import Decision, decide
+from assay.stats.e_values import Outcome, decide
 
 HONEST = 0.2  # largest share of cheap nonces that is not excluded at which a life is called honest
 MOST_NONCES = 2**18  # of one entry
@@ -39,7 +40,7 @@ Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
 Chance = Annotated[float, Field(gt=0, lt=1)]
 # Fields that a line leaves out where they say nothing.
-_OPTIONAL = {"positions", "batch_size", "log_e_held", "share"}
+_OPTIONAL = {"positions", "batch_size", "log_e_held", "share", "credited", "strikes"}
 
 
 class CanonicalModel(BaseModel):
@@ -94,7 +95,8 @@ class AccountEvidence(CanonicalModel):
         audits: Number of entries of the account, this one included; a life outside a ledger counts
             none.
         recorded: Number of nonces in them, those that do not count included.
-        verdict: Decision by :func:`verdict_on_life`.
+        verdict: Outcome by :func:`verdict_on_life`; in an entry of before 0.4, an open fault did
+            not enter it.
         n: Number of residuals that count.
         tests: Number of tests that have begun.
         log_e_value: Natural logarithm of the e-value: the weighted average over the tests.
@@ -107,13 +109,17 @@ class AccountEvidence(CanonicalModel):
             suspicion, and None for responses, as is the next one.
         share: Largest share of cheap nonces that was not excluded yet: 1 at first, and it only
             falls.
+        credited: Number of residuals that count and stand at no place that their pool calls faulty;
+            None where that is all of them, and in entries of before 0.4, as is the next one.
+        strikes: Largest number of strikes that faulty pools had
+            (:mod:`assay.poc.verdict.pool_faults`).
         faulty_places: Places of the batch at which residuals of several audits together are large;
             None without any. An entry has it beside its outcome.
     """
 
     audits: Count = 0
     recorded: Count = 0
-    verdict: Decision = "undecided"
+    verdict: Outcome = "undecided"
     n: Count = 0
     tests: Count = 0
     log_e_value: float = 0.0
@@ -121,16 +127,32 @@ class AccountEvidence(CanonicalModel):
     log_evidence_honest: float = 0.0
     log_e_held: float | None = None
     share: float | None = None
+    credited: Count | None = None
+    strikes: Count | None = None
     faulty_places: Annotated[Text | None, Field(exclude=True)] = None
 
 
-def verdict_on_life(evidence: AccountEvidence, *, alpha: float, beta: float) -> Decision:
-    """Return the verdict that follows from the numbers of a life."""
+def verdict_on_life(evidence: AccountEvidence, *, alpha: float, beta: float) -> Outcome:
+    """Return the verdict that follows from the numbers of a life.
+
+    Evidence with an open fault and without ``credited`` is of before 0.4, when the fault did not
+    enter the verdict.
+    """
     if evidence.log_e_held is None or evidence.share is None:
         return decide(evidence.log_e_max, evidence.log_evidence_honest, alpha=alpha, beta=beta)
-    if evidence.log_e_held >= -math.log(alpha):
+    if evidence.log_e_held >= -math.log(alpha) or (evidence.strikes or 0) >= STRIKES:
         return "fraud"
+    if evidence.faulty_places is not None and evidence.credited is not None:
+        return "faulty"
     return "honest" if evidence.share <= HONEST else "undecided"
+
+
+def beside_fault(verdict: Outcome, fault: str | None) -> Outcome:
+    """Return ``faulty`` in place of any verdict but fraud while a fault is open.
+
+    Entries of before 0.4 have their verdict without it.
+    """
+    return "faulty" if fault is not None and verdict != "fraud" else verdict
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -241,6 +263,11 @@ class Entry(CanonicalModel):
         return self.outcome.model_copy(update={"faulty_places": self.fault})
 
     @property
+    def verdict(self) -> Outcome:
+        """Verdict on the life after this audit, which is never honest while a fault is open."""
+        return beside_fault(self.outcome.verdict, self.fault)
+
+    @property
     def of_response(self) -> bool:
         """Whether the nonces are blocks of a response."""
         return self.account.preset == RESPONSES
@@ -261,16 +288,30 @@ class Standing:
     )  # places of the batch at which the residuals of its last audits together are large
 
     @property
-    def verdict(self) -> Decision:
-        """Decision over the whole life."""
-        return self.evidence.verdict
+    def verdict(self) -> Outcome:
+        """Verdict on the whole life, which is never honest while a fault is open."""
+        return beside_fault(self.evidence.verdict, self.fault)
+
+    @property
+    def payable(self) -> float | None:
+        """Share of the nonces to pay; None while undecided, where the network's rules say.
+
+        Nothing is paid after fraud, nor while a fault is open. When it has ended, what stood at
+        faulty places stays unpaid.
+        """
+        if self.verdict in ("fraud", "faulty"):
+            return 0.0
+        evidence = self.evidence
+        credited = evidence.n if evidence.credited is None else evidence.credited
+        return credited / evidence.n if self.verdict == "honest" and evidence.n else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         counts = {
             name: value for name, value in vars(self).items() if name not in ("account", "evidence")
         }
-        return asdict(self.account) | dict(self.evidence) | counts
+        verdict = {"verdict": self.verdict, "payable": self.payable}
+        return asdict(self.account) | dict(self.evidence) | counts | verdict
 
 
 def round_identity(round: Round) -> str:

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ CLOSE = 1e-6  # relative and absolute difference of numbers that two machines ma
 CLOCK = 60.0
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
 _EXACT = ("audits", "recorded", "n", "tests", "share")
+_OF_FAULTS = ("credited", "strikes")  # which entries of before 0.4 do not have
 _ROWS = (
     sa.select(UPDATES, *OF_ACCOUNT, LAWS.c.hash.label("known"))
     .select_from(
@@ -198,6 +199,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
     owner = None
     state = AccountState(chain.genesis)
     seen = defaultdict[str, set[int]](set)
+    has_credit = False
     query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
     query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
     for account, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
@@ -205,10 +207,14 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
             owner = account
             state = AccountState(chain.genesis)
             seen = defaultdict(set)
+            has_credit = False
         entry = Entry.parse(text, "an entry")
         try:
             follows = state.take(entry, read_noise(connection, entry.law))
             reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
+            has_credit = has_credit or entry.outcome.credited is not None
+            if not reason and has_credit:  # of one version or later, as those before it
+                reason = _find_unequal(entry, follows, _OF_FAULTS)
         except AssayError as error:  # not a law, or one of which no test can be made
             reason = error.seen
         seen[entry.round].update(entry.nonces)
@@ -225,7 +231,18 @@ def _find_difference(
         return "the nonces that do not count are not those that were there before"
     if entry.fault != follows.fault:
         return f"fault {entry.fault!r:.80}, where the evidence gives {follows.fault!r:.80}"
-    for name in (*_EXACT, *_NUMBERS):
+    if reason := _find_unequal(entry, follows, (*_EXACT, *_NUMBERS)):
+        return reason
+    # Of the numbers as stated: on the threshold, two machines may differ.
+    verdict = verdict_on_life(entry.evidence, alpha=genesis.alpha, beta=genesis.beta)
+    if entry.outcome.verdict == verdict:
+        return None
+    return f"verdict {entry.outcome.verdict}, where its numbers give {verdict}"
+
+
+def _find_unequal(entry: Entry, follows: Entry, names: Sequence[str]) -> str | None:
+    """Return the first number of an outcome that does not follow from its evidence, if any."""
+    for name in names:
         stated = getattr(entry.outcome, name)
         computed = getattr(follows.outcome, name)
         if name in _NUMBERS and None not in (stated, computed):
@@ -234,11 +251,7 @@ def _find_difference(
             equal = stated == computed
         if not equal:
             return f"{name} {stated!r}, where the evidence gives {computed!r}"
-    # Of the numbers as stated: on the threshold, two machines may differ.
-    verdict = verdict_on_life(entry.outcome, alpha=genesis.alpha, beta=genesis.beta)
-    if entry.outcome.verdict == verdict:
-        return None
-    return f"verdict {entry.outcome.verdict}, where its numbers give {verdict}"
+    return None
 
 
 def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:

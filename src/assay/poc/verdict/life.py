@@ -23,8 +23,10 @@ from assay.errors import DataError
 from assay.files.jsonl import dumps
 from assay.poc.verdict.entries import AccountEvidence, verdict_on_life
 from assay.poc.verdict.life_test import EPOCH, LARGEST_LOG, LifeTest, PooledAudit, Residuals
+from assay.poc.verdict.pool_faults import POOLS, FaultyPool, count_strikes
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks, ResponseNoise, ResponseTest
 from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.places import Places
 from assay.stats.sequential import SHARES
 
 FIRST_WEIGHT = 0.9  # share of the error rates that the first test has
@@ -69,7 +71,10 @@ class Life:
         self._n = 0
         self._pool: list[PooledAudit] = []
         self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
-        self._fault: str | None = None
+        self._fault: Places | None = None  # those that the last look at a pool called faulty
+        self._faulty_pools: list[FaultyPool | None] = []
+        self._strikes = 0
+        self._uncredited = 0  # nonces at faulty places of complete pools
         self._only_responses = True
 
     def update(
@@ -117,7 +122,7 @@ class Life:
             ):  # another pool begins; residuals at places that may be faulty never convict
                 for test in self.tests:
                     test.settle(self._pool)
-                self._pool = []
+                self._complete_pool()
             running = self._tests_of(noise, law)
             sizes = np.asarray(residuals, dtype=np.float64) / noise.size
             for test in running:
@@ -170,7 +175,7 @@ class Life:
             place_result = stats.place_test(
                 sizes, positions, batch_size=batch_size, honest_size=1.0
             )
-            self._fault = place_result.pattern if place_result.faulty else None
+            self._fault = place_result.bad_places if place_result.faulty else None
             ends = np.cumsum([len(audit.sizes) for audit in pool])[:-1]
             for audit, aside in zip(pool, np.split(place_result.set_aside, ends), strict=True):
                 audit.aside = aside
@@ -179,6 +184,24 @@ class Life:
             if test.log_weight + test.log_e_max >= needed > test.log_e_held:
                 remaining = test.log_weight + min(self.held(test), test.log_e_max)
                 test.log_e_held = max(test.log_e_held, min(LARGEST_LOG, remaining))
+
+    def _complete_pool(self) -> None:
+        """Count a pool's fault and what it leaves uncredited, and begin another pool."""
+        self._uncredited += self._uncredited_now
+        blocks = frozenset(audit.block for audit in self._pool)
+        faulty = None if self._fault is None else FaultyPool(self._fault, blocks)
+        self._faulty_pools = [*self._faulty_pools, faulty][-POOLS:]
+        # A conviction stays, also where later pools show nothing.
+        self._strikes = max(self._strikes, count_strikes(self._faulty_pools))
+        self._pool = []
+
+    @property
+    def _uncredited_now(self) -> int:
+        """Nonces of the pool at faulty places: before it tells, those of the pool before it."""
+        fault = self._fault
+        if fault is None:
+            return 0
+        return sum(int(np.count_nonzero(fault.contain(audit.positions))) for audit in self._pool)
 
     def held(self, test: "LifeTest") -> float:
         """Return the logarithm of what stands of a test's e-value without any one block and without
@@ -190,6 +213,8 @@ class Life:
     def evidence(self) -> AccountEvidence:
         """The evidence, and the verdict that follows from it."""
         honest = max([test.log_weight + test.log_honest for test in self.tests[-2:]], default=0.0)
+        uncredited = self._uncredited + self._uncredited_now
+        has_faults = bool(uncredited or self._strikes)
         before_verdict = AccountEvidence(
             n=self._n,
             tests=len(self.tests),
@@ -202,7 +227,9 @@ class Life:
             share=None
             if self._only_responses
             else max([0.0, *np.array(SHARES)[self._open].tolist()]),
-            faulty_places=self._fault,
+            credited=self._n - uncredited if has_faults else None,
+            strikes=self._strikes if has_faults else None,
+            faulty_places=None if self._fault is None else str(self._fault),
         )
         return before_verdict.model_copy(
             update={"verdict": verdict_on_life(before_verdict, alpha=self.alpha, beta=self.beta)}

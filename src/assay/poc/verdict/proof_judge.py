@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,8 @@ from assay.poc.verdict.honest_noise import Noise, missing_law
 from assay.poc.verdict.published_rule import count_mismatches, published_rule
 from assay.poc.verdict.residuals import residuals
 from assay.poc.verdict.sample_plan import sequential_test
-from assay.stats.e_values import Decision
+from assay.stats.e_values import Outcome
 
-Outcome = (
-    Decision | Literal["faulty"]
-)  # where residuals depend on the place, and are honest elsewhere
 YOUR_MODEL = "MODEL"  # in advice to a reader whose own flags are not known
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
 """What a command exits with, by verdict."""

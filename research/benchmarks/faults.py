@@ -1,0 +1,225 @@
+"""What a fault at fixed places is worth, whom it convicts, and what one block of lies costs.
+
+Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed before:
+
+- liars: who lies at fixed places gains at most 2 % more than an honest machine of its true work,
+  over 200 audits of 16: nonces that are credited over those that were computed honestly, less one,
+  as the upper end of the 95 % interval of the mean of every setting;
+- pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`), and none
+  within its first two pools, whatever its audits (`--data`);
+- honest: none of 20 000 honest lives of 100 audits under each law is convicted. Lives whose e-value
+  reaches the bound of a test are run as a `Life`; for the strikes, complete pools of sound machines
+  are tested for places;
+- free block: how many cheap nonces in a second block convict, after a first block of lies.
+
+    python research/benchmarks/faults.py --data cluster_nonces.jsonl.gz \
+      -o research/results/faults.json
+"""
+
+import itertools
+import math
+
+import numpy as np
+from _common import parser, publish
+from assay_research.clusters.builds import builds_of, sound_builds
+from assay_research.clusters.clusters import _nearest_noise
+from assay_research.rational import Strategy, draw_sizes, live
+from assay_research.vector_sets import read_vector_sets
+from rational import laws
+
+from assay import stats
+from assay.poc.verdict import Life
+from assay.poc.verdict.life import error_share
+from assay.poc.verdict.pool_faults import STRIKES, FaultyPool, count_strikes
+from assay.poc.verdict.sample_plan import sequential_test
+
+AUDITS = 200
+PER = 16
+POOL = 1024
+PATTERNS = {
+    "places": ((1, 16), (2, 16), (4, 16), (8, 16), (1, 32), (3, 32), (16, 32), (4, 64)),
+    "places for a time": ((4, 16), (8, 16)),
+    "places that move": ((4, 16, 64), (8, 16, 64), (4, 16, 16)),
+}
+MULTIPLES = (5.0, 30.0)
+LAW_OF_LIARS = "smollm2, tokens-1"  # whose tail is the widest
+CHANCE = 0.4  # of a pool in which places for a time lie: below half, so the median stays honest
+
+
+def liars(noise, truth, rng, lives):
+    """Return the gain of each setting of lies at fixed places, with its interval."""
+    rows = []
+    for way, patterns in PATTERNS.items():
+        for more, multiple in itertools.product(patterns, MULTIPLES):
+            share = more[0] / more[1] * (CHANCE if way == "places for a time" else 1.0)
+            strategy = Strategy(way, share, multiple, more)
+            results = [
+                live(strategy, noise, rng, truth=truth, audits=AUDITS, looks=4)
+                for _ in range(lives)
+            ]
+            gains = np.array([one.paid / (one.nonces - one.cheap) - 1 for one in results])
+            error = float(gains.std(ddof=1) / lives**0.5)
+            rows.append(
+                {
+                    "way": way,
+                    "places": more,
+                    "multiple": multiple,
+                    "gain": float(gains.mean()),
+                    "upper": float(gains.mean() + 1.96 * error),
+                    "largest": float(gains.max()),
+                    "convicted": sum(one.convicted < math.inf for one in results),
+                    "open": sum(one.faulty for one in results),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def pairs(path, rng):
+    """Return when each real faulty pair is called faulty and fraud, and its strikes by pool."""
+    rows = []
+    groups = builds_of(read_vector_sets(path))
+    for group in (group for group in groups if group.faults):
+        noise = _nearest_noise(group, sound_builds(groups))
+        for members, fault in group.faults.items():
+            pair = group.pairs[members]
+            life = Life(alpha=1e-3, beta=1e-2)
+            faulty = fraud = None
+            for number in range(1, 101):
+                chosen = rng.permutation(len(pair.nonces))[:PER]
+                evidence = life.update(
+                    noise,
+                    pair.distances[chosen],
+                    block=str(number),
+                    positions=pair.positions[chosen].tolist(),
+                    batch_size=pair.batch_size,
+                ).evidence
+                faulty = faulty or (number if evidence.faulty_places else None)
+                fraud = fraud or (number if evidence.verdict == "fraud" else None)
+            found = []
+            strikes = []
+            for _ in range(STRIKES + 1):
+                chosen = rng.choice(len(pair.nonces), POOL)
+                place_test = stats.place_test(
+                    pair.distances[chosen] / noise.size,
+                    pair.positions[chosen],
+                    batch_size=pair.batch_size,
+                    honest_size=1.0,
+                )
+                places = place_test.bad_places if place_test.faulty else None
+                found.append(places and FaultyPool(places, frozenset("ab")))
+                strikes.append(count_strikes(found))
+            rows.append(
+                {
+                    "model": group.model,
+                    "pattern": fault.pattern,
+                    "faulty": faulty,
+                    "fraud": fraud,
+                    "strikes_by_pool": strikes,
+                    "payable": evidence.credited and evidence.credited / evidence.n,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def honest(name, truth, noise, rng, lives, pools):
+    """Return how many honest lives are suspected and convicted, and how many pools are faulty."""
+    suspected = convicted = 0
+    weights = [error_share(1), error_share(2)]
+    for start in range(0, lives, 2000):
+        count = min(2000, lives - start)
+        scale = np.exp(noise.spread.sd * rng.standard_t(noise.spread.dof, (count, 1)))
+        sizes = draw_sizes(truth, count * 100 * PER, rng).reshape(count, -1) * scale
+        # On a grid of .2 %, because equal values share what they cost.
+        sizes = np.exp(np.round(np.log(np.minimum(sizes, 2.0)) / 0.002) * 0.002)
+        accused = np.zeros(count, dtype=np.bool_)
+        for weight, begins in zip(weights, (0, POOL), strict=True):
+            test = sequential_test(noise, alpha=1e-3 * weight, beta=1e-2 * weight)
+            accused |= test.accusations(sizes[:, begins:])[:, -1]
+        suspected += int(accused.sum())
+        for row in np.flatnonzero(accused):
+            life = Life(alpha=1e-3, beta=1e-2)
+            for number, part in enumerate(sizes[row].reshape(-1, PER)):
+                positions = rng.choice(4096, PER, replace=False)
+                life.update(
+                    noise, part, block=str(number), positions=positions.tolist(), batch_size=32
+                )
+            convicted += life.evidence.verdict == "fraud"
+    faulty = sum(
+        stats.place_test(
+            draw_sizes(truth, POOL, rng) / noise.size,
+            rng.choice(1 << 16, POOL, replace=False),
+            batch_size=32,
+            honest_size=1.0,
+        ).faulty
+        for _ in range(pools)
+    )
+    found = {"lives": lives, "suspected": suspected, "convicted": convicted}
+    row = {"law": name, **found, "pools": pools, "faulty_pools": faulty}
+    print(row, flush=True)
+    return row
+
+
+def free_block(noise, truth, rng, lives):
+    """Return the share of lives that a second block with so many cheap nonces convicts."""
+    shares = {}
+    for count in (1, 2, 3, 4, 6, 8, 16):
+        convicted = 0
+        for _ in range(lives):
+            life = Life(alpha=1e-3, beta=1e-2)
+            for number in range(12):
+                sizes = draw_sizes(truth, PER, rng)
+                cheap = {0: PER, 10: count}.get(number, 0)
+                sizes[:cheap] *= 5.0
+                positions = rng.choice(4096, PER, replace=False)
+                life.update(
+                    noise,
+                    np.minimum(sizes, 2.0),
+                    block=str(number),
+                    positions=positions.tolist(),
+                    batch_size=32,
+                )
+            convicted += life.evidence.verdict == "fraud"
+        shares[str(count)] = convicted / lives
+    return shares
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", help="vector sets of clusters, for the part `pairs`")
+    arguments.add_argument("--parts", nargs="*", default=["liars", "pairs", "free_block", "honest"])
+    arguments.add_argument(
+        "--laws", nargs="*", help="laws of `honest` and `free_block`; all of them"
+    )
+    arguments.add_argument("--lives", type=int, default=20_000, help="honest lives of a law")
+    arguments.add_argument("--liars", type=int, default=8, help="liars of a setting")
+    arguments.add_argument("--pools", type=int, default=3000, help="sound pools of a law")
+    options = arguments.parse_args()
+    by_name = {name: pair for name, pair in laws().items() if "tokens-1" in name}
+    chosen = options.laws or [*by_name]
+    found = {}
+    holds = {}
+    if "liars" in options.parts:
+        truth, noise = by_name[LAW_OF_LIARS]
+        found["liars"] = liars(noise, truth, np.random.default_rng(1), options.liars)
+        holds["liars"] = max(row["upper"] for row in found["liars"]) <= 0.02
+    if "pairs" in options.parts:
+        found["pairs"] = pairs(options.data, np.random.default_rng(2))
+        holds["pairs"] = all(row["fraud"] is None for row in found["pairs"])
+    if "free_block" in options.parts:
+        found["free_block"] = {
+            name: free_block(by_name[name][1], by_name[name][0], np.random.default_rng(3), 40)
+            for name in chosen
+        }
+    if "honest" in options.parts:
+        found["honest"] = [
+            honest(name, *by_name[name], np.random.default_rng(4), options.lives, options.pools)
+            for name in chosen
+        ]
+        holds["honest"] = all(row["convicted"] == 0 for row in found["honest"])
+    publish("faults", {**found, "holds": holds}, options.output)
+
+
+if __name__ == "__main__":
+    main()

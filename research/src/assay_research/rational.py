@@ -1,0 +1,281 @@
+"""Lives of cheats, in a tenth of the time of `Life`, and the strategies of a rational cheat.
+
+The rule is that of `assay.poc.verdict.Life`: two tests, of all residuals and of those after an
+epoch, a pool of places, an e-value without any one block, and strikes. It is looked at only every
+ten audits, and of an earlier pool eight blocks can be left out. So it convicts no earlier than a
+life does: what survives here is an upper bound. `research/tests/test_rational.py` compares the two.
+
+Suffixes: N nonces, B blocks, P paths of a test.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from assay import stats
+from assay.poc import Noise
+from assay.poc.verdict.entries import HONEST
+from assay.poc.verdict.life import PLACES, error_share
+from assay.poc.verdict.life_test import APART, EPOCH
+from assay.poc.verdict.pool_faults import STRIKES, FaultyPool, count_strikes
+from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.e_values import log_sum
+from assay.stats.sequential import SHARES
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+ALPHA = 1e-3
+BETA = 1e-2
+LOOKS = 10  # audits between two looks
+BATCH = 32  # batch size that the build states
+
+
+@dataclass(frozen=True)
+class LifeResult:
+    """What an account is paid, which is nothing at places that its pools call faulty.
+
+    Args:
+        convicted: Audits after which it is fraud; infinite for never.
+        suspected: Audits after which some e-value reached its bound; infinite for never.
+        faulty: Whether a fault is open at the end.
+        paid: Nonces that are credited; of a convicted life none.
+        paid_cheap: Cheap ones among them.
+        nonces: All nonces.
+        cheap: All cheap ones.
+        honest: Audits after which the first test excludes a share of 40 % or more, so that the life
+            may be called honest; infinite for never.
+    """
+
+    convicted: float
+    suspected: float
+    faulty: bool
+    paid: int
+    paid_cheap: int
+    nonces: int
+    cheap: int
+    honest: float
+
+
+@dataclass
+class _Test:
+    """A test of a life: the steps of its residuals, and what it needs."""
+
+    test: stats.SequentialTest
+    log_weight: float
+    begins: int
+    steps: FloatArray  # [N, P]
+    suspicion: BoolArray = field(init=False)  # [N]
+    excludes: BoolArray = field(init=False)  # [N], whether shares above that of honest are excluded
+
+    def __post_init__(self) -> None:
+        path_NP = self.test.prior + np.cumsum(self.steps, axis=0)
+        honest_N = log_sum(path_NP[:, : self.test.honest_paths])
+        excluded = path_NP[:, -self.test.excluding :].reshape(len(path_NP), -1, len(SHARES))
+        over_NP = honest_N[:, None] - log_sum(np.moveaxis(excluded, 1, 2))
+        above = np.array(SHARES) > HONEST
+        self.excludes = np.all(self.log_weight + over_NP[:, above] >= -math.log(BETA), axis=1)
+        e_N = self.test.log_e(path_NP) + self.log_weight
+        self.suspicion = np.maximum.accumulate(e_N) >= -math.log(ALPHA)
+
+    def stands(self, block_N: IntArray, aside_N: BoolArray, end: int, settled: int) -> bool:
+        """Return whether the evidence of the first nonces convicts without any one block."""
+        chosen = slice(0, end - self.begins)
+        if end <= self.begins or not self.suspicion[end - self.begins - 1]:
+            return False
+        steps_NP = np.where(aside_N[self.begins : end, None], 0.0, self.steps[chosen])
+        blocks, index_N = np.unique(block_N[self.begins : end], return_inverse=True)
+        if len(blocks) < 2:
+            return False
+        sums_BP = np.zeros((len(blocks), steps_NP.shape[1]))
+        np.add.at(sums_BP, index_N, steps_NP)
+        path = self.test.prior + sums_BP.sum(axis=0)
+        left_B = self.test.log_e(path - sums_BP)
+        if settled > self.begins:  # of an earlier pool, only some blocks can be left out
+            old = np.unique(index_N[: settled - self.begins])
+            weight_B = self.test.log_e(self.test.prior + sums_BP)
+            apart = old[np.argsort(-weight_B[old])[:APART]]
+            left_B = np.delete(left_B, np.setdiff1d(old, apart))
+        return bool(self.log_weight + left_B.min(initial=np.inf) >= -math.log(ALPHA))
+
+
+def run_life(
+    noise: Noise,
+    residual_N: FloatArray,
+    position_N: IntArray,
+    block_N: IntArray,
+    cheap_N: BoolArray,
+    *,
+    audit: int = 16,
+    looks: int = LOOKS,
+) -> LifeResult:
+    """Judge a whole life, of which ``cheap_N`` says which nonces were computed cheaply."""
+    sizes_N = residual_N / noise.size
+    count = len(sizes_N)
+    second = -(-EPOCH // audit) * audit  # the first audit after an epoch
+    tests = []
+    for number, begins in ((1, 0), (2, second)):
+        if begins < count:
+            weight = error_share(number)
+            test = sequential_test(noise, alpha=ALPHA * weight, beta=BETA * weight)
+            values_N = residual_N[begins:]
+            tests.append(_Test(test, math.log(weight), begins, test.steps(values_N)))
+    suspected = min(one.begins / audit + _first(one.suspicion, audit) for one in tests)
+    aside_N = np.zeros(count, dtype=np.bool_)
+    uncredited_N = np.zeros(count, dtype=np.bool_)
+    pools: list[FaultyPool | None] = []
+    begins = 0
+    fault = None
+    convicted = math.inf
+    ends = sorted(
+        {*range(looks * audit, count, looks * audit), *range(second, count, second), count}
+    )
+    for end in ends:
+        pool = slice(begins, end)
+        if end - begins >= PLACES:
+            found = stats.place_test(
+                sizes_N[pool], position_N[pool], batch_size=BATCH, honest_size=1.0
+            )
+            aside_N[pool] = found.set_aside
+            fault = found.bad_places if found.faulty else None
+        uncredited_N[pool] = False if fault is None else fault.contain(position_N[pool])
+        if end - begins >= PLACES and any(
+            one.stands(block_N, aside_N, end, begins) for one in tests
+        ):
+            convicted = end / audit
+            break
+        if end - begins >= second:
+            blocks = frozenset(map(str, np.unique(block_N[pool])))
+            pools.append(None if fault is None else FaultyPool(fault, blocks))
+            if count_strikes(pools) >= STRIKES:
+                convicted = end / audit
+                break
+            begins = end
+    paid_N = ~uncredited_N if convicted == math.inf else np.zeros(count, dtype=np.bool_)
+    return LifeResult(
+        convicted=convicted,
+        suspected=suspected,
+        faulty=fault is not None,
+        paid=int(paid_N.sum()),
+        paid_cheap=int((paid_N & cheap_N).sum()),
+        nonces=count,
+        cheap=int(cheap_N.sum()),
+        honest=_first(tests[0].excludes, audit),
+    )
+
+
+def _first(is_so_N: BoolArray, audit: int) -> float:
+    """Return the audit with the first nonce at which something is so; infinite for never."""
+    return int(np.argmax(is_so_N)) // audit + 1 if is_so_N.any() else math.inf
+
+
+def draw_sizes(law: stats.NoiseLaw, count: int, rng: np.random.Generator) -> FloatArray:
+    """Return residuals of a law, without sign."""
+    grid = np.geomspace(law.size * 1e-4, law.size * 1e6, 4001)
+    return np.interp(rng.random(count), 1 - law.survival(grid), grid)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a cheat chooses its cheap nonces, and how far off these are.
+
+    Args:
+        way: Name of the way, a key of `WAYS`.
+        share: Share of cheap nonces that it aims at.
+        multiple: Factor of honest noise in a cheap nonce.
+        more: Numbers of the way: places, blocks or audits.
+    """
+
+    way: str
+    share: float
+    multiple: float
+    more: tuple[int, ...] = ()
+
+
+def _chances(strategy: Strategy, audits: int, audit: int, position_N: IntArray) -> FloatArray:
+    """Return the chance of each nonce to be cheap, [N], by its audit and place."""
+    share = strategy.share
+    count = audits * audit
+    at_N = np.arange(count) // audit  # audit of each nonce
+    way = strategy.way
+    if way == "late":  # honest for so many audits first
+        (first,) = strategy.more
+        return np.where(at_N >= first, min(1.0, share * audits / max(1, audits - first)), 0.0)
+    if way == "early":
+        (last,) = strategy.more
+        return np.where(at_N < last, min(1.0, share * audits / last), 0.0)
+    if way == "bursts":  # so many audits of every `period`
+        length, period = strategy.more
+        return np.where(at_N % period < length, min(1.0, share * period / length), 0.0)
+    if way in ("places", "places below half", "places for a time", "places that move"):
+        run, modulus = strategy.more[:2]
+        start_N = np.zeros(count, dtype=np.int64)
+        if way == "places that move":
+            start_N = (at_N // strategy.more[2]) * run
+        at_place_N = (position_N - start_N) % modulus < run
+        chance = min(1.0, share * modulus / run)
+        if way == "places for a time":  # a part of every pool, so that the median stays honest
+            is_time_N = at_N % 64 < 64 * chance
+            return (at_place_N & is_time_N).astype(np.float64)
+        return np.where(at_place_N, chance, 0.0)
+    if way == "scattered places":  # no run of neighbours
+        modulus, seed = strategy.more
+        order = np.random.default_rng(seed).permutation(modulus)
+        return np.isin(position_N % modulus, order[: round(share * modulus)]).astype(np.float64)
+    return np.full(count, share)
+
+
+def live(
+    strategy: Strategy,
+    noise: Noise,
+    rng: np.random.Generator,
+    *,
+    audits: int = 100,
+    audit: int = 16,
+    looks: int = LOOKS,
+    truth: stats.NoiseLaw | None = None,
+) -> LifeResult:
+    """Return what one account gains by a strategy, within so many audits."""
+    count = audits * audit
+    position_N = np.concatenate(
+        [4096 * one + np.sort(rng.choice(4096, audit, replace=False)) for one in range(audits)]
+    )
+    block_N = np.arange(count) // audit
+    chance_N = _chances(strategy, audits, audit, position_N)
+    if strategy.way == "blocks":  # whole blocks of so many audits
+        (length,) = strategy.more
+        block_N = block_N // length
+        whole = rng.random(block_N.max() + 1) < strategy.share
+        chance_N = whole[block_N].astype(np.float64)
+    if strategy.way == "one block":  # all in a single block
+        (length,) = strategy.more
+        block_N = np.where(block_N < length, 0, block_N)
+        chance_N = np.where(block_N == 0, min(1.0, strategy.share * audits / length), 0.0)
+    cheap_N = rng.random(count) < chance_N
+    honest_N = draw_sizes(truth or noise.law, count, rng) * math.exp(
+        noise.spread.sd * rng.standard_t(noise.spread.dof)
+    )
+    multiple_N = np.full(count, strategy.multiple)
+    if strategy.way == "few far off":  # a few invented, and the others hardly off
+        multiple_N = np.where(rng.random(count) < 0.1, 1000.0, strategy.multiple)
+    residual_N = np.minimum(np.where(cheap_N, multiple_N * honest_N, honest_N), 2.0)
+    return run_life(noise, residual_N, position_N, block_N, cheap_N, audit=audit, looks=looks)
+
+
+def paid_share(strategy: Strategy, results: Sequence[LifeResult]) -> FloatArray:
+    """Return the share of the nonces of each life that were cheap and are paid, [R].
+
+    Of a key that is given up at the first suspicion, what was paid before it: nothing, where the
+    life was not honest by then, because undecided work is held back.
+    """
+    if strategy.way != "keys":
+        return np.array([one.paid_cheap / one.nonces for one in results])
+    shares = []
+    for one in results:
+        audits = min(one.suspected, one.nonces / 16)
+        was_honest = one.honest < one.suspected
+        shares.append(one.cheap / one.nonces if was_honest and audits > 0 else 0.0)
+    return np.array(shares)
