@@ -279,3 +279,22 @@ def test_a_chain_gets_parameters_with_their_costs(assay, refused, told, small_mo
     assert json.loads(shown.out.splitlines()[-1]) == document["stat_test"]
     assert "--model" in refused(*words, "--model", "reference:qwen3")
     assert "--calibration" in refused(*words[:4])
+
+
+def test_a_pins_file_that_exists_is_refused_before_anything_is_measured(
+    assay, small_checkpoint, tmp_path, monkeypatch
+):
+    """Its operator may have written nodes and rates into it."""
+    monkeypatch.setattr(
+        "assay.poc.one_machine.calibrate_model", lambda *_, **__: pytest.fail("it was measured")
+    )
+    pins = tmp_path / "pins.toml"
+    pins.write_text("# my own nodes\n")
+    law = tmp_path / "law.json"
+    refused = assay(
+        "poc", "calibrate", "--model", small_checkpoint, "--quick", "-o", law, "--pins", pins
+    )
+    assert refused.code == 2
+    assert "--pins" in refused.err
+    assert pins.read_text() == "# my own nodes\n"
+    assert not law.exists()

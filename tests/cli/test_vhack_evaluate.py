@@ -11,18 +11,8 @@ from assay.vhack.environment import Episode, tasks
 from tests.vhack.training.conftest import checkpoint  # noqa: F401
 
 TENSORS = Path(__file__).parents[1] / "data" / "models" / "llama" / "model.safetensors"
-FLAGS = [
-    "--modes",
-    "exit_code",
-    "--difficulty",
-    "1",
-    "--tasks",
-    3,
-    "--per-task",
-    2,
-    "--max-new-tokens",
-    6,
-]
+TASKS = ["--modes", "exit_code", "--difficulty", "1", "--tasks", 3]
+FLAGS = [*TASKS, "--per-task", 2, "--max-new-tokens", 6]
 OWN = """
 def tasks():
     return [{"prompt": f"{a} =", "mechanism": "odd" if a % 2 else "even"} for a in range(3)]
@@ -146,6 +136,17 @@ def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkey
             ["--samples", "samples.jsonl", "--delta", str(TENSORS)],
             "--delta with --samples",
         ),
+        *(
+            ("evaluate", ["--samples", "samples.jsonl", flag, value], "with --samples")
+            for flag, value in (
+                ("--per-task", "2"),
+                ("--temperature", "0.5"),
+                ("--max-new-tokens", "6"),
+                ("--batch", "4"),
+                ("--dtype", "float32"),
+                ("--device", "cpu"),
+            )
+        ),
         ("evaluate", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--graded", "."], "Is a directory"),
     ],
@@ -159,7 +160,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     )
     needed = ["-o", "samples.jsonl"] if command == "sample" else []
     assert seen in refused(
-        "vhack", command, *(FLAGS if "--samples" in flags else arguments), *needed, *flags
+        "vhack", command, *(TASKS if "--samples" in flags else arguments), *needed, *flags
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, FILE, OUTPUT
+from assay.cli.flags import ARGUMENT, OUTPUT
 from assay.cli.framework import extension, resumable
 from assay.cli.output import emit_json, progress_bar, say_next, show_values, table
 from assay.cli.poc import PresetName, in_column, poc
@@ -39,7 +39,7 @@ class CalibrateSettings(Settings):
     seq_len: Annotated[int, "POSITIONS"] = Field(
         256, ge=1, description="Positions of a nonce of --model; 16 with --quick."
     )
-    pins: Annotated[Path | None, FILE] = Field(
+    pins: Path | None = Field(
         None, description="Pins file to write beside the calibration of --model."
     )
     frame: Path | None = Field(
@@ -145,6 +145,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     no_source = not chosen.proofs and chosen.vectors is None
     merging = bool(chosen.merge) and no_source and chosen.model is None
     _check_form(chosen, merging)
+    if chosen.pins is not None:
+        _check_pins(chosen.pins)
     proofs = _read_proofs(chosen.proofs)
     merged = [*map(Calibration.load, chosen.merge)]
     if chosen.valid_rate is not None:
@@ -161,6 +163,17 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     for calibration in merged:
         measured = measured.merged(calibration)
     _write_law(chosen, measured, as_json)
+
+
+def _check_pins(path: Path) -> None:
+    """Refuse a pins file that exists before anything is measured: an operator edits it."""
+    from assay.files.storage import check_new_file
+
+    try:
+        check_new_file(path)
+    except UsageError as error:
+        do = f"choose another name (--pins), or remove {path} if nobody edited it"
+        raise UsageError(error.seen, wanted=error.wanted, do=do, field="pins") from None
 
 
 def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":

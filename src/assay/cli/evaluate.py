@@ -129,18 +129,8 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
     from assay.files.storage import write_jsonl
     from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
-    # Which is for all commands.
-    has_model = options.model not in (
-        None,
-        os.environ.get("ASSAY_MODEL"),
-    )
-    for flag, is_given in (("--model", has_model), ("--delta", options.delta is not None)):
-        if options.samples is not None and is_given:
-            raise UsageError(
-                f"{flag} with --samples",
-                wanted="one of them",
-                do=f"leave {flag} out: nothing is sampled",
-            )
+    if options.samples is not None:
+        _refuse_sampling(options, settings)
     reward = import_function(options.reward, "--reward") if options.reward else None
     tasks, source = load_tasks(settings, least=1, why="to evaluate", model=options.model)
     records: list[JsonObject] = []
@@ -197,6 +187,25 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
     counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
     title = f"{counts}, {values['faults']} not graded"
     table(("mechanism", "groups", "completions", *names), rows, title=title)
+
+
+def _refuse_sampling(options: EvaluateCommand, settings: "SampleSettings") -> None:
+    """Refuse settings that say how completions are sampled, where a file has them."""
+    for kind, names in (
+        (options, ("model", "delta", "dtype", "device")),
+        (settings, ("per_task", "temperature", "max_new_tokens", "batch")),
+    ):
+        for name in names:
+            # A variable of the environment is for all commands.
+            common = os.environ.get(kind.environment_name(name) or "")
+            if name in kind.model_fields_set and str(getattr(kind, name)) != common:
+                flag = kind.spelling(name)
+                raise UsageError(
+                    f"{flag} with --samples",
+                    wanted="one of them",
+                    do=f"leave {flag} out: nothing is sampled",
+                    field=name,
+                )
 
 
 def _sampled(
