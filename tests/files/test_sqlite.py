@@ -1,7 +1,9 @@
 """A database: the file of its name and no other, on a local disk."""
 
+import os
 import sqlite3
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,23 @@ def test_a_file_that_states_an_impossible_version_is_refused(tmp_path, version):
     for read_only in (False, True):
         with pytest.raises(StorageError):
             Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS, read_only=read_only)
+
+
+@pytest.mark.parametrize("years", [-5, 0, 5])
+def test_a_clock_that_is_wrong_at_the_start_makes_nothing_old(tmp_path, monkeypatch, years):
+    database = Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+    database.change(sa.insert(database["notes"]).values(text="a note"))
+    written_at = time.time()
+    database.close()
+    ahead = years * 365 * 86_400.0
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + ahead)
+    again = Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+    assert again.settled_time() < written_at + 60
+    again.close()
+    # A file that was not opened for years is no older than at its last write.
+    monkeypatch.undo()
+    os.utime(tmp_path / "d.sqlite3", (written_at - 1e8, written_at - 1e8))
+    later = Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+    assert abs(later.settled_time() - (written_at - 1e8)) < 60
+    later.close()

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -83,10 +84,13 @@ class Database:
         self._writing = threading.Lock()
         self._tables = sa.MetaData()
         self._descriptor: int | None = None
+        self._opened_at = time.monotonic()
+        self._settled_at = time.time()
         if read_only:
             self._engine = reading_engine(self.path)
         else:
             self._descriptor = self._claim(data_dir, exclusive=exclusive)
+            self._settled_at = min(time.time(), self._last_written())
             self._engine = writing_engine(self.path, secure_delete=secure_delete)
         self._writer = self._engine.execution_options(assay_write=True)
         newest = len(migrations)
@@ -162,6 +166,20 @@ class Database:
             finally:
                 cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
                 cursor.close()
+
+    def settled_time(self) -> float:
+        """Return the time by which old rows are deleted: that of the last write before the file was
+        opened, and what has passed since.
+
+        A clock that is far ahead makes nothing old, whether it jumps or was wrong at the start.
+        """
+        return min(time.time(), self._settled_at + time.monotonic() - self._opened_at)
+
+    def _last_written(self) -> float:
+        written = [self.path.stat().st_mtime]
+        with suppress(FileNotFoundError):
+            written.append(self.path.with_name(f"{self.path.name}-wal").stat().st_mtime)
+        return max(written)
 
     def close(self) -> None:
         """Close every connection and release the lock of the file."""

@@ -43,14 +43,6 @@ TICK = 1.0
 
 
 # The time of the clock when the machine started.
-_STARTED = time.time() - time.monotonic()
-
-
-def settled_time() -> float:
-    """Return the time by which old things are deleted: a clock that is suddenly far ahead makes
-    nothing old.
-    """
-    return min(time.time(), _STARTED + time.monotonic())
 
 
 class LoopThread(ABC):

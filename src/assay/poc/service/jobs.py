@@ -17,7 +17,6 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import Record, artifact_fields, describe_packing, pack_record
@@ -148,7 +147,8 @@ class Jobs:
         """
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
         if not rows or (
-            rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl
+            rows[0].finished_at
+            and self._db.settled_time() - rows[0].finished_at > self._settings.job_ttl
         ):
             raise Refusal(
                 404,
@@ -188,7 +188,7 @@ class Jobs:
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        oldest = settled_time() - self._settings.job_ttl
+        oldest = self._db.settled_time() - self._settings.job_ttl
         self._db.change(self._table.delete().where(self._c.finished_at < oldest))
 
     def step(self, deployment: Deployment) -> bool:

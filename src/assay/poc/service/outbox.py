@@ -27,7 +27,7 @@ from assay.errors import StorageError, UsageError, visible
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import Blocked, call, new_client
-from assay.poc.net.runtime import Runtime, settled_time
+from assay.poc.net.runtime import Runtime
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import artifact_fields, describe_packing
 from assay.poc.service.database import FILE, open_database
@@ -289,7 +289,9 @@ class Outbox:
 
     def prune(self, keep: float) -> None:
         """Delete callbacks that were delivered more than ``keep`` seconds ago."""
-        old = (self._c.status == "delivered") & (self._c.finished_at < settled_time() - keep)
+        old = (self._c.status == "delivered") & (
+            self._c.finished_at < self._db.settled_time() - keep
+        )
         self._db.change(self._table.delete().where(old))
 
 

@@ -24,7 +24,7 @@ from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import HEAD, Scope, needs, problems
-from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
+from assay.poc.net.runtime import GroupCommit, Runtime
 from assay.poc.net.shares import Shares, disk_room, fair_share
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
@@ -338,7 +338,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there
         are no more.
         """
-        now = settled_time()
+        now = self.database.settled_time()
         c = self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
         return self._delete(c.seq.in_(old))

@@ -17,7 +17,6 @@ from sqlalchemy.dialects.sqlite import insert
 from assay.files.sqlite import Database
 from assay.files.sqlite_connections import damaged
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.runtime import settled_time
 from assay.poc.protocol.records import Record, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.outbox import Outbox
@@ -314,7 +313,7 @@ class Rounds:
             outbox.c.round_id.is_not(None), outbox.c.status != "delivered"
         )
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
-        old = (rounds.c.touched_at < settled_time() - keep) & rounds.c.id.not_in(
+        old = (rounds.c.touched_at < self._db.settled_time() - keep) & rounds.c.id.not_in(
             owed.union_all(current)
         )
         return self._db.change(rounds.delete().where(old))

@@ -24,7 +24,6 @@ import sqlalchemy as sa
 from assay.errors import StorageError
 from assay.files.jsonl import JsonObject, dumps
 from assay.files.sqlite import Database
-from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import disk_room, fair_share
 from assay.poc.validator.claims import named_nonces, restrict_claim
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, draw, first_turn, message_seed
@@ -506,7 +505,7 @@ class Inbox:
         The nonces of a round are forgotten as late, and not while messages of its block are taken:
         a copy would be drawn again.
         """
-        now = settled_time()
+        now = self.database.settled_time()
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
