@@ -13,8 +13,9 @@ import time
 import numpy as np
 from _common import parser, publish, round_to, timed
 
-from assay.poc import Commitment, CommitmentTree, Round
-from assay.poc.protocol.commitments import FramedModelLine
+from assay.poc import Commitment, Round
+from assay.poc.protocol.commitments import CommitmentTree
+from assay.poc.protocol.header import FramedModelLine
 
 VALUE_BYTES = 24  # of the artifact preset: twelve numbers in float16
 TURNS = 5

@@ -37,6 +37,7 @@ FROZEN = (
     "poc collect",
     *(
         "poc frame",
+        "poc selftest",
         "poc serve",
         "poc receive",
         "poc validator",

@@ -145,7 +145,7 @@ def pool(completion):
     return lines(*({"prompt": f"def add_{n}(a, b):", "completion": completion} for n in range(8)))
 
 
-PROVED = {"assay poc prove": SHORT, "assay poc verify": SHORT}
+PROVED = {"assay poc prove": SHORT, "assay poc verify": SHORT, "assay poc selftest": SHORT}
 REQUESTS = "".join(
     blocks("responses", "json")[0].replace('"r1"', f'"r{n}"') for n in range(8)
 )  # of one a verdict is open

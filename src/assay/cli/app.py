@@ -24,6 +24,7 @@ from assay.cli import (  # noqa: F401  (each adds its commands)
     pairs,
     pins,
     responses,
+    selftest,
     serve,
 )
 from assay.cli.demo import DemoSettings, demo

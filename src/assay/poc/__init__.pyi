@@ -7,7 +7,6 @@ from .measurement import measure_r_target as measure_r_target
 from .one_machine import calibrate_model as calibrate_model
 from .protocol.blocks import BlockFactor as BlockFactor
 from .protocol.commitments import Commitment as Commitment
-from .protocol.commitments import CommitmentTree as CommitmentTree
 from .protocol.fingerprint import Fingerprint as Fingerprint
 from .protocol.header import Header as Header
 from .protocol.pins import Build as Build

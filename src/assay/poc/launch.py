@@ -6,11 +6,12 @@ read.
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 EngineName = Literal["hf", "vllm"]
 Kernels = Literal["auto", "compiled", "eager"]
 ARGUMENTS = "ASSAY_VLLM_ARGS"
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 DO_INSTEAD = {
     "model": "pass it to the command",
     "dtype": "pass it to the command",
@@ -237,7 +239,7 @@ def open_judge(
     from assay.poc.verifier import judging_batch
 
     size = judging_batch(header, engine="vllm", calibration=calibration)
-    shape = {"batch_size": size, "seq_len": header.round.seq_len}
+    shape: dict[str, Any] = {"batch_size": size, "seq_len": header.round.seq_len}
     with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as opened:
         checkpoint_dtype = of_weights(opened[1].fingerprint.dtype)
         if stored and checkpoint_dtype != dtype:
@@ -326,16 +328,24 @@ def compiles(model: "Model", kernels: Kernels) -> bool:
 
 @contextmanager
 def vllm_engine(
-    chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int, frame: Frame | None = None
+    chosen: Launch,
+    dtype: str | None,
+    *,
+    batch_size: int,
+    seq_len: int,
+    frame: Frame | None = None,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Iterator[tuple["Model", "Engine"]]:
     """Start vLLM with a model; yield the model's identity and the engine. It raises what
     :func:`open_prover` raises.
+
+    ``options`` are further arguments of the engine, beside those of the operator.
     """
-    options = _prepare_vllm(chosen.device)
+    arguments = _prepare_vllm(chosen.device) | dict(options)
     from assay.poc.vllm.vllm_engine import VLLMEngine
 
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len}
-    with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **options) as engine:
+    with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **arguments) as engine:
         yield engine.model, engine
 
 

@@ -457,7 +457,7 @@ def _engines(
             try:
                 if shape.plain:
                     model.module.set_attn_implementation("eager")
-                with _threads(fewer=shape.fewer_threads and model.device.type == "cpu"):
+                with threads(fewer=shape.fewer_threads and model.device.type == "cpu"):
                     engine = HFEngine(
                         model,
                         batch_size=shape.batch_size,
@@ -472,7 +472,7 @@ def _engines(
 
 
 @contextmanager
-def _threads(*, fewer: bool) -> Iterator[None]:
+def threads(*, fewer: bool) -> Iterator[None]:
     """Compute with half of the threads, so that a law is of no number of them; with one thread,
     where there is one.
     """

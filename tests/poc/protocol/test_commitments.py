@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from assay.errors import CommitmentBroken, ProofFormatError, ProofMismatch, UsageError
-from assay.poc import Commitment, CommitmentTree, Proof, Record, Round
-from assay.poc.protocol.commitments import Label, Opening, is_porous
+from assay.poc import Commitment, Proof, Record, Round
+from assay.poc.protocol.commitments import CommitmentTree, Label, Opening, is_porous
 from assay.poc.protocol.header import runs_of
 from assay.poc.protocol.pipelines import get_pipeline
 

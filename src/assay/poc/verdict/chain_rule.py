@@ -81,7 +81,7 @@ class RuleCost:
 
     Args:
         rule: Name of the rule.
-        machines: Number formats of the build.
+        machines: Number formats of the build, or how many machines where these are unknown.
         false_accusation: Chance that an honest machine which was not measured is accused.
         low: Lower end of its 95 % interval, at that of the share of large residuals.
         high: Upper end.
@@ -202,9 +202,10 @@ class _Tail:
         fewest = rule.fewest(self._checked)
         ends_S2 = np.array(self._intervals(rule.dist_threshold))
         formats = dict.fromkeys(" / ".join(pair) for pair in self._build.formats)
+        known = " and ".join(formats) or f"{len(self._build.machines)} machines"
         return RuleCost(
             rule=name,
-            machines=" and ".join(formats),
+            machines=known,
             false_accusation=self.power(rule, Cheat(0.0, 1.0)),
             low=self._accused(ends_S2[:, 0], fewest),
             high=self._accused(ends_S2[:, 1], fewest),

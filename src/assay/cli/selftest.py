@@ -1,0 +1,154 @@
+"""``assay poc selftest``: which settings of an engine change what nonces give."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from assay.cli.flags import CalibrationFile, EngineName, FrameToRead, ModelName, NumberFormat
+from assay.cli.output import emit_json, progress_bar, table
+from assay.cli.poc import PresetName, in_column, poc
+from assay.devices import Device
+from assay.errors import UsageError
+from assay.files.reading import read_whole
+from assay.settings import Flag, Settings
+
+SAYS = {
+    "same bits": "same bits",
+    "within the law": "within honest noise",
+    "beyond the law": "BEYOND honest noise",
+    "no law": "changed; no law says whether it matters",
+    "not run": "not run",
+}
+KEY = Flag(variable="ASSAY_API_KEY_FILE")
+LONGEST_KEY = 2**16  # bytes of a key file
+BLOCK = "selftest"  # block and key of a round that pays no node
+
+
+class SelftestSettings(Settings):
+    """Settings of ``assay poc selftest``."""
+
+    model: ModelName
+    url: Annotated[str | None, "URL"] = Field(
+        None, description="Running server to ask instead: http://HOST:PORT/api/v1/pow."
+    )
+    preset: PresetName = None
+    seq_len: Annotated[int, "POSITIONS"] = Field(64, ge=1, description="Positions of a nonce.")
+    nonces: Annotated[int, "NUMBER"] = Field(
+        64, ge=4, le=4096, description="Nonces that are compared."
+    )
+    batch_size: Annotated[int, "NONCES"] = Field(
+        16, ge=2, le=4096, description="Nonces of the usual batch."
+    )
+    calibration: CalibrationFile = Field(
+        None, description="Measured honest noise; else that of the bundled models."
+    )
+    frame: FrameToRead = Field(None, description="Frame of the checkpoint, for tokens-1.")
+    engine: EngineName = Field("hf", description="Engine that is tested.")
+    dtype: NumberFormat = None
+    device: Device = None
+    api_key_file: Annotated[Path | None, KEY] = Field(
+        None, description="File with the key for --url."
+    )
+
+
+@poc.add(
+    "selftest",
+    SelftestSettings,
+    panel="Node",
+    shown="model url preset seq_len nonces batch_size calibration frame engine dtype",
+    example="assay poc selftest --model reference:qwen3 --preset artifact",
+)
+def selftest(chosen: SelftestSettings, as_json: bool) -> int:
+    """Find settings that change what nonces give.
+
+    The same nonces run again, elsewhere in the batch, beside other nonces, alone, in smaller
+    batches, with other kernels and threads, and on vLLM with its prefix cache, chunked prefill and
+    speculative decoding. The table says how many published values change, in how many low bits, and
+    how the largest change compares with honest noise.
+
+    Exit code 0: no setting changes a bit, or all changes are within honest noise. 1: a change is
+    beyond it, so a node in one setting would be accused by a validator in the other. 2: values
+    change and no law says whether it matters, or bad input.
+    """
+    from assay.poc.launch import Launch, usual_preset
+    from assay.poc.protocol.pipelines import get_pipeline
+    from assay.poc.protocol.round import Round
+    from assay.poc.verdict.calibration_file import Calibration
+
+    preset = chosen.preset or usual_preset(chosen.model)
+    names: dict[str, Any] = {"block_hash": BLOCK, "public_key": BLOCK, "model": chosen.model}
+    round = Round(**names, preset=preset, seq_len=chosen.seq_len)
+    launch = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device", "frame"}))
+    path = chosen.calibration
+    options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
+    if chosen.url is None:
+        launch.check_engine(get_pipeline(preset))
+    else:
+        _check_remote(chosen)
+    calibration = None if path is None else Calibration.load(path)
+    from assay.poc.selftest import check_round, run_remote_selftest, run_selftest
+
+    check_round(round)
+    if chosen.url is None:
+        launch.read_frame(get_pipeline(preset))
+        launch.check_loadable()
+        with progress_bar("testing", "engines") as progress:
+            result = run_selftest(
+                launch, round, calibration=calibration, progress=progress, **options
+            )
+    else:
+        builds = [] if calibration is None else calibration.builds
+        laws = [build.noise_between("", None) for build in builds if build.preset == preset]
+        noise = laws[0] if laws else None
+        key = _read_key(chosen.api_key_file)
+        result = run_remote_selftest(chosen.url, round, key=key, noise=noise, **options)
+    if as_json:
+        emit_json("assay.poc.selftest/1", {"exit_code": result.exit_code, **result.as_dict()})
+        return result.exit_code
+    rows = [
+        (
+            row.setting,
+            SAYS[row.outcome],
+            f"{row.changed} of {row.nonces}",
+            row.bits,
+            f"{row.largest:.2g}",
+            "" if row.multiple is None else f"{row.multiple:.2g}",
+        )
+        for row in result.comparisons
+    ]
+    columns = ("setting", "result", "nonces changed", "bits", "largest", "over honest noise")
+    table(columns, rows)
+    for row in result.comparisons:
+        if row.reason:
+            table((row.setting, "why"), [("", in_column(row.reason))])
+    return result.exit_code
+
+
+def _read_key(path: Path | None) -> str:
+    """Return the first key of a file, as the services read it; empty without a file."""
+    if path is None:
+        return ""
+    words = read_whole(path, LONGEST_KEY).decode("ascii", "replace").split()
+    if not words or not words[0].isascii():
+        raise UsageError(
+            f"the key file {path} without a key",
+            wanted="a key of the server on its first line",
+            do="write one into it, or leave --api-key-file out",
+        )
+    return words[0]
+
+
+def _check_remote(chosen: SelftestSettings) -> None:
+    """Refuse settings of an engine beside the address of one that runs."""
+    flags = [
+        chosen.spelling(name)
+        for name in ("engine", "dtype", "device", "frame")
+        if name in chosen.model_fields_set
+    ]
+    if flags:
+        raise UsageError(
+            f"{flags[0]} with --url",
+            wanted="a server, which has its own",
+            do=f"leave {flags[0]} out, or --url to start an engine here",
+        )
