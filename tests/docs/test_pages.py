@@ -270,6 +270,7 @@ RUNS = {
             "assay vhack train": OF_TWO,
             "assay vhack sample": f"{OF_FEW} --tasks 4",
             "assay vhack evaluate --model": "--config few.toml",
+            "assay vhack fuzz --reward": "--seconds 5",
             "assay vhack fuzz": "--count 20 --output fuzz.json",
         },
         given={"prompts.jsonl": PROMPTS, "few.toml": FEW},
@@ -280,6 +281,7 @@ RUNS = {
             "graded.jsonl",
             "result.json",
             "fuzz.json",
+            "attacks.json",
         ),
     ),
     "experiments": Page(

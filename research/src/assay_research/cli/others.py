@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from assay_research.vector_sets import VectorSet
 
 _FUZZ = "assay.vhack.fuzz/1"
+_GRADER = "assay.vhack.fuzz-grader/1"
+_OWN_SECONDS = 10.0  # a grader may load tests, or start a sandbox
+_EXAMPLE = 120
 _COLUMNS = (
     *("cases", "accepted", "exploited", "raised", "timed_out", "overflowed", "crashed"),
     *("grader_raised", "ended_a_step", "graded_as_right"),
@@ -56,8 +59,22 @@ class FuzzSettings(Settings):
     kinds: Annotated[tuple[str, ...] | None, Flag(("--kind",), unit="NAME")] = Field(
         None, description="Use cases of this kind only; may be repeated."
     )
-    seconds: Annotated[float, "SECONDS"] = Field(
-        1.0, gt=0, description="Time limit of a run; what hangs is stopped then."
+    reward: Annotated[str | None, "MODULE:FUNCTION"] = Field(
+        None, description="Attack a grader of your own: a reward function."
+    )
+    grader: Annotated[str | None, "COMMAND"] = Field(
+        None,
+        description="Attack a grader of your own: a command with {completion}, a file, and perhaps "
+        "{problem}, another.",
+    )
+    problems: Annotated[Path | None, "FILE"] = Field(
+        None, description="Problems of your own grader, each with a known solution."
+    )
+    seconds: Annotated[float | None, "SECONDS"] = Field(
+        None,
+        gt=0,
+        description="Time limit of a run; what hangs is stopped then: 1, or 10 for a grader of "
+        "your own.",
     )
     workers: Annotated[int, "NUMBER"] = Field(
         2, ge=1, description="Programs that run at the same time."
@@ -110,10 +127,14 @@ def clusters(own: ClusterSettings, plan: "ClusterPlan", as_json: bool) -> None:
 
 
 def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
-    """Grade hostile programs and reports in the sandbox.
+    """Attack assay's grader with hostile programs, or a grader of your own.
 
-    Exit code 0 if the grader holds, 1 if not, 2 on bad input.
+    A grader of your own (--reward or --grader, with --problems) is given completions without work:
+    early ends, printed verdicts, objects that equal everything, stubs, orders to a judge. Exit code
+    0 if the grader holds, 1 if it pays one or is ended by one, 2 on bad input.
     """
+    if chosen.reward or chosen.grader or chosen.problems:
+        return _attack_own_grader(chosen, as_json)
     from assay.files.jsonl import dumps
     from assay.files.storage import write_atomic
     from assay.pages.provenance import provenance
@@ -122,18 +143,19 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     from assay_research.fuzz import fuzz
     from assay_research.hostile import HOSTILE_KINDS
 
+    seconds = chosen.seconds or 1.0
     with progress_bar("grading", "cases") as progress:
         report = fuzz(
             chosen.count,
             seed=chosen.seed,
             kinds=chosen.kinds or HOSTILE_KINDS,
-            limits=Limits(seconds=chosen.seconds),
+            limits=Limits(seconds=seconds),
             workers=chosen.workers,
             progress=progress,
         )
     values = {
         "seed": chosen.seed,
-        "seconds": chosen.seconds,
+        "seconds": seconds,
         "backend": available_backend(),
         **report.as_dict(),
     }
@@ -152,6 +174,56 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     table(("kind", *(name.replace("_", " ") for name in _COLUMNS)), rows, title=title)
     for case, did in report.failures:
         click.echo(f"{case}: {did}")
+    return 0 if report.holds else 1
+
+
+def _attack_own_grader(chosen: FuzzSettings, as_json: bool) -> int:
+    from assay.files.jsonl import dumps
+    from assay.files.storage import write_atomic
+    from assay.pages.provenance import provenance
+    from assay_research.grader_fuzz import (
+        CommandGrader,
+        FunctionGrader,
+        attack_grader,
+        read_problems,
+    )
+
+    if chosen.problems is None or (chosen.reward is None) == (chosen.grader is None):
+        raise UsageError(
+            "a grader of your own that is not described",
+            wanted="--problems, and one of --reward and --grader",
+            do="give both",
+        )
+    problems = read_problems(chosen.problems)
+    seconds = chosen.seconds or _OWN_SECONDS
+    grader: FunctionGrader | CommandGrader = (
+        FunctionGrader(chosen.reward, seconds=seconds)
+        if chosen.reward is not None
+        else CommandGrader(str(chosen.grader), seconds=seconds)
+    )
+    try:
+        with progress_bar("attacking", "attacks") as progress:
+            report = attack_grader(grader, problems, progress=progress)
+    finally:
+        grader.close()
+    values = {"grader": chosen.reward or chosen.grader, "limit_s": seconds, **report.as_dict()}
+    if chosen.output:
+        origin = {"command": shlex.join(["assay", *sys.argv[1:]]), **provenance()}
+        write_atomic(chosen.output, dumps({"schema": _GRADER, **origin, **values}) + "\n")
+    if as_json:
+        emit_json(_GRADER, values)
+        return 0 if report.holds else 1
+    failed = [result for result in report.attacks if not result.holds]
+    verdict = "the grader holds" if report.holds else "the grader does not hold"
+    title = f"{verdict}: {len(failed)} of {len(report.attacks)} attacks, {len(problems)} problems"
+    rows = [
+        (result.name, ", ".join(f"{count} {name}" for name, count in result.outcomes.items()))
+        for result in report.attacks
+    ]
+    table(("attack", "completions"), rows, title=title)
+    for result in failed:
+        click.echo(f"{result.name}: the grader {result.allows}")
+        click.echo(f"  problem {result.problem}: {result.example[:_EXAMPLE]!r}")
     return 0 if report.holds else 1
 
 

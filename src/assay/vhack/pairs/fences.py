@@ -17,7 +17,7 @@ _REASONING = re.compile(
 )
 
 
-class _Block(NamedTuple):
+class _Fenced(NamedTuple):
     language: str
     text: str
 
@@ -45,7 +45,7 @@ def find_programs(completion: str, entry: str) -> list[str]:
     return plain or [answer]
 
 
-def _blocks(text: str) -> Iterator[_Block]:
+def _blocks(text: str) -> Iterator[_Fenced]:
     """Yield fenced blocks as CommonMark has them, at any indentation.
 
     A fence inside a text of three quotes closes nothing.
@@ -63,7 +63,7 @@ def _blocks(text: str) -> Iterator[_Block]:
                 break
             content.append(inner[min(indent, len(inner) - len(inner.lstrip())) :])
         words = opening["info"].strip().strip("{}.").lower().split()
-        yield _Block(re.split(r"[\s,:{]", words[0])[0] if words else "", "\n".join([*content, ""]))
+        yield _Fenced(re.split(r"[\s,:{]", words[0])[0] if words else "", "\n".join([*content, ""]))
 
 
 def _is_quoted(lines: list[str]) -> bool:
