@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from assay.vhack.detectors.comparison import Comparison
 
 
-# With the key of its honest node.
+# Blocks, each with the key of its honest node.
 BLOCKS = {
     "block_alpha": "node_A",
     "block_beta": "node_B",

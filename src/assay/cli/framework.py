@@ -563,7 +563,7 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
                 for text in (value if isinstance(value, list | tuple) else [value])
                 if isinstance(text, str)
             ]
-            # It may grow.
+            # A calibration that is merged into may be the result: it grows.
             if name not in (result, "merge") and any(
                 _same_file(values[result], text) for text in texts
             ):

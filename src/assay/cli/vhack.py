@@ -405,7 +405,7 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     from assay.vhack.training.pool import RolloutPool
     from assay.vhack.training.tasks import import_function
 
-    # And all else that needs no torch.
+    # Check everything else that needs no torch.
     check_folder(options.output)
     check_trackers(options.tracker)
     if chosen.basis:

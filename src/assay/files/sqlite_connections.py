@@ -22,7 +22,8 @@ BUSY_TIMEOUT_MS = 5000
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from another process's file: 64 MiB."""
 
-_JOURNALS = ("-journal", "-wal", "-shm")  # ends of the names of SQLite's files beside a database
+# Ends of the names of SQLite's files beside a database.
+_JOURNALS = ("-journal", "-wal", "-shm")
 _ADVICE = {
     sqlite3.SQLITE_BUSY: ("a moment in which no other process writes to it", "try again"),
     sqlite3.SQLITE_CANTOPEN: (

@@ -269,7 +269,8 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    if tensor.dtype == torch.float8_e4m3fn:  # without infinity, and without a minimum in torch
+    # Without infinity, and without a minimum in torch.
+    if tensor.dtype == torch.float8_e4m3fn:
         tensor = torch.where(tensor.view(torch.uint8) % 128 == 127, torch.nan, 0.0)
     low, high = torch.aminmax(tensor)
     if not (torch.isfinite(low) and torch.isfinite(high)):

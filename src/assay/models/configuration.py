@@ -135,7 +135,8 @@ def _check_causal(name: str, config: "PreTrainedConfig") -> None:
     text_config = config.get_text_config(decoder=True)
     refused = dict(_REFUSED)
     if "is_decoder" in getattr(type(text_config), "__dataclass_fields__", ()):
-        refused["is_decoder"] = (False,)  # as BERT, which is an encoder unless it is set
+        # BERT is an encoder unless this is set.
+        refused["is_decoder"] = (False,)
     for key, values in refused.items():
         value = getattr(text_config, key, None)
         if value in values:

@@ -62,7 +62,8 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
     """Copy values to a device without waiting for it."""
     tensor = torch.as_tensor(values)
-    if device.type == "cuda":  # of unpinned memory from 64 KiB on, the host would wait
+    # Of unpinned memory from 64 KiB on, the host would wait.
+    if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

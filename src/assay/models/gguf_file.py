@@ -145,7 +145,8 @@ def read_header(file: Path) -> GGUFHeader:
             return super()._get(offset, dtype, count, *order, **named)
 
     try:
-        with np.errstate(all="raise"):  # sums of hostile offsets would wrap
+        # Sums of hostile offsets would wrap.
+        with np.errstate(all="raise"):
             reader = BoundedReader(file)
         values = {
             key: f"an array of {len(field.data)}"
@@ -284,7 +285,8 @@ def convert(file: Path, header: GGUFHeader, config: "PreTrainedConfig", folder: 
     except Exception as error:  # the library fails on unusual values with exceptions of many kinds
         if is_out_of_memory(error):
             raise
-        if (folder / "config.json").is_file():  # another process made it meanwhile
+        # Another process made it meanwhile.
+        if (folder / "config.json").is_file():
             return
         if isinstance(error, SafetensorError) or getattr(error, "errno", None):
             raise StorageError(
@@ -308,7 +310,8 @@ def _write_checkpoint(
     (alone / "model.gguf").symlink_to(file.resolve())
     with silence_transformers(), np.errstate(all="ignore"):
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
-        tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces of a decoded text
+        # It would drop spaces of a decoded text.
+        tokenizer.clean_up_tokenization_spaces = False
         # transformers takes one of these tokens for the other.
         for name in ("bos_token", "eos_token"):
             token = header.values.get(f"tokenizer.ggml.{name}_id")

@@ -146,7 +146,8 @@ def open_trained(
         device: Device of the weights.
         quantise: Number format to round the decoder's linear layers to.
     """
-    tokenizer = read_tokenizer(source.checkpoint)  # it fails before weights are read
+    # It fails before weights are read.
+    tokenizer = read_tokenizer(source.checkpoint)
     tensors = list_tensors(source.checkpoint)
     dtype = dtype or stored_dtype(tensors)
     check_headers(source, tensors)
@@ -386,7 +387,8 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     module = build_empty(source.config, torch_dtype(dtype))
     _read_generation(module, source.checkpoint)
     tensors = list_tensors(source.checkpoint)
-    if form is None:  # engines know layouts of quantised weights that are not read here
+    # Engines know layouts of quantised weights that are not read here.
+    if form is None:
         check_headers(source, tensors)
     digest = _digest(source, tensors)
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")

@@ -119,7 +119,8 @@ def wide_products(model: Any) -> AbstractContextManager[object]:
 def has_fast_products(dtype: torch.dtype) -> bool:
     """Return whether torch has a fast product of this dtype for this machine's CPU."""
     if platform.machine() not in _X86:
-        return True  # other processors have kernels of their own
+        # Other processors have kernels of their own.
+        return True
     kernels = torch.ops.mkldnn
     return bool(
         kernels._is_mkldnn_bf16_supported()

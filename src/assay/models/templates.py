@@ -70,7 +70,8 @@ def _answer(request: bytes, longest: int) -> bytes:
             raise ValueError(
                 f"it makes {len(text)} characters of them, and 1 to {longest} are a prompt"
             )
-        return b"+" + text.encode()  # an unpaired surrogate is no text
+        # An unpaired surrogate is no text.
+        return b"+" + text.encode()
     except MemoryError:
         raise
     except Exception as error:  # what the author's program raises: of jinja, or of Python

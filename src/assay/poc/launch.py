@@ -233,7 +233,7 @@ def open_judge(
     if chosen.engine == "hf":
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
-    # Which vLLM reads of the checkpoint, and cannot be told.
+    # vLLM reads these formats from the checkpoint, and has no option for them.
     stored = dtype in NUMBER_FORMATS
     chosen.check_engine(header.pipeline)
     from assay.poc.verifier import judging_batch

@@ -54,7 +54,7 @@ FORMATS = ("bfloat16", "float16", "float32")
 POSITIONS_OF_FULL = 256
 BLOCKS = 16
 NONCES = 64
-# In which equal engines agree far better than a cheat does.
+# In float32, equal engines agree far better than a cheat does.
 QUICK_FORMATS = ("float32",)
 QUICK_POSITIONS = 16
 QUICK_BLOCKS = 4

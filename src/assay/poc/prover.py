@@ -86,7 +86,8 @@ def prove(
             "batch_size": DEFAULT_BATCH if batch_size is None else batch_size,
             "seq_len": round.seq_len,
         }
-        decoding = get_pipeline(round.preset).steps > 0  # which runs the kernels of eager torch
+        # Decoding runs the kernels of eager torch.
+        decoding = get_pipeline(round.preset).steps > 0
         engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
     elif batch_size not in (None, engine.batch_size):
         raise UsageError(

@@ -25,7 +25,8 @@ import scipy
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray, check_r_target, chord_cdf, rate_standard_error
 
-_FACTORS = 512  # values of γ of equal probability by which its law is represented
+# Values of γ of equal probability by which its law is represented.
+_FACTORS = 512
 
 
 @dataclass(frozen=True, kw_only=True)

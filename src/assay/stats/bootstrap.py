@@ -110,7 +110,8 @@ def _resample(
         resampled = []
         for sample, array in enumerate(arrays):
             resampled.append(array[[row for group in drawn for row in rows[group][sample]]])
-        if all(map(len, resampled)):  # no statistic has a value for an empty sample
+        # No statistic has a value for an empty sample.
+        if all(map(len, resampled)):
             return resampled
     raise UsageError(
         f"{_REDRAWS} draws of {len(rows)} groups that left a sample empty",

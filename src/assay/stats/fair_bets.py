@@ -12,7 +12,8 @@ from assay.stats.noise_laws import LARGEST_LOG, NoiseLaw
 CAPS = np.exp(np.arange(0.5, 9.0, 0.5))
 """Largest likelihood ratios among which a bet chooses."""
 
-_CHEAP_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
+# Share of cheap nonces for which the cap of a bet is chosen.
+_CHEAP_SHARE = 0.1
 
 
 def fair_bets(

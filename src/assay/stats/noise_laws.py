@@ -38,8 +38,10 @@ REACH = 4.5
 """Spreads to either side over which a test averages the scale of a machine."""
 
 _LARGEST = 2.0  # difference of two distances, and of two unit vectors
-_COARSE = np.linspace(-3.0, 3.0, 7)  # deviations of ln scale for the likelihoods of cheats
-_CLOSEST = 0.0125  # largest step of ln scale for the likelihoods of honest machines
+# Deviations of ln scale for the likelihoods of cheats.
+_COARSE = np.linspace(-3.0, 3.0, 7)
+# Largest step of ln scale for the likelihoods of honest machines.
+_CLOSEST = 0.0125
 
 
 class StrictLaw:

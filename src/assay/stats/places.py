@@ -40,7 +40,8 @@ SUSPICION = 0.05
 _EXTENSION_ALPHA = 0.01
 _EXTENSIONS = 8
 
-_POWERS = (2, 4, 8, 16, 32, 64)  # usual batch sizes and numbers of ranks, tried in every proof
+# Usual batch sizes and numbers of ranks, tried in every proof.
+_POWERS = (2, 4, 8, 16, 32, 64)
 # Multiples of the stated batch size: ranks that take turns, batches that the engine joined.
 _MULTIPLES = (1, 2, 3, 4, 8)
 _LARGEST_MODULUS = 256  # a header may state any batch size

@@ -104,8 +104,10 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     # Groups that are all at 0 or 1 are coins, for which the interval is exact.
     if np.isin(mean_G, (0, 1)).all():
         return proportion_interval(int(mean_G.sum()), count)
-    generator = np.random.default_rng(0)  # the same shares always have the same interval
-    with_zero = []  # means of the groups and one more of 0
+    # The same shares always have the same interval.
+    generator = np.random.default_rng(0)
+    # Means of the groups and one more of 0.
+    with_zero = []
     with_one = []
     for _ in range(_DRAWS // _DRAWS_AT_ONCE):
         weights_RG = generator.exponential(size=(_DRAWS_AT_ONCE, count + 1))

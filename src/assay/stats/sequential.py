@@ -200,7 +200,8 @@ class SequentialTest:
         steps_U = self.steps(value_U)
         needed = -math.log(self.alpha)
         first = self.honest_paths
-        open_R = np.arange(len(size_RC))  # nodes that are not accused yet
+        # Nodes that are not accused yet.
+        open_R = np.arange(len(size_RC))
         path = np.tile(self.prior, (open_R.size, 1))
         for column in range(size_RC.shape[1]):
             path += steps_U[index_RC[open_R, column]]

@@ -93,7 +93,8 @@ def shift_matrix(log: float) -> FloatArray:
     count = SCALES.size
     columns = np.arange(count)
     shifted = np.clip(columns + log / math.log(2), 0, count - 1)
-    low = np.minimum(shifted.astype(int), count - 2)  # so that low + 1 is on the grid
+    # So that low + 1 is on the grid.
+    low = np.minimum(shifted.astype(int), count - 2)
     matrix = np.zeros((COLUMNS, COLUMNS))
     matrix[low, columns] = 1 - (shifted - low)
     matrix[low + 1, columns] += shifted - low
@@ -104,6 +105,7 @@ def shift_matrix(log: float) -> FloatArray:
 def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
     """Return profiles as they are stored: not below :data:`LEAST_LOG`, and rounded to float16."""
     clipped = np.maximum(np.asarray(profiles_NG, dtype=np.float64), LEAST_LOG)
-    with np.errstate(under="ignore"):  # a host program may have set numpy to raise
+    # A host program may have set numpy to raise.
+    with np.errstate(under="ignore"):
         rounded = clipped.astype(np.float16)
     return rounded.astype(np.float64)

@@ -127,7 +127,8 @@ class HostCopy:
         """Wait for the values, and return them; an error of the device comes up here."""
         if self._done is not None:
             self._done.synchronize()
-        return self._host.numpy().copy()  # other values will land in this memory
+        # Other values will land in this memory.
+        return self._host.numpy().copy()
 
 
 def padded_batches(

@@ -106,7 +106,7 @@ def new_client(timeout: float, connections: int) -> httpx.AsyncClient:
     client = httpx.AsyncClient(
         follow_redirects=False, trust_env=False, timeout=timeout, limits=limits
     )
-    # Of one receiver, others would get them.
+    # Cookies of one receiver would go to the others.
     client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
     return client
 

@@ -36,7 +36,7 @@ Kept = TypeVar("Kept")
 
 THREADS = 8  # calls that wait for the database at the same time
 AT_ONCE = 1024  # items of one transaction
-# That wait at the same time; an item that waits alone may be larger.
+# Bytes of items that wait at the same time; one that waits alone may be larger.
 MOST_BYTES = 2**26
 # Seconds after which :class:`GroupCommit` rests where nothing arrives.
 TICK = 1.0

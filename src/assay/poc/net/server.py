@@ -38,7 +38,7 @@ MAX_HEADERS = 256  # lines of a head, and of the trailers of a body
 MAX_CHUNKS = 1024.0
 # Connections that wait to be accepted, as uvicorn has it.
 BACKLOG = 2048
-# Of a body: smaller ones than this on average, and their bytes.
+# Mean bytes of the chunks of a body, below which it is refused.
 LEAST_CHUNK = 128
 
 _CONTRADICTION = Refusal(
@@ -226,7 +226,7 @@ def run_app(
             other processes.
         ModelError: The model could not be loaded.
     """
-    # Whose files outlive a restart, and mix two servers' counters.
+    # Its files outlive a restart, and would mix the counters of two servers.
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         raise UsageError(
             "PROMETHEUS_MULTIPROC_DIR in the environment",

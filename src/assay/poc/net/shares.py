@@ -48,7 +48,7 @@ class Shares:
             return
         self._held[client] -= amount
         if not self._held[client]:
-            # Or the addresses of all who ever came would stay in memory.
+            # Otherwise the addresses of all clients that ever came would stay in memory.
             del self._held[client]
 
     @contextmanager

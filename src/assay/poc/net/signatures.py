@@ -17,7 +17,7 @@ _SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
 LONGEST_ID = 128
 
 
-# Seconds for which a signature holds, as Standard Webhooks has it.
+# Seconds for which a signature is valid, as in Standard Webhooks.
 TOLERANCE = 300.0
 
 

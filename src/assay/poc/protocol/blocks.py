@@ -129,9 +129,8 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     value = math.sqrt(float(squares_N.mean()))
     error = float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value)
     total_D = energy_ND.sum(axis=0)
-    products = float(
-        total_D @ total_D - (energy_ND**2).sum()
-    )  # of the energies of two different states
+    # The sum of products of the energies of two different states.
+    products = float(total_D @ total_D - (energy_ND**2).sum())
     return BlockFactor(value=value, error=error, effective_dimension=n * (n - 1) / products, n=n)
 
 

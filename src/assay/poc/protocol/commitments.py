@@ -35,7 +35,8 @@ from assay.poc.protocol.strict_file import STRICT, format_error, line_error, par
 
 KIND = "assay.poc.commitment"
 SCHEMA = 1
-LARGEST_POROSITY = 100  # places of the share for each nonce, at which a round counts as fraud
+# Places of the share for each nonce, at which a round counts as fraud.
+LARGEST_POROSITY = 100
 DENSE = f"fewer than {LARGEST_POROSITY} places of the share for each nonce"
 SAMPLE_TEXT = "assay.poc/sample"
 
@@ -261,7 +262,8 @@ class Commitment:
             return tuple(range(count))
         parts = (validator_key, block_hash, self.round.block_height, self.round.model)
         text = join_prefixed(SAMPLE_TEXT, *parts).encode()
-        unbiased = 2**64 - 2**64 % count  # a larger number would favour the first places
+        # A larger number would favour the first places.
+        unbiased = 2**64 - 2**64 % count
         places: set[int] = set()
         counter = 0
         while len(places) < size:

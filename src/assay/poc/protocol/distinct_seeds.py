@@ -9,8 +9,10 @@ from assay import streams
 from assay.errors import ProofMismatch
 from assay.poc.protocol.round import Round
 
-CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
-CHUNK = 2**16  # nonces whose texts are held at once: the texts take far more room than the seeds
+# Chance that honest nonces are refused because their seeds happen to collide.
+CHANCE = 1e-4
+# Nonces whose texts are held at once: the texts take far more room than the seeds.
+CHUNK = 2**16
 
 
 def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:

@@ -32,7 +32,8 @@ def _parse(text: str) -> JsonObject:
     without these tables is parsed with one empty table for each run of them. Where one may not
     stand there, or has more than its own keys, the whole text is parsed.
     """
-    if '"""' in text or "'''" in text:  # a string of several lines may contain a heading
+    # A string of several lines may contain a heading.
+    if '"""' in text or "'''" in text:
         return parse_toml(text)
     pieces = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
     nodes = [piece for piece in pieces if _is_node(piece)]

@@ -20,7 +20,8 @@ from assay.poc.protocol.round import MAX_COUNT, Round
 from assay.poc.protocol.strict_file import Text
 from assay.settings import NUMBER_FORMATS
 
-CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has
+# Caches of keys and values in fewer bits than the model's dtype has.
+CACHES = ("fp8_e4m3-cache",)
 
 _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
@@ -36,8 +37,10 @@ Honest noise is that of the format, so the name has whatever moves results as fa
 """
 
 ANY = "*"
-FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
-LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
+# Nonces of the smallest proof that is accepted without a pinned set of them.
+FEWEST_NONCES = 32
+# Positions that a header may make a validator compute for one nonce.
+LONGEST_UNPINNED = 4096
 
 
 def with_cache(dtype: str, cache: str) -> str:
@@ -262,9 +265,8 @@ class Pins:
         }
         round = Round(**(placeholders | values))
         if self.strength is not None:
-            object.__setattr__(
-                self, "strength", round.strength
-            )  # a preset with versioned texts always has 256
+            # A preset with versioned texts always has 256.
+            object.__setattr__(self, "strength", round.strength)
         if self.prover_dtype is not None and self.prover_dtype not in FORMATS:
             raise UsageError(
                 f"number format {self.prover_dtype!r:.40}",
@@ -398,7 +400,8 @@ class Pins:
         pinned = getattr(self, name)
         if name == "nonces":
             return _equal(pinned, list(header.all_nonces()))
-        if name == "fewest_nonces":  # a set of nonces that is pinned may be any
+        # A set of nonces that is pinned may be any.
+        if name == "fewest_nonces":
             return self.nonces is not None or _in_a_row(header, pinned)
         return name in ("builds", "prover_dtype") or bool(_named(name, claim) == pinned)
 

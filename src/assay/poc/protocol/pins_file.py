@@ -38,7 +38,8 @@ from assay.poc.protocol.strict_file import Text
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
-UNFILLED = "?"  # value of a key that the one who wrote the file could not know
+# Value of a key that the one who wrote the file could not know.
+UNFILLED = "?"
 HEAD = f"""\
 # What the network agreed on. docs/pins.md describes every key.
 # `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
@@ -94,9 +95,8 @@ class RoundPins(Table):
     # distance below which a nonce is valid; left out with a preset that publishes vectors
     r_target: Annotated[float, Field(strict=True)] | None = None
     node_count: Count  # number of machines of one key among which its nonces are dealt out
-    fewest_nonces: Annotated[
-        int, Field(strict=True, ge=1, le=MAX_COUNT)
-    ]  # number of nonces of the smallest proof
+    # Number of nonces of the smallest proof.
+    fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
     block_hash: Value | None = None  # block of the round, where the file is written for one
     block_height: Index | None = None  # height of that block
     # positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None
@@ -108,9 +108,8 @@ class Accepted(Table):
 
     # Accounts that there will ever be, with those of further keys, models and builds of a node.
     nodes: Count
-    false_convictions: Annotated[
-        float, Field(strict=True, gt=0)
-    ]  # honest ones that are convicted, in expectation
+    # Honest ones that are convicted, in expectation.
+    false_convictions: Annotated[float, Field(strict=True, gt=0)]
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
@@ -194,9 +193,8 @@ def _unfilled(value: Any, place: str = "") -> Iterator[str]:
 def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     """Return the first fault of a file in three parts, naming the key by its place."""
     faults = error.errors(include_url=False)
-    unknown = [
-        fault for fault in faults if fault["type"] == "extra_forbidden"
-    ]  # a mistyped key misses as well
+    # A mistyped key misses as well.
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     fault = (unknown or faults)[0]
     tables: dict[Any, type[BaseModel]] = {
         "network": Accepted,
@@ -210,7 +208,8 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     steps = list(fault["loc"])
     table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
     while not unknown and isinstance(steps[-1], str) and steps[-1] not in table.model_fields:
-        steps.pop()  # the words of a union, which are no keys
+        # The words of a union, which are no keys.
+        steps.pop()
     place = "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps
     ).removeprefix(".")
@@ -354,9 +353,8 @@ class NetworkPins(Table):
         count = self._count(node)
         check_name("public_key", node.public_key, do="pass the public key as the chain prints it")
         check_number("node_id", node.node_id, 0, count)
-        others = {self._count(other_node) for other_node in same_key[:1]} - {
-            count
-        }  # which are alike
+        # All nodes of one key have the same count.
+        others = {self._count(other_node) for other_node in same_key[:1]} - {count}
         if others:
             raise UsageError(
                 f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and "

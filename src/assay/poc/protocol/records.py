@@ -152,7 +152,8 @@ class DistanceForm(PublishedForm):
 
     @override
     def pack(self, record: Record) -> bytes:
-        return struct.pack("<d", record.distance)  # of commitments; others send it as a number
+        # Only commitments hold a distance as bytes; elsewhere it is a number.
+        return struct.pack("<d", record.distance)
 
     @override
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
@@ -374,7 +375,8 @@ def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
         missing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
         if pipeline.output == "vector":
             return Record(nonce, vector=missing[0])
-        if pipeline.output == "points":  # of no point, so each is as far as can be
+        # A value that is no point of the sphere is as far from any as can be.
+        if pipeline.output == "points":
             return Record(nonce, points=np.full(pipeline.steps + 1, SPHERE_POINTS, np.uint8))
         return Record(nonce, tokens=np.zeros(pipeline.steps, dtype=np.uint32), sketches=missing)
 

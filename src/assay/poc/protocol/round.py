@@ -126,7 +126,8 @@ class Round:
         if self.versioned:
             object.__setattr__(self, "strength", 256)
         elif (pipeline := self._pipeline) is not None and pipeline.output == "points":
-            object.__setattr__(self, "strength", 32)  # the network has no others in this scheme
+            # The network has no others in this scheme.
+            object.__setattr__(self, "strength", 32)
 
     @property
     def _pipeline(self) -> Pipeline | None:
@@ -222,7 +223,8 @@ class Round:
             UsageError: The nonces are empty or too many, or one is out of range, belongs to another
                 node, or does not ascend; names the first one.
         """
-        most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
+        # One too many is enough to refuse, of an endless generator too.
+        most = MAX_COUNT + 1
         if isinstance(nonces, range):
             chosen: Sequence[int] = nonces[:most]
         else:
@@ -240,9 +242,8 @@ class Round:
         )
         last = -1
         share = self.share
-        for nonce in (
-            sorted({chosen[0], chosen[-1]}) if regular else chosen
-        ):  # the ends of a range decide for all
+        # The ends of a range decide for all.
+        for nonce in sorted({chosen[0], chosen[-1]}) if regular else chosen:
             check_number("nonce", nonce, 0, MAX_NONCE)
             if nonce % self.node_count != share:
                 raise UsageError(

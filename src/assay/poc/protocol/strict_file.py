@@ -36,7 +36,8 @@ def _printable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_printable)]  # a text that a message can show on a terminal
+# A text that a message can show on a terminal.
+Text = Annotated[str, AfterValidator(_printable)]
 Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
 
@@ -66,9 +67,8 @@ def read_as(kind: type[T], text: bytes) -> T:
         place = ".".join(map(str, fault["loc"]))
         value = fault["input"]
         message = f"{fault['msg']:.200}"
-        if (
-            not place or fault["type"] == "missing"
-        ):  # no place: the text is no JSON, and pydantic says where
+        # No place: the text is no JSON, and pydantic says where.
+        if not place or fault["type"] == "missing":
             raise format_error(
                 f"no {place}" if place else message, "a line as assay writes it"
             ) from None

@@ -31,7 +31,8 @@ ROWS_OF_A_PRODUCT = 16
 """Rows from which a product has the kernels of matrices on CUDA: fewer may take those for matrix
 times vector.
 """
-_HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
+# Kept because it is published; a distance does not depend on it.
+_HEAD_SCALE = 0.02
 
 
 def unit(x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
@@ -108,9 +109,8 @@ def random_projection(
 ) -> Float32[Tensor, "B K"]:
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
-    least = max(
-        2, len(x_BD)
-    )  # a row alone would take another kernel on a CPU, with other last bits
+    # A row alone would take another kernel on a CPU, with other last bits.
+    least = max(2, len(x_BD))
     with own_precision(x_BD):
         return torch.bmm(
             p_BKD.expand(least, -1, -1), x_BD.unsqueeze(2).expand(least, -1, -1)

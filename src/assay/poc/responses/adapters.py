@@ -94,9 +94,8 @@ class Lora:
         such layer.
         """
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
-        with (
-            ExitStack() as hooks
-        ):  # which are gone too where the device has no room for a later factor
+        # The hooks are removed too if the device has no room for a later factor.
+        with ExitStack() as hooks:
             for name, layer in layers.items():
                 a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
                 hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))

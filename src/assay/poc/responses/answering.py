@@ -124,7 +124,8 @@ def respond(
             wanted="a seed of its own for every response",
             do="give one of them another request_id",
         )
-    head_of(model.module)  # refuses a model without one before a file is begun
+    # Refuses a model without one before a file is begun.
+    head_of(model.module)
     ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
 
     def receipt_of(request: Request, **answer: Any) -> Receipt:
@@ -210,9 +211,8 @@ def _response(
             break
         if counts_1V is not None:
             counts_1V[0, tokens[-1]] += 1
-        again = (
-            len(tokens) in anew
-        )  # positions from which on the architecture computes the whole row in another way
+        # Positions from which on the architecture computes the whole row in another way.
+        again = len(tokens) in anew
         new, cache = ([*request.ids, *tokens], None) if again else (tokens[-1:], cache)
         logits_1V, hidden_1D, cache = read_on(model, new, cache)
     sketches = (

@@ -95,7 +95,8 @@ class HFPrefill(Prefill):
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
         self.model = model
         self.batch_size = batch_size
-        head_of(model.module)  # refuses a model without one before any response is read
+        # Refuses a model without one before any response is read.
+        head_of(model.module)
 
     @override
     @property

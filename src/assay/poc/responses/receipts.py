@@ -53,22 +53,22 @@ KIND = "assay.poc.receipts"
 SCHEMA = 1
 SKETCH = {"every": SKETCH_EVERY, "size": SKETCH_SIZE}
 
-MOST_TOKENS = 2**20  # tokens of a prompt, and of an output: the positions that a proof may have
+# Tokens of a prompt, and of an output: the positions that a proof may have.
+MOST_TOKENS = 2**20
 
 Chooser = Literal["client", "server"]
 Finish = Literal["stop", "length", "abort"]
-LONGEST_LINE = (
-    2**25
-)  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
+# Bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less.
+LONGEST_LINE = 2**25
+# How often a character may be in a line.
 MOST_PARTS = {
     b",": 2 * MOST_TOKENS + 2**16,
     b"[": 2**13,
     b"{": 2**13,
-}  # how often a character may be in a line
+}
 MOST_RECEIPTS = 2**20
-MOST_FILE_TOKENS = (
-    2**24
-)  # tokens of all prompts and outputs of a file: what a reader has to have room for
+# Tokens of all prompts and outputs of a file: what a reader has to have room for.
+MOST_FILE_TOKENS = 2**24
 
 
 def _listed(ids: Any) -> tuple[Any, ...]:
@@ -77,7 +77,8 @@ def _listed(ids: Any) -> tuple[Any, ...]:
     return tuple(ids)
 
 
-Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]  # whose values check_ids() looks at
+# A list of token ids; check_ids() checks their values.
+Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ class Receipt(ResponseName):
         """Return the receipt with the hash of the prompt in place of its ids."""
         if self.prompt.ids is None:
             return self
-        receipt = copy.copy(self)  # unlike a new one, it is not checked again
+        # Unlike a new one, it is not checked again.
+        receipt = copy.copy(self)
         object.__setattr__(receipt, "prompt", replace(self.prompt, ids=None))
         return receipt
 
@@ -327,9 +329,8 @@ def check_ids(name: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
     out of range.
     """
     listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
-    plain = not set(map(type, listed)) - {
-        int
-    }  # and mostly is: then nothing is looked at one by one
+    # Mostly all are plain integers: then none is looked at by itself.
+    plain = not set(map(type, listed)) - {int}
     if not plain:
         listed = tuple(int(token) if isinstance(token, np.integer) else token for token in listed)
     if not fewest <= len(listed) <= MOST_TOKENS:
@@ -430,10 +431,11 @@ class Tally:
         """Count a receipt and its line; a UsageError where it is a second one, not as the header
         says, or too much.
         """
+        # What sets its seed apart from others of this node and model.
         seeded = (
             receipt.name,
             receipt.block_hash,
-        )  # what sets its seed apart from others of this node and model
+        )
         if seeded in self._seen:
             raise UsageError(
                 f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}",

@@ -57,7 +57,8 @@ _AT_ONCE = 2**22  # scores that are held at a time
 _BESIDE = (
     16  # tokens that a server which speculates may have made together with the end of an answer
 )
-_NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
+# Smallest gaps that decide a profile, where the rest adds less than a billionth.
+_NEAR = 64
 _NEGLIGIBLE = 25.0  # in natural logarithms
 # in a row, each of which doubles the error of float32: less than the step of float16 in the end
 _SQUARINGS = 12
@@ -111,9 +112,8 @@ def measure_margins(
             _check_top_p(l_NV, sampling)
         s_NV = sampler.add_noise(l_NV, seeds_N[start:stop])
         r = sampling.repetition_penalty
-        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop]) / max(
-            r, 1 / r
-        )  # r moves noise of logits too
+        # R moves noise of logits too.
+        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop]) / max(r, 1 / r)
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())

@@ -50,11 +50,11 @@ MARGIN = 2.0
 not measured.
 """
 
-BUNDLED_LAWS = Path(__file__).with_name(
-    "bundled_noise.json"
-)  # written by research/benchmarks/responses.py --install
+# Written by research/benchmarks/responses.py --install.
+BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 
-SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
+# One step of float16 numbers of this size, by which equal sketches may differ.
+SKETCH_FLOOR = 2.0**-11
 SKETCH_TAIL = 1.0  # heavy, because no residuals price the bets on sketches
 LEAST_BETWEEN = 0.2
 """Least spread of ln distance between the sketches of responses: an odd response is in no small
@@ -64,7 +64,8 @@ Chosen after one of eight pairs of formats and models accused more honest audits
 (research/notes/decisions.md).
 """
 
-TOLD_APART = 256  # tokens from which the smallest effect is told apart from honest noise
+# Tokens from which the smallest effect is told apart from honest noise.
+TOLD_APART = 256
 EFFECTS = tuple(2.0**k for k in range(1, 25))
 
 OF_BUILD = ("engine", "device", "dtype", "attention", "torch", "library")

@@ -139,10 +139,11 @@ def _check_request(
             name: (value, requested[name]) for name, value in receipt.sampling.as_dict().items()
         }
     if receipt.chat_template is not None and request.chat_template is not None:
+        # First, as it explains another prompt.
         pairs["chat_template"] = (
             receipt.chat_template,
             request.chat_template,
-        )  # first, as it explains another prompt
+        )
     if isinstance(request.prompt, tuple):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
     for name, (stated, agreed) in pairs.items():

@@ -13,9 +13,8 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.checks import check_digest, check_name, check_number, join_prefixed
 
-HIGHEST_TOKEN = (
-    2**24 - 1
-)  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
+# Largest token id: far beyond vocabularies, and what a reader has to make room for at most.
+HIGHEST_TOKEN = 2**24 - 1
 
 MOST_BIASES = 1024
 RANGES = {
@@ -31,7 +30,8 @@ greedy.
 """
 BIASES = (-100.0, 100.0)
 VERSION = "assay.responses/1"
-HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
+# Highest index of a choice of a request, far above what a server gives.
+HIGHEST_INDEX = 2**16 - 1
 
 
 @dataclass(frozen=True, kw_only=True)

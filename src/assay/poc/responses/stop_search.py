@@ -11,7 +11,8 @@ from typing import Any
 
 from assay.models.tokenizer_files import added_text, decode_tokens
 
-_NO_TEXT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for bytes that are no text
+# What tokenizers write for bytes that are no text.
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 class StopSearch:

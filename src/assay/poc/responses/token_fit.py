@@ -21,16 +21,19 @@ from assay.stats.token_law import COLUMNS, LEAST_STRAY, TokenNoise, shift_matrix
 INDIFFERENT = 0.5
 # tokens that a law adds, spread over all columns: what none of n tokens shows may be in 3/n of them
 UNSEEN = 3.0
+# Spreads of ln scale between clusters; not zero: no small sample has an odd response.
 BETWEEN = (
     0.2,
     0.4,
     0.7,
     1.1,
-)  # spreads of ln scale between clusters; not zero: no small sample has an odd response
+)
 FEWEST_TOKENS = 256  # fewest honest tokens that a law is fitted to
-_LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
+# Largest error of ln scale: two engines that agree on every token say no more.
+_LARGEST_ERROR = 0.5
 _ROUNDS = 300  # of the search, three of the EM algorithm each
-_CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
+# Gain of a round below which it ends, in natural logarithms.
+_CONVERGED = 0.003
 
 
 @dataclass(frozen=True, slots=True)

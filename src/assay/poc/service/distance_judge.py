@@ -34,7 +34,8 @@ from assay.poc.verdict.sample_plan import sequential_test
 
 # sequential tests kept in memory; others are rebuilt from the records when they are needed
 MAX_TESTS = 4096
-CHAIN_MARGIN = 0.025  # threshold of chains where a request names none, as the network has it
+# Threshold of chains where a request names none, as the network has it.
+CHAIN_MARGIN = 0.025
 
 
 class HonestNoise:
@@ -88,9 +89,8 @@ class HonestNoise:
         }
         of["validator"] = validator
         laws = (find_build_noise(measured, measured_build, **of) for measured_build in builds)
-        return next(
-            (noise for noise in laws if noise is not None), None
-        )  # of the first build that was measured
+        # The law of the first build that was measured.
+        return next((noise for noise in laws if noise is not None), None)
 
     def effective_dimension(self, digest: str, preset: str) -> float | None:
         """Return the effective dimension of a model's states, which a calibration of its distances

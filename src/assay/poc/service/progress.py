@@ -17,7 +17,8 @@ from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 WINDOW = 30.0  # seconds over which the current rate is measured
 
 
-SPREAD = 5.0  # standard deviations of the chord law that the histogram shows on either side
+# Standard deviations of the chord law that the histogram shows on either side.
+SPREAD = 5.0
 
 
 BINS = 48
@@ -47,7 +48,8 @@ class Progress:
         self.stored = stored
         self.checked = stored.checked
         self.valid = stored.valid
-        self.seconds = float(stored.seconds)  # SQLite hands a default of 0 back as an integer
+        # SQLite hands a default of 0 back as an integer.
+        self.seconds = float(stored.seconds)
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
         self.publishes_vectors = pipeline.output != "distance"

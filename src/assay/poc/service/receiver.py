@@ -30,7 +30,8 @@ from assay.poc.service.database import RECEIVED, open_database
 
 log = structlog.get_logger("assay.receiver")
 
-LEAST_BODY = 2**21  # bytes of a callback that are taken whatever the settings say
+# Bytes of a callback that are taken whatever the settings say.
+LEAST_BODY = 2**21
 MOST_LISTED = 2**25  # bytes of the bodies of one answer
 _TOLD_BY = {"fraud_detected": "validated", "receipts": "receipts"}
 

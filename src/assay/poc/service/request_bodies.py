@@ -46,7 +46,8 @@ BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
-PRESET_PATTERN = (  # of jobs: those that publish bytes
+# Presets of jobs, which publish bytes.
+PRESET_PATTERN = (
     "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?|chain-decode(-[1-9][0-9]{0,3})?)$"
 )
 MISMATCH = "pins mismatch"
@@ -445,7 +446,8 @@ def check_validation(
     pins = settings.pins
     if pins is not None and pins.nodes:
         names = pins.foreign(request.public_key, request.node_id, stored.node_count)
-        if request.node_id < 0 or stored.n_groups > 1:  # the request does not say the share
+        # The request does not say the share.
+        if request.node_id < 0 or stored.n_groups > 1:
             names = tuple(name for name in names if name == "public_key")
         _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
     different = len(set(_limited(request.nonces, settings)))
@@ -483,7 +485,8 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Servic
     checks = request.validation is not None
     _check_work(round, request.batch_size, deployment, settings, share=None if checks else True)
     nonces = sorted(_limited(request.nonces, settings))
-    if request.chain:  # whose client may name a nonce twice, and those of any share
+    # The client of that chain may name a nonce twice, and nonces of any share.
+    if request.chain:
         nonces = sorted(set(nonces))
         round = replace(round, node_id=0, node_count=1)
     round.check_nonces(nonces)

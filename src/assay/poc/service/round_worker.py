@@ -274,7 +274,8 @@ class Writer(LoopThread):
         except Exception as error:  # two results for one nonce, or a round that was deleted
             failure = error
         with self._state:
-            if failure is not None:  # what was computed after these would leave a gap
+            # What was computed after these would leave a gap.
+            if failure is not None:
                 self._queue.clear()
                 self._epoch = ENDED
             for _ in range(min(len(batches), len(self._queue))):

@@ -126,7 +126,8 @@ def attach(
     kind_of_route = route_class(keys, settings, controller.metrics)
     of_chain = route_class(keys, settings, controller.metrics, untyped=True)
     app.include_router(chain_router(controller, of_chain))
-    if settings.compatibility == "gonka":  # before the routes whose place these take
+    # Before the routes whose place these take.
+    if settings.compatibility == "gonka":
         app.include_router(chain_router(controller, of_chain, prefix=PREFIX))
     app.include_router(_pow_router(controller, feed, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))

@@ -71,10 +71,12 @@ class Controller(Runtime):
         self._lock = threading.RLock()
         self._epoch = 0
         self._unsaved = False
-        self._computed = False  # whether a batch was written since the start
+        # Whether a batch was written since the start.
+        self._computed = False
         self._validations = Shares(settings.max_waiting)  # that wait for the engine
         self._noise = noise = HonestNoise(settings)
-        with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
+        # An error leaves no file open, and no lock on the directory.
+        with ExitStack() as opened:
             self.database = open_database(settings.data_dir)
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
@@ -87,7 +89,8 @@ class Controller(Runtime):
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
-            self._resumes = settings.resume != "never"  # whether the next start generates on
+            # Whether the next start generates on.
+            self._resumes = settings.resume != "never"
             self.state = self._left_in(self.state)
             if stored and stored.under_pins and settings.pins is None:
                 raise UsageError(
@@ -403,7 +406,8 @@ class Controller(Runtime):
     @override
     def tend(self) -> None:
         with self._lock:
-            if self._unsaved:  # a state that could not be written before
+            # A state that could not be written before.
+            if self._unsaved:
                 self._persist(self.state)
         if time.monotonic() - self._pruned_at > PRUNE_EVERY:
             self.rounds.prune(self.settings.keep_rounds)
@@ -463,9 +467,8 @@ class Controller(Runtime):
     ) -> JsonObject:
         started = time.perf_counter()
         computed: list[float] = []
-        round = replace(
-            stored.round, public_key=request.public_key
-        )  # the key that is paid, not the validator's
+        # The key that is paid, not the validator's.
+        round = replace(stored.round, public_key=request.public_key)
         engine = deployment.engine(stored.seq_len, stored.batch_size)
         for batch in deployment.compute(round.inputs(request.nonces), stored.batch_size):
             if epoch != self._epoch or self.closing.is_set():

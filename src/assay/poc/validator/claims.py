@@ -72,9 +72,8 @@ class Claim:
 
     round: Round  # as the pins and the node's share make it
     nonces: Sequence[int]  # ascending
-    values: Sequence[
-        float | str
-    ]  # distances, or the base64 of vectors, or of tokens with their sketches
+    # Distances, or the base64 of vectors, or of tokens with their sketches.
+    values: Sequence[float | str]
 
     def record(self, place: int, pipeline: Pipeline) -> Record:
         """Return the record of a place; a vector that is not one is a row of NaN, which is never a

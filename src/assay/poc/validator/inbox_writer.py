@@ -68,7 +68,8 @@ class InboxWriter(GroupCommit[Message, bool]):
         )
 
     def _rest(self, wrote: bool) -> None:
-        if not wrote:  # what adds messages ends epochs as well
+        # What adds messages ends epochs as well.
+        if not wrote:
             self._inbox.roll()
         if time.monotonic() - self._pruned > PRUNE_EVERY:
             self._inbox.prune(self._keep, self._open_blocks())

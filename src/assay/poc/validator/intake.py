@@ -48,11 +48,11 @@ class Intake:
         paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
         self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
-        self._turns = defaultdict[str, asyncio.Lock](
-            asyncio.Lock
-        )  # of each node one proof waits for that, in turn
+        # One proof of each node waits for a free place, in turn.
+        self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)
         self._budget = LogBudget()
-        for path in self._kinds:  # Prometheus sees no increase in a series that appears
+        # Prometheus sees no increase in a series that appears.
+        for path in self._kinds:
             controller.metrics.requests.labels(path, "200")
             controller.metrics.request_seconds.labels(path)
 

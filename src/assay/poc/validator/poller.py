@@ -82,7 +82,8 @@ class Poller:
         """Take what a node has found since the last time; return ``taken`` or ``empty``."""
         state = _state(await self._ask(client, sender, {}))
         if state is None or state["public_key"] != sender.public_key:
-            return "empty"  # another key's round: nothing of this node
+            # Another key's round: nothing of this node.
+            return "empty"
         block = state["block_hash"]
         node_id = state["node_id"]
         machine = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
@@ -92,7 +93,8 @@ class Poller:
         values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
         round_now = _state(values)
         if round_now is None or (round_now["block_hash"], round_now["node_id"]) != (block, node_id):
-            return "empty"  # another round began between the two questions
+            # Another round began between the two questions.
+            return "empty"
         reader = self._controller.reader
         seq_len = reader.registry.network.round.seq_len
         for name, wanted in (("node_count", sender.node_count), ("seq_len", seq_len)):
@@ -107,7 +109,8 @@ class Poller:
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
         pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
         message = claimed_message("pulled", name, text, claim, reader, pulled)
-        if not sender.is_proven:  # anyone on the path could convict the node
+        # Anyone on the path could convict the node.
+        if not sender.is_proven:
             log.warning("polled over http, so it stays undecided", public_key=sender.public_key)
             message = Message(sender.public_key, name, "pulled", 0, text, pulled=pulled)
         await self._controller.writer.keep(message)

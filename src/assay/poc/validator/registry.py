@@ -261,9 +261,8 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
         entries = _NodesFile.model_validate(read_node_tables(path)).nodes
     except ValidationError as error:
-        fault: Any = error.errors(include_url=False, include_input=False)[
-            0
-        ]  # the input may be a secret
+        # The input may be a secret.
+        fault: Any = error.errors(include_url=False, include_input=False)[0]
         raise DataError(
             f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']:.200}",
             wanted="tables [[nodes]]",

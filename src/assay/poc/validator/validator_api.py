@@ -113,9 +113,8 @@ def _validator_router(
         oldest first.
         """
         present = (standing.account for standing in controller.worker.standings.values())
-        known_accounts = chain(
-            present, controller.ledger.accounts()
-        )  # also those of builds that the pins no longer name
+        # Also those of builds that the pins no longer name.
+        known_accounts = chain(present, controller.ledger.accounts())
         matching = next(
             (candidate for candidate in known_accounts if account_id(candidate) == account), None
         )

@@ -71,7 +71,8 @@ class ValidatorController(Runtime):
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
-        with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
+        # An error leaves no file open, and no lock on the directory.
+        with ExitStack() as opened:
             self.inbox = Inbox(
                 server.data_dir,
                 epoch_seconds=settings.epoch,
@@ -132,7 +133,8 @@ class ValidatorController(Runtime):
         return noises
 
     def _noise(self, build: Build, round: Round | None = None) -> Noise | None:
-        assert self._noises is not None  # made before anything is recomputed
+        # Made before anything is recomputed.
+        assert self._noises is not None
         return self._noises.of(build, round)
 
     def _read(self) -> Registry:

@@ -29,8 +29,10 @@ from assay.stats.noise_laws import StrictLaw
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED = 1e-3
-WORST_ACCUSED = 5e-3  # share of honest audits of left-out machines: on average, of one pair
-LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
+# Share of honest audits of left-out machines: on average, of one pair.
+WORST_ACCUSED = 5e-3
+# Kind of law by family of noise.
+LAWS: dict[str, type[Law]] = {
     "distance": stats.ScaleNoise,
     **dict.fromkeys(
         ("vector", "scaled vector", "token vector", "tokens", "few tokens", "points", "few points"),
@@ -39,9 +41,8 @@ LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
 }
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 Index = Annotated[int, Field(ge=0)]
-Size = Annotated[
-    float, Field(ge=1e-30, le=1e3)
-]  # far beyond what residuals of unit vectors can have
+# Far beyond what residuals of unit vectors can have.
+Size = Annotated[float, Field(ge=1e-30, le=1e3)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,8 @@ def _read_pairs(values: Any) -> Sizes:
     return Sizes({(i, j): size for i, j, size in sizes})
 
 
-Name = Annotated[
-    str, Field(max_length=4096), AfterValidator(_check_name)
-]  # a kind is a device and a number format
+# A kind is a device and a number format.
+Name = Annotated[str, Field(max_length=4096), AfterValidator(_check_name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +221,8 @@ class BuildNoise(MachineNoise):
         """
         if not 0 < len(self.engines) < FEWEST_MACHINES:
             return self.engines
-        first, *others = (
-            self.engines
-        )  # of a pair of which one machine has no fingerprint, the other is not known
+        # Without a fingerprint of one machine of a pair, its other machine is not known.
+        first, *others = self.engines
         return others if prover == first else [first]
 
     def check_header(self, header: Header) -> None:

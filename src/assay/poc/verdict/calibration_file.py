@@ -210,9 +210,8 @@ def noise_for(
             "--model M`",
         )
     judges = build.judges(header.fingerprint)
-    equal = (
-        header.fingerprint == validator and formats in build.formats
-    )  # differs less than the pair that was measured
+    # Differs less than the pair that was measured.
+    equal = header.fingerprint == validator and formats in build.formats
     if len(judges) == 1 and not equal:  # the other one of a pair
         refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
     return build.noise_between(
@@ -250,9 +249,8 @@ def find_build_noise(
         ):
             continue
         engines = measured.engines
-        with suppress(
-            CalibrationError
-        ):  # that it was measured with other engines than the validator's
+        # Suppress the refusal of a law that was measured with other engines.
+        with suppress(CalibrationError):
             if engines:
                 measured.check_engine(
                     replace(validator, batch_size=engines[0].batch_size), "than this validator's"

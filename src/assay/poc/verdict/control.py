@@ -13,7 +13,8 @@ from pydantic import Field
 from assay.poc.verdict.laws import FloatArray
 from assay.stats.noise_laws import StrictLaw
 
-FARTHEST = 16.0  # a residual of a control over its typical size, or below it
+# A residual of a control over its typical size, or below it.
+FARTHEST = 16.0
 WORTH = 0.9  # spread of ln residual that a control may leave at most
 # typical residual of an honest node, over the smallest, of a computation that tells how far off a
 # node is
@@ -37,18 +38,16 @@ class Control(StrictLaw):
     dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]  # those of the others
     usual: _Typical  # residual of an honest node from each computation, the first one first
     sizes: _Typical  # residual between each two of them, in the order of `itertools.combinations`
-    powers: tuple[
-        Annotated[float, Field(ge=0, le=1)], ...
-    ]  # slopes of ln of the mean on those of each, if honest
+    # Slopes of ln of the mean on those of each, if honest.
+    powers: tuple[Annotated[float, Field(ge=0, le=1)], ...]
 
     def __post_init__(self) -> None:
         count = len(self.dtypes) + 1
         fits = len(self.usual) == count and len(self.sizes) == len(self.powers) == math.comb(
             count, 2
         )
-        if (
-            not fits or not 0 < sum(self.powers) <= 1 + 1e-9
-        ):  # a sum that was divided by itself may round up
+        # A sum that was divided by itself may round up.
+        if not fits or not 0 < sum(self.powers) <= 1 + 1e-9:
             raise ValueError(
                 f"sizes or powers of other computations than of {self.of} and "
                 f"{', '.join(self.dtypes)}"
@@ -73,7 +72,8 @@ class Control(StrictLaw):
             )
             == 0.0
         ):
-            return None  # machines that agree to the bit
+            # Machines that agree to the bit.
+            return None
         usual, sizes = (
             tuple(np.median(np.abs(np.hstack(side)), axis=1).tolist())
             for side in zip(*pairs, strict=True)

@@ -27,7 +27,8 @@ from assay.poc.verdict.pool_faults import STRIKES
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
 from assay.stats.e_values import Outcome, decide
 
-HONEST = 0.2  # largest share of cheap nonces that is not excluded at which a life is called honest
+# Largest share of cheap nonces that is not excluded at which a life is called honest.
+HONEST = 0.2
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
@@ -54,9 +55,8 @@ class CanonicalModel(BaseModel):
         :attr:`line` writes.
         """
         try:
-            parsed = cls.model_validate_json(
-                text
-            )  # it forgives a key given twice, which the next line refuses
+            # It forgives a key given twice, which the next line refuses.
+            parsed = cls.model_validate_json(text)
         except ValidationError as error:
             raise malformed_entry(source, error) from None
         if parsed.line != text:
@@ -188,9 +188,8 @@ class LedgerUpdate:
     block_hash: str
     noise: AnyNoise  # that the residuals are judged under, chosen without looking at them
     nonces: Sequence[int]  # those that were checked
-    residuals: Sequence[
-        float
-    ]  # of each nonce, or distance of its sketch; NaN or an infinity for a missing value
+    # One for each nonce, or the distance of its sketch; NaN or infinite if a value is missing.
+    residuals: Sequence[float]
     profiles: str | None = (
         None  # of the tokens of a response, by `ResponseBlocks.text`; None without tokens
     )
@@ -283,9 +282,8 @@ class Standing:
     recorded: int  # nonces in them, those that do not count included
     begun: float  # time of its first entry, in seconds
     last: float  # time of its last entry
-    fault: (
-        str | None
-    )  # places of the batch at which the residuals of its last audits together are large
+    # Places of the batch at which the residuals of its last audits together are large.
+    fault: str | None
 
     @property
     def verdict(self) -> Outcome:

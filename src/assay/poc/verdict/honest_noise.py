@@ -120,7 +120,8 @@ class Noise(StrictLaw):
             law = dict(values)
             beside_law = ("source", "effect", "spread", "scores", "widest", "control")
             fields = {name: law.pop(name) for name in beside_law if name in law}
-            law.pop("named", None)  # laws of known cheats, which earlier releases had
+            # Laws of known cheats, which earlier releases had.
+            law.pop("named", None)
             check_version(law.pop("test", TEST), TEST, "the residual test")
             return TypeAdapter(cls).validate_json(dumps({"law": law, **fields}))
 

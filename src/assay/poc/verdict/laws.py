@@ -17,7 +17,8 @@ from assay.stats.noise_laws import Spread
 
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw  # law of honest residuals
-LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
+# Added to residuals over their typical size, so that zero has a logarithm.
+LEAST_SCORE = 1e-6
 MOST_SCORES = (
     1024  # honest residuals that are kept with a law, to price its bets; of more, as many quantiles
 )

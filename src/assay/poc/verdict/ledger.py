@@ -53,7 +53,8 @@ from assay.poc.verdict.proof_judge import ProofVerdict
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks
 from assay.poc.verdict.sample_plan import ALPHA, BETA
 
-LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
+# Accounts kept in memory; others are rebuilt from their entries when they are needed.
+LIVES = 1024
 
 
 class AccountState:
@@ -418,7 +419,8 @@ def check_ledger(
         StorageError: It cannot be read, or is no SQLite file, or a table of the ledger is missing.
     """
     regular = path.is_file()
-    flag = FLAG[read_only]  # SQLite waits without end for a pipe
+    # SQLite waits without end for a pipe.
+    flag = FLAG[read_only]
     names = table_names(path, flag=flag) if regular else set()
     if LEDGER.name not in names and (names or read_only or (path.exists() and not regular)):
         do = (

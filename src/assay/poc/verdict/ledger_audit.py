@@ -44,7 +44,8 @@ from assay.poc.verdict.ledger_tables import (
 )
 
 MAGIC = b"SQLite format 3\0"
-CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
+# Relative and absolute difference of numbers that two machines may compute.
+CLOSE = 1e-6
 # seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes
 # it
 CLOCK = 60.0
@@ -259,7 +260,8 @@ def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:
     adds one.
     """
     integrity = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
-    if integrity != "ok":  # an index that leaves out a row would hide nonces that were seen
+    # An index that leaves out a row would hide nonces that were seen.
+    if integrity != "ok":
         yield LedgerFault(entry=None, reason=f"the file: {integrity!s:.200}")
     for table, key, column in (
         (LAWS, LAWS.c.hash, UPDATES.c.law),

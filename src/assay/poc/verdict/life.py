@@ -65,9 +65,8 @@ class Life:
         self.alpha = alpha
         self.beta = beta
         self.tests: list[LifeTest] = []
-        self._running: dict[
-            str, list[LifeTest]
-        ] = {}  # of each law: its first test, and the newest one beside it
+        # For each law, its first test and the newest one.
+        self._running: dict[str, list[LifeTest]] = {}
         self._n = 0
         self._pool: list[PooledAudit] = []
         self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
@@ -117,9 +116,8 @@ class Life:
         else:
             law = noise.shape
             self._only_responses = False
-            if (
-                self._pooled_count >= EPOCH
-            ):  # another pool begins; residuals at places that may be faulty never convict
+            # Another pool begins; residuals at places that may be faulty never convict.
+            if self._pooled_count >= EPOCH:
                 for test in self.tests:
                     test.settle(self._pool)
                 self._complete_pool()

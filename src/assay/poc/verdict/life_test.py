@@ -17,7 +17,8 @@ EPOCH = 1024
 # blocks of older pools that can be left out: those that accuse most, because leaving out another
 # takes less
 APART = 8
-LARGEST_LOG = 1e9  # largest logarithm that is written, because JSON has no infinity
+# Largest logarithm that is written, because JSON has no infinity.
+LARGEST_LOG = 1e9
 
 
 @dataclass
@@ -67,9 +68,8 @@ class LifeTest:
         """Return the logarithm of the e-value of what is left without any one block, at sound
         places of the pool.
         """
-        if not isinstance(
-            self.test, stats.SequentialTest
-        ):  # all of it for responses: tokens have no place in a batch
+        # All of it for responses: tokens have no place in a batch.
+        if not isinstance(self.test, stats.SequentialTest):
             return self.log_e
         if len({audit.block for audit in pool[self.begins :]} | self.blocks.keys()) < 2:
             return 0.0  # nothing is left
@@ -105,9 +105,8 @@ class LifeTest:
         sums = dict(self.blocks)
         for audit in (audit for audit in pool[self.begins :] if audit.law == self.law):
             values = self.size * (audit.sizes if audit.aside is None else audit.sizes[~audit.aside])
-            parts = (
-                values[start : start + EPOCH] for start in range(0, len(values), EPOCH)
-            )  # bounds memory
+            # Bounds memory.
+            parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))
             start = sums.get(audit.block, np.zeros_like(test.prior))
             sums[audit.block] = sum((test.steps(part).sum(axis=0) for part in parts), start=start)
         return sums

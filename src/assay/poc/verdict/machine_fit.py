@@ -39,7 +39,8 @@ PRIOR = Spread(sd=0.03, dof=30.0)
 # quantile of residuals by which the widest pair is chosen: pairs differ in shape, not in size alone
 WIDTH = 0.95
 AUDITS = 200  # of every left-out machine against every other one
-AUDITED = 300  # nonces of such an audit, or all where fewer were measured
+# Nonces of such an audit, or all where fewer were measured.
+AUDITED = 300
 EFFECTS = (1.25, 1.5, 2.0, 3.0, 4.0)
 _WIDEST = 0.9  # spread: beyond it nothing is known
 # spread of ln size of one pair of machines between blocks, added to the error of its measurement
@@ -92,14 +93,12 @@ def fit_machines(
     """
     size = {pair: float(np.median(np.abs(errors_N))) for pair, errors_N in residuals.items()}
     positive = {pair: value for pair, value in size.items() if value > 0}
-    if (
-        not positive
-    ):  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
+    # Machines that mostly agree to the bit; the rare nonces on which they do not price the bets.
+    if not positive:
         every_N = np.concatenate(list(residuals.values()))
         law, _ = fit(every_N)
-        if (
-            law.magnitudes(every_N).max() < law.size
-        ):  # under equal bits alone, no cap of a bet is better than another
+        # Under equal bits alone, no cap of a bet is better than another.
+        if law.magnitudes(every_N).max() < law.size:
             every_N = np.full_like(every_N, law.size)
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
         return MachineNoise(
@@ -109,9 +108,8 @@ def fit_machines(
     alike = [residuals[pair] * (sizes.typical / value) for pair, value in positive.items()]
     pooled_N = np.concatenate(alike)
     law, error = fit(pooled_N)
-    error *= math.sqrt(
-        pooled_N.size / min(one_N.size for one_N in alike)
-    )  # of the size of one pair
+    # The error was of the pooled sample; scale it to the size of one pair.
+    error *= math.sqrt(pooled_N.size / min(one_N.size for one_N in alike))
     measured_spread = min(math.hypot(error, between_blocks), _WIDEST)
     new = spread_of_new(
         sizes.deviations(), len({i for pair in positive for i in pair}), measured_spread

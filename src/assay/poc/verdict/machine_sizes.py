@@ -28,9 +28,8 @@ Pair = tuple[int, int]
 class Sizes:
     """Sizes of the noise between machines."""
 
-    pairs: Mapping[
-        Pair, float
-    ]  # median residual by pair (i, j) with i < j; pairs with median 0 are left out
+    # Median residual by pair (i, j) with i < j; pairs with median 0 are left out.
+    pairs: Mapping[Pair, float]
     kinds: tuple[str, ...] = ()  # of every machine, such as its GPU; empty where it is unknown
 
     @property
@@ -48,7 +47,8 @@ class Sizes:
         against = {
             (i, j): size for (i, j), size in sorted(directed.items()) if validator in (None, j)
         }
-        if not against:  # the validator's machine was measured with none of these
+        # The validator's machine was measured with none of these.
+        if not against:
             return self.typical
         foreign = {
             pair: size

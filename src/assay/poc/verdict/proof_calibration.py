@@ -26,9 +26,8 @@ from assay.poc.verdict.residuals import compare, residuals
 from assay.poc.verdict.sample_plan import sequential_test
 
 PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
-Sides = tuple[
-    FloatArray, FloatArray
-]  # of residuals: of the node from each computation, and between these
+# Residuals between the node and each computation, and between the computations.
+Sides = tuple[FloatArray, FloatArray]
 
 
 def calibrate(

@@ -6,10 +6,13 @@ import numpy as np
 
 from assay import stats
 
-P_FLIP = 5e-4  # honest mismatch rate of distances that the published rule assumes
+# Honest mismatch rate of distances that the published rule assumes.
+P_FLIP = 5e-4
 COUNT_ALPHA = 0.01  # level of the published count test
-DIST_THRESHOLD = 0.02  # distance of two vectors above which the published rule counts a mismatch
-P_MISMATCH = 0.001  # honest mismatch rate of vectors that the published rule assumes
+# Distance of two vectors above which the published rule counts a mismatch.
+DIST_THRESHOLD = 0.02
+# Honest mismatch rate of vectors that the published rule assumes.
+P_MISMATCH = 0.001
 
 
 def published_rule(

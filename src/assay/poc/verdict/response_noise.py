@@ -39,7 +39,8 @@ from assay.stats.noise_laws import StrictLaw
 from assay.stats.token_law import COLUMNS, LEAST_LOG
 
 KIND = "responses"
-RESPONSE_TEST = 1  # version of the test of responses: its cheats, their weights and its scales
+# Version of the test of responses: its cheats, their weights and its scales.
+RESPONSE_TEST = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,8 @@ class ResponseNoise(StrictLaw):
                 stats.LogNoise,
             ):
                 raise ValueError
-            ResponseTest(noise)  # refuses laws of which no test can be made
+            # Refuses laws of which no test can be made.
+            ResponseTest(noise)
         return noise
 
 

@@ -18,13 +18,14 @@ EFFECT = {"distance": 4.0, "vector": 2.0}
 ALPHA = 1e-3
 # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
 BETA = 1e-2
+# Numbers of nonces among which a verifier chooses, where its caller does not choose.
 SAMPLES = (
     32,
     48,
     64,
     96,
     128,
-)  # numbers of nonces among which a verifier chooses, where its caller does not choose
+)
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
 _TRIALS = 300
@@ -43,9 +44,8 @@ def sequential_test(
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand
             out.
     """
-    return copy(
-        _untouched_test(noise, alpha, beta)
-    )  # a test replaces its numbers, and changes no array
+    # A test replaces its numbers, and changes no array.
+    return copy(_untouched_test(noise, alpha, beta))
 
 
 @lru_cache(maxsize=256)

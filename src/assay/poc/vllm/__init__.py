@@ -62,7 +62,7 @@ def before_start() -> None:
     chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
     try:
         if chosen:
-            # Its packages do not come with vLLM.
+            # The packages of the service do not come with vLLM.
             import_module("assay.poc.net.routes")
             from assay.poc.vllm.preflight import check_server
 

@@ -318,7 +318,7 @@ class NonceStream:
     def _finished(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Read, because asyncio logs every error that is never read.
+            # Read the error, because asyncio logs every one that is never read.
             task.exception()
 
     async def _produce(self) -> None:

@@ -523,7 +523,7 @@ class DirectPasses:
             return run(inputs)
         kind = (seq_len, *(name for name, values in inputs.items() if values is not None))
         if self._recorded is None or self._recorded[0] != kind:
-            # Its memory is given back before.
+            # Give its memory back first.
             self._recorded = None
             states_ND = run(inputs)
             self._recorded = kind, self._record(run, inputs, len(nonces) * seq_len)

@@ -57,7 +57,8 @@ BLOCK = b"x-assay-block"
 REQUEST_ID = b"x-request-id"
 USER_SEED = b"x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
-PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
+# Seconds in which the nonces that run are given up before vLLM ends its engine.
+PATIENCE = 5.0
 MESSAGE = "Proof of Compute has this engine to itself for a while"
 BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
@@ -69,7 +70,8 @@ class Responses:
 
     def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings
-        self.newest: str | None = None  # hash of the block that was posted last
+        # Hash of the block that was posted last.
+        self.newest: str | None = None
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
         self.chat_template: str | None = (
@@ -199,7 +201,8 @@ class ReceiptMiddleware:
         if accepted is None:
             await self._app(scope, receive, partial(_send_unrecorded, send))
             return
-        if accepted.chosen_by == "server":  # vLLM makes the id of its answer from it
+        # VLLM makes the id of its answer from it.
+        if accepted.chosen_by == "server":
             scope = dict(scope) | {
                 "headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]
             }
@@ -247,7 +250,8 @@ class _Guarded:
             named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
             headers = [(name, quote(text).encode()) for name, text in named.items()]
             message = _with(message, headers if streams or self._accepted.stored else NO_RECEIPT)
-        return self._plain(message)  # not awaited here: a stream has a message for every token
+        # Not awaited here: a stream has a message for every token.
+        return self._plain(message)
 
     async def refuse(self) -> None:
         """Send the refusal; cut an answer off that has begun."""
@@ -274,7 +278,8 @@ def _served_template(config: Any, args: Any) -> str | None:
     """
     if getattr(args, "chat_template", None) or getattr(args, "trust_request_chat_template", False):
         return None
-    with suppress(AssayError):  # vLLM reads tokenizers that are not read here
+    # VLLM reads tokenizers that are not read here.
+    with suppress(AssayError):
         return chat_template_digest(load_tokenizer(config.model_config.tokenizer)) or None
     return None
 
@@ -450,7 +455,8 @@ def _router(
         """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers
         hold.
         """
-        engine = running()  # there is one: routes are served after init_state
+        # There is one: routes are served after init_state.
+        engine = running()
         throttle = engine.throttle
         throttle.look()
         return JSONResponse(

@@ -161,7 +161,7 @@ class BatchV2:
     begun: NDArray[np.int64] | None = (
         None  # lengths [N] of the requests at which the first of `seeds` is due
     )
-    # Of that step and of those that follow, int32 [N] with the bits of uint32.
+    # Seeds of that step and of the following ones, int32 [N] with the bits of uint32.
     seeds: tuple[Tensor, ...] = ()
     words: Tensor | None = None  # with drafts, of the stream of each row, [R, 8]
     firsts: Tensor | None = None  # with drafts, the positions [R] that give the first tokens

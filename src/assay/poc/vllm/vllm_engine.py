@@ -233,7 +233,7 @@ class RequestEngine(Engine):
 def _split_round(inputs: Sequence[Input]) -> tuple[Round, Sequence[int]]:
     """Return the round of inputs and their nonces; a stream of the workers is of one round."""
     round = inputs[0].round
-    # Which may be longer than a list could be.
+    # A range of nonces may be longer than a list could be.
     if isinstance(inputs, RoundInputs):
         return round, inputs.nonces
     if any(other != round for other, _ in inputs):

@@ -12,7 +12,8 @@ from assay.vhack.detectors.evidence import LabelledEvidence
 from assay.vhack.detectors.scoring import ScoreArray, cross_score
 from assay.vhack.detectors.threshold import Threshold, choose_threshold
 
-ENOUGH_CLEAN = 19  # clean samples, the fewest of which a threshold can promise 5 %
+# Clean samples, the fewest of which a threshold can promise 5 %.
+ENOUGH_CLEAN = 19
 COLUMNS = ("detector", "AUROC", "95% interval", "hacks caught", "clean lost", "pass")
 
 

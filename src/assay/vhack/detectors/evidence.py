@@ -27,7 +27,8 @@ from assay.vhack.pairs.pairs import Sample, text_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_LAYERS = 8  # layers whose states are kept, evenly spaced; a probe chooses among them
+# Layers whose states are kept, evenly spaced; a probe chooses among them.
+MAX_LAYERS = 8
 
 _Part = TypeVar("_Part")
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}  # of one forward pass, padding included
 
-_hooks_lock = threading.Lock()  # hooks sit in the shared model, and verl pays rollouts in threads
+# Hooks sit in the shared model, and verl pays rollouts in threads.
+_hooks_lock = threading.Lock()
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ class ProbeDetector(LinearDetector):
     """A ridge regression on activations; cross-validation chooses the layer."""
 
     needs = Needs.ACTIVATIONS
-    is_scaled = True  # a few coordinates of a hidden state are a hundred times the others
+    # A few coordinates of a hidden state are a hundred times the others.
+    is_scaled = True
 
     @override
     def features(self, evidence: SampleEvidence) -> list[FloatArray]:

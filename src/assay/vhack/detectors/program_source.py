@@ -8,7 +8,8 @@ from textwrap import dedent
 from typing import Any
 
 MOST_EXAMPLES = 6
-_CUT_LINES = 3  # that the end of a completion may lose where it does not parse
+# Lines that the end of a completion may lose until it parses.
+_CUT_LINES = 3
 TEST_NAMES = re.compile(
     r"^_?(run_?|do_?)?(all_?)?(tests?|checks?|verify|validate)(_|$)|^test", re.IGNORECASE
 )

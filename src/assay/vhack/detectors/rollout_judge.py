@@ -103,7 +103,8 @@ def fit_judge(
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
     if svd is None and chosen.cost == Cost.BACKWARD:
         names = [f"sample {row}" for row in range(len(samples))]
-        encode_samples(samples, model, names, tokenizer)  # refuses before the decomposition
+        # Refuses before the decomposition.
+        encode_samples(samples, model, names, tokenizer)
         # Once: training moves the weights, and the axes belong to the weights of now.
         svd = weight_svd(model)
     evidence = collect_evidence(

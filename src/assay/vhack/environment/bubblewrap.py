@@ -35,7 +35,8 @@ def command_line(disk_mib: int, *, server: bool = False) -> list[str]:
     for path in shown():
         line += ["--ro-bind", path, path]
     for path in ROOTS:
-        if Path(path).is_symlink():  # as /lib is often one to usr/lib
+        # /lib is often a link to usr/lib.
+        if Path(path).is_symlink():
             line += ["--symlink", str(Path(path).readlink()), path]
     for path in hidden():
         line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]

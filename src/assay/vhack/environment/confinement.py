@@ -32,7 +32,8 @@ _ADD_RULE = 445
 _RESTRICT_SELF = 446
 _VERSION = 1
 _BELOW_PATH = 1
-_QUIET = 1  # the audit log of the machine is no place for what a program tries
+# The audit log of the machine is no place for what a program tries.
+_QUIET = 1
 _QUIET_FROM = 7
 
 # Rights on files: bits 0 to 12 are of the first version, then moving to another directory (2),
@@ -61,7 +62,8 @@ def _check(result: int, name: str) -> int:
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when the thread ends that forked it from ``parent``."""
     _check(_LIBC.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "death signal")
-    if os.getppid() not in (0, parent):  # 0 where the parent is in an outer process namespace
+    # 0 where the parent is in an outer process namespace.
+    if os.getppid() not in (0, parent):
         os._exit(125)
 
 

@@ -50,7 +50,8 @@ _FILE_CHARACTERS = 4096
 _DESCRIPTORS = 5
 _MESSAGE = 16
 _MEASURE_MILLISECONDS = 5
-_MOST_BITS = 14_000  # of a number that Python writes as text without a change of its settings
+# Bits of the longest number that Python writes as text by default.
+_MOST_BITS = 14_000
 _PROGRAM = "program.py"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -77,7 +78,8 @@ def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
     Every message has the room for files in MiB, and carries the descriptors of one job: the job,
     stdout, stderr, the report and the status.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need not be waited for
+    # Keepers need not be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if setup["backend"] == "landlock":
         # Programs cannot list the directories of the standard library: the names are looked up now.
         sys.meta_path[-1].find_spec("absent", None)
@@ -104,7 +106,8 @@ def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
             os.close(descriptor)
     os.close(held_open)
     with suppress(OSError):
-        os.waitpid(-1, 0)  # fails when all keepers have ended
+        # Fails when all keepers have ended.
+        os.waitpid(-1, 0)
     with suppress(OSError):
         os.rmdir(setup["root"])  # noqa: PTH106
 
@@ -142,7 +145,8 @@ def _keep(
         os.close(descriptor)
     handle = os.pidfd_open(runner)
     waiting = select.poll()
-    for descriptor in (handle, status, server_end):  # there is nothing to read but the end
+    # There is nothing to read but the end.
+    for descriptor in (handle, status, server_end):
         waiting.register(descriptor, select.POLLIN)
     pause = None if in_memory else _MEASURE_MILLISECONDS
     full = False

@@ -50,7 +50,8 @@ def overflows(path: str, process: int, n_bytes: int) -> bool:
 
 
 def _room(status: os.stat_result) -> int:
-    return status.st_blocks * 512  # blocks of this size, whatever those of the file system are
+    # Blocks of this size, whatever those of the file system are.
+    return status.st_blocks * 512
 
 
 def remove_folder(path: str) -> None:

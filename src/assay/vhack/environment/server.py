@@ -126,7 +126,8 @@ class Server:
                 status.shutdown(socket.SHUT_WR)
                 code += pump(watched, time.monotonic() + _END_SECONDS).output["status"]
             if not code:
-                self._process.kill()  # whatever has become of it, it is replaced
+                # Whatever has become of it, it is replaced.
+                self._process.kill()
                 raise OSError("the fork server is gone")
         ended.overflowed |= code == _FULL
         ended.returncode = None if ended.killed else int(code)
@@ -167,9 +168,11 @@ def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
     """Run a job by the fork server, or if that cannot, in a sandbox of its own."""
     running = server(backend)
     if running is not None:
-        with suppress(OSError):  # a server that dies under a job does not lose it
+        # A server that dies under a job does not lose it.
+        with suppress(OSError):
             return running.perform(job, limits)
-    if backend == "bwrap":  # where bubblewrap works, namespaces within its own may not
+    # Where bubblewrap works, namespaces within its own may not.
+    if backend == "bwrap":
         return perform_once(job, limits)
     fresh = Server(backend)
     try:

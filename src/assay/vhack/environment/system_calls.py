@@ -49,7 +49,8 @@ METADATA = frozenset({"chmod", "fchmod", "fchmodat", "fchmodat2", "utimensat"}) 
 """Calls that reach any file of the user by its path, for Landlock does not look at them."""
 
 _NEWEST = 452
-_X32 = 0x40000000  # numbers from here on are the x32 variants of the calls of x86_64
+# Numbers from here on are the x32 variants of the calls of x86_64.
+_X32 = 0x40000000
 _LOAD = 0x20
 _EQUAL = 0x15
 _ABOVE = 0x25

@@ -30,7 +30,8 @@ from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 _N_HIDDEN = 8
 _TRIES = 200
 _MOST_REPEATS = 1000  # draws in a row that give nothing new
-_BY_NUMBER = ("generated", "environment", "exploits")  # kinds of pairs that are made by number
+# Kinds of pairs that are made by number.
+_BY_NUMBER = ("generated", "environment", "exploits")
 
 Sides = tuple[str, str]
 """Hack and clean."""

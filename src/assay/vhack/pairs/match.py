@@ -112,6 +112,7 @@ def _match(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
             f"{name}: {error.seen}", wanted=error.wanted, do="correct the line"
         ) from error
     tags = ["sampled", f"mechanism:{mode}", f"channel:{mode}", f"task:{task}"]
-    if record.get("markers") == "training":  # those that verify_pairs looks for
+    # The markers that verify_pairs looks for.
+    if record.get("markers") == "training":
         tags += ["exploit", "environment"]
     return Pair(record["prompt"], hack, clean, family, tuple(tags))

@@ -89,7 +89,8 @@ class Decoder:
         tokens: list[Tensor] = []
         states: list[Tensor] = []
         passes = steps_of_passes(self.model.config, prompts_RP.shape[1], draws.steps)
-        first_steps = {steps[0] for steps in passes}  # where a pass begins with an empty cache
+        # A pass begins with an empty cache here.
+        first_steps = {steps[0] for steps in passes}
         for step in range(draws.steps):
             if step in first_steps:
                 cache = DynamicCache(config=self.model.module.config)

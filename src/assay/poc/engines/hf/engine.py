@@ -213,7 +213,8 @@ class HFEngine(Engine):
         try:
             yield from batches(self, inputs, pipeline)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:
-            raise self._too_large() from error  # of any step, the inputs among them
+            # Any step may have run out of memory, the one that makes inputs too.
+            raise self._too_large() from error
 
     def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> Draws:
         """Return the prompts, the noise of the tokens and the projections of the sketches."""
@@ -424,7 +425,8 @@ def overlapped_batches(
         with torch.cuda.stream(forward):
             for value in (embeddings_BTD, *(reading or ())):
                 if isinstance(value, Tensor):
-                    value.record_stream(forward)  # its memory is not reused before this is done
+                    # Its memory is not reused before this is done.
+                    value.record_stream(forward)
             return engine._run(embeddings_BTD, reading), forward.record_event()
 
     def finish(

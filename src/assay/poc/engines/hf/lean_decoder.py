@@ -288,7 +288,8 @@ class KernelLayer(DecoderLayer):
 
     @override
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        raise AssertionError  # gate and up are one product, whose kernel is called by mlp()
+        # Gate and up are one product, whose kernel is called by mlp()
+        raise AssertionError
 
     @override
     def mlp(self, x: Any) -> Any:

@@ -65,7 +65,8 @@ class PointDecoder:
                 if step:
                     inputs.append(chain.embeddings(previous_R1, step))
                 x_RTD = inputs[-1]
-                if step in first_steps:  # where a pass begins with an empty cache
+                # A pass begins with an empty cache here.
+                if step in first_steps:
                     cache = DynamicCache(config=self.model.module.config)
                     cached = 0
                     x_RTD = torch.cat(inputs, dim=1)

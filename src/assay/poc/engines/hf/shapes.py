@@ -47,9 +47,8 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
     """Estimate the peak of the activations of one batch, in bytes."""
     config = model.config
-    chosen = int(
-        getattr(config, "num_experts_per_tok", 0) or 0
-    )  # a row for each expert of a position
+    # A row for each expert of a position.
+    chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
     wide = max(
         int(getattr(config, "intermediate_size", 0) or 0),
         4 * model.hidden_size,

@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from assay.models.decoder import FAMILIES
 
-_ENOUGH_SAMPLES = 8  # for a kernel that goes through the tokens of a sample one after the other
+# For a kernel that goes through the tokens of a sample one after the other.
+_ENOUGH_SAMPLES = 8
 
 
 @cache
@@ -44,7 +45,8 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 def _works(kernels: ModuleType, ones: Tensor) -> bool:
     """Try every kernel on ones, for which the results are known."""
     silu = 0.7310586
-    slope = 0.9276705  # of 1: σ(1) and σ(1) (2 − σ(1))
+    # SiLU at 1: σ(1), and its derivative σ(1) (2 − σ(1)).
+    slope = 0.9276705
     unit, scale = kernels.normalise(ones, ones[0], 0.0)
     results = (
         (kernels.segment_products(ones, ones, torch.tensor([0, 2], device=ones.device)), 2.0),

@@ -174,7 +174,8 @@ def factors_of(
         name: factors.get(name, factors.get(name.removesuffix(".base_layer"))) for name in modules
     }
     for name, linear in modules.items():
-        module_factors = factors_by_name[name]  # of a matrix that PEFT has wrapped since then, too
+        # The factors of a matrix stay valid after PEFT has wrapped it.
+        module_factors = factors_by_name[name]
         shape = (
             None
             if module_factors is None

@@ -151,13 +151,14 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
         )
     first: dict[int, str] = {}
     for name, linear in targets.items():
-        if linear.weight.dtype.itemsize < 2:  # codes, whose scales are elsewhere
+        # Codes, whose scales are elsewhere.
+        if linear.weight.dtype.itemsize < 2:
             raise ModelError(
                 f"{name} has weights in {linear.weight.dtype}",
                 wanted="weights that are not quantised",
                 do="load the model in bfloat16, or take probe",
             )
-        # As in Zamba: each would have a δS, and merging one would undo the other.
+        # Modules of Zamba share weights: two δS of one matrix would undo each other when merged.
         if (shared_with := first.setdefault(id(linear.weight), name)) != name:
             raise ModelError(
                 f"{name} has the weight of {shared_with}",
@@ -243,10 +244,11 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
         for parameter_name, parameter in part.named_parameters(recurse=False)
         if parameter.ndim > 1 and not parameter_name.endswith("bias")
     }
+    # A tensor of experts by any of them.
     covered = {
         *targets,
         *(name.rpartition(".")[0] for name in targets),
-    }  # a tensor of experts by any of them
+    }
     left_out = tuple(name for name in sizes if name not in covered)
     total = sum(sizes.values())
     return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
