@@ -292,26 +292,9 @@ class Hooks:
             try:
                 if request.prompt_embeds is not None:
                     _disarm(request, self._width)
-                if place_of_nonce:
+                if place_of_nonce and self._needs_noise(*place_of_nonce, request):
                     stream, nonce = place_of_nonce
-                    sent = request.prompt_embeds
-                    seq_len = stream.spec.round.seq_len
-                    if stream.spec.pipeline.steps:
-                        assert self._decoding is not None
-                        self._decoding.begin(stream, nonce, request)
-                    elif stream.spec.pipeline.framed:
-                        _check_tokens(stream.spec, nonce, request)
-                        stream.fill(nonce)
-                    elif (
-                        length := len(request.prompt_token_ids if sent is None else sent)
-                    ) != seq_len:
-                        raise ValueError(
-                            f"inputs or placeholders of {length} for {seq_len} positions"
-                        )
-                    elif sent is None and is_first_stage():
-                        empty.setdefault(stream, []).append((nonce, request))
-                    else:
-                        stream.fill(nonce)
+                    empty.setdefault(stream, []).append((nonce, request))
             except Exception as error:
                 if place_of_nonce:
                     self._fail(*place_of_nonce, error)
@@ -320,6 +303,28 @@ class Hooks:
             # time.
             at_once = MAX_VALUES // (stream.spec.round.seq_len * self._width)
             self._in_parts(stream, requests, at_once, self._fill_part)
+
+    def _needs_noise(self, stream: RowStream, nonce: int, request: Any) -> bool:
+        """Begin a nonce whose inputs came with its request; return whether they are to be made."""
+        pipeline = stream.spec.pipeline
+        if pipeline.steps:
+            assert self._decoding is not None
+            self._decoding.begin(stream, nonce, request)
+            return False
+        if pipeline.framed:
+            _check_tokens(stream.spec, nonce, request)
+            stream.fill(nonce)
+            return False
+        sent = request.prompt_embeds
+        seq_len = stream.spec.round.seq_len
+        length = len(request.prompt_token_ids if sent is None else sent)
+        if length != seq_len:
+            raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
+        # Later stages of a pipeline get hidden states, so only the first one makes noise.
+        if sent is None and is_first_stage():
+            return True
+        stream.fill(nonce)
+        return False
 
     def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
         """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
