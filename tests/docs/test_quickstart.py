@@ -70,7 +70,7 @@ def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, mon
     several = CALIBRATION[CALIBRATION.index("## Collect, from several machines") :]
     blocks = re.findall(r"^```sh\n(.*?)^```$", several, flags=re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("MODEL", "reference:qwen3").splitlines()
-    prove, calibrate, verify = (shlex.split(line)[1:] for line in lines)
+    prove, calibrate, verify, export = (shlex.split(line)[1:] for line in lines)
     small = ("--nonces", "0:32", "--seq-len", "8", "--batch-size", "16")
     for number, dtype in enumerate(MACHINES, start=1):
         changed = [
@@ -85,3 +85,6 @@ def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, mon
     assert all(row in answer for row in rows)
     assert run([*verify, "--seq-len", "8"]) in (0, 2)
     assert "calibration on 32 nonces of 4 machines" in " ".join(capsys.readouterr().out.split())
+    # The chain counts vectors, and this law is of distances; tests/cli/test_calibrate.py has one.
+    assert run(export) == 2
+    assert "artifact" in capsys.readouterr().err
