@@ -101,7 +101,7 @@ def test_rounds_of_the_chain_with_restarts_between(host, small_model):
             else:
                 assert node.status() == "MIXED"
             receiver.delay = 0.3
-            if height == 20:  # and once nobody stops the round before the next one
+            if height == 20:  # no stop comes between these two
                 host.restart(place)
             check_votes(host, receiver, stage, small_model)
             receiver.delay = 0.0

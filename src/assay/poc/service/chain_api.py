@@ -89,7 +89,7 @@ def chain_router(
         return done(request, "STOPPED", "stopped", {})
 
     @router.get("/status", **shown, responses=problems(), openapi_extra=needs(Scope.READ))
-    def status(request: Request) -> Response:
+    async def status(request: Request) -> Response:
         """Return whether a round generates, and which."""
         server = describe_server(controller)
         if not as_node:
