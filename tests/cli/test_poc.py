@@ -341,3 +341,21 @@ def test_a_round_that_would_be_porous_is_not_committed_to(refused, proving, tmp_
     words = proving("proof.jsonl", "--commit", tmp_path / "all.json", nonces="2400:2424")
     assert "--commit" in refused(*words)
     assert list(tmp_path.glob("proof*")) == []
+
+
+def test_the_self_test_says_what_changes_and_ends_with_its_code(
+    assay, refused, told, small_checkpoint
+):
+    words = ("poc", "selftest", "--model", small_checkpoint, "--device", "cpu")
+    words += ("--seq-len", 16, "--batch-size", 8, "--nonces", 8)
+    document = told(*words, "--preset", "artifact", "--dtype", "float32")
+    assert document["schema"] == "assay.poc.selftest/1"
+    assert document["exit_code"] == 0
+    assert document["engine"]["batch_size"] == 8
+    names = {row["setting"] for row in document["comparisons"]}
+    assert names >= {"again", "other neighbours", "alone in the batch", "batches of 2"}
+    shown = assay(*words, "--preset", "artifact", "--dtype", "float32")
+    assert shown.code == 0
+    assert "other neighbours" in shown.out
+    assert "decode" in refused(*words, "--preset", "decode")
+    assert "--frame" in refused(*words, "--preset", "tokens-1")

@@ -1,5 +1,6 @@
 """The self-test of an engine: it finds what changes bits, by how much, and says nothing else."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from assay import stats
 from assay.errors import ModelError, UsageError
-from assay.poc import Noise, Record, Round
+from assay.poc import HFEngine, Noise, Record, Round
 from assay.poc.launch import Launch
 from assay.poc.selftest import SelfTest, SettingResult, compare, run_selftest
 from tests.models.storing import make_mixture
@@ -115,3 +116,40 @@ def test_a_preset_that_decodes_is_refused(small_checkpoint):
 def test_a_model_that_cannot_be_loaded_is_no_row(tmp_path: Path):
     with pytest.raises(ModelError):
         run_selftest(Launch(model=str(tmp_path / "none"), device="cpu"), ROUND)
+
+
+def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch):
+    """Without vLLM: the options that its engine is given, and a build that refuses one of them."""
+    asked = []
+
+    @contextmanager
+    def stand_in(launch, dtype, *, batch_size, seq_len, frame, options):
+        asked.append((batch_size, dict(options)))
+        if "speculative_config" in options:
+            raise UsageError("vLLM with speculation", wanted="none", do="leave it out")
+        yield small_model, HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
+
+    monkeypatch.setattr("assay.poc.selftest.vllm_engine", stand_in)
+    launch = Launch(model="small", engine="vllm")
+    result = run_selftest(launch, ROUND, batch_size=8, nonces=8)
+    rows = {row.setting: row for row in result.comparisons}
+    assert rows["speculative decoding"].outcome == "not run"
+    assert rows["speculative decoding"].reason == "vLLM with speculation"
+    assert rows["chunked prefill"].outcome == "same bits"
+    assert result.exit_code == 0
+    usual, smaller, requests, cache, chunks, _ = (options for _, options in asked)
+    assert [size for size, _ in asked] == [8, 2, 8, 8, 8, 8]
+    assert usual == smaller
+    assert "path" not in usual
+    assert requests["path"] == "requests"
+    assert (usual["enable_prefix_caching"], cache["enable_prefix_caching"]) == (False, True)
+    assert chunks["max_num_batched_tokens"] < ROUND.seq_len < usual["max_num_batched_tokens"]
+
+
+def test_an_engine_that_does_not_start_in_its_usual_setting_is_an_error(monkeypatch):
+    def refuse(*_, **__):
+        raise ModelError("vLLM does not start", wanted="an engine", do="see its log")
+
+    monkeypatch.setattr("assay.poc.selftest.vllm_engine", refuse)
+    with pytest.raises(ModelError):
+        run_selftest(Launch(model="small", engine="vllm"), ROUND)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from assay.poc import Round
 from assay.poc.launch import Launch
 from assay.poc.selftest import run_selftest
@@ -11,6 +13,7 @@ SWITCHES = ("as requests", "prefix cache", "chunked prefill", "speculative decod
 ORDERS = ("again", "other neighbours", "alone in the batch", "other places in the batch")
 
 
+@pytest.mark.slow
 def test_every_switch_is_tried_and_named(tmp_path: Path, forked_engines):
     path = make_mixture("qwen3-moe", tmp_path / "mixture")
     round = Round(block_hash="b", public_key="k", preset="artifact", seq_len=32)
