@@ -125,10 +125,6 @@ def main():
                 one.name: evaluate.transferred(one, labelled_own, target) for one in registered
             },
             "ceiling": {one.name: evaluate.ceiling(one, target) for one in registered},
-            "probe, few labels": {
-                count: evaluate.few_labels(registered[-1], labelled_own, target, count)
-                for count in (8, 32)
-            },
             "likelihoods": rounded(
                 {
                     key: float(auroc(values[kept.labels], values[~kept.labels]))

@@ -1,0 +1,74 @@
+"""All registered detectors, those by gradients among them, fitted to our own pairs and asked of
+what others wrote (research/notes/transfer.md). It takes a backward pass of every sample: minutes on
+a GPU, hours on a CPU.
+
+    python research/benchmarks/vhack_transfer_gradients.py --data DATA --codeforces REPOSITORY \
+      --device cuda -o research/results/vhack_transfer_gradients.json
+"""
+
+import time
+from pathlib import Path
+
+from _common import note, parser, publish
+from assay_research.transfer import evaluate
+from assay_research.transfer.kinds import kind_pairs
+from assay_research.transfer.origins import from_pairs, own_samples, read_origin, subset
+
+from assay.models import load_model
+from assay.vhack import weight_svd
+from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.evidence import collect_evidence
+from assay.vhack.pairs.pairs import Sample
+
+MOST_PROMPT = 4000  # characters; the beginning of a longer one is cut
+MOST_COMPLETION = 3000
+
+
+def read_evidence(samples, model, svd):
+    """All parts of the evidence of samples, with labels."""
+    read = [Sample(one.prompt[-MOST_PROMPT:], one.completion[:MOST_COMPLETION]) for one in samples]
+    return evaluate.labelled(collect_evidence(read, model, svd=svd), samples)
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, required=True, help="folder of the files of others")
+    options.add_argument("--codeforces", type=Path, help="git directory of origin D")
+    options.add_argument("--origins", nargs="+", default=["A", "B", "C", "D", "E"])
+    options.add_argument("--own", nargs="+", default=["authored", "generated:48", "exploits:24"])
+    options.add_argument("--kinds", type=int, default=96, help="pairs of more kinds")
+    options.add_argument("--model", default="pretrained:smollm2")
+    options.add_argument("--device", default="cpu")
+    chosen = options.parse_args()
+    model = load_model(chosen.model, device=chosen.device, dtype="float32")
+    svd = weight_svd(model)
+    started = time.perf_counter()
+    own_lists = [own_samples(name) for name in chosen.own]
+    if chosen.kinds:
+        own_lists.append(from_pairs(kind_pairs(chosen.kinds)))
+    own = evaluate.concatenated([read_evidence(one, model, svd) for one in own_lists])
+    note(f"own: {len(own.hack)} pairs after {time.perf_counter() - started:.0f} s")
+    results = {}
+    for name in chosen.origins:
+        samples = subset(read_origin(name, chosen.data, chosen.codeforces))
+        target = read_evidence(samples, model, svd)
+        results[name] = {
+            "samples": [len(target.hack), len(target.clean)],
+            "transferred": {
+                one.name: evaluate.transferred(one, own, target) for one in make_detectors()
+            },
+            "ceiling": {
+                one.name: evaluate.ceiling(one, target)
+                for one in make_detectors(("ngrams", "probe", "cin-lda", "ridge"))
+            },
+        }
+        note(f"{name} after {time.perf_counter() - started:.0f} s: {results[name]}")
+    publish(
+        "vhack_transfer_gradients",
+        {"model": chosen.model, "device": chosen.device, "origins": results},
+        chosen.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
