@@ -207,7 +207,7 @@ def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(
     path = tmp_path / "tuned.jsonl"
     Receipts.build(made.header, named, 1.0).save(path)
     said = refused("poc", "replay", path, "--model", "no/such")
-    assert all(words in said for words in ("'tuned'", "`lora`"))
+    assert all(words in said for words in ("'tuned'", "--lora"))
     lines = [json.loads(line) | {"adapter": "tuned"} for line in prompts.read_text().splitlines()]
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
