@@ -41,7 +41,7 @@ VALIDATORS = ("bfloat16", "float32", "float16", "batches of 4", "eager attention
 class Side:
     """A node or a validator: a model in a format, with a batch size."""
 
-    def __init__(self, model, batch_size=16):
+    def __init__(self, model, batch_size):
         self.model = model
         self.batch_size = batch_size
 
@@ -147,9 +147,8 @@ def programs(halved, options):
     yield f"without layer {middle}", lambda: without_layers(halved, middle)
 
 
-def chain_only(model, round, nonces, honest, seq_len):
+def chain_only(model, round, nonces, honest, shape):
     """Yield cheats that only a chain has."""
-    shape = {"batch_size": 16, "seq_len": seq_len}
     for name, half in (("prompt of another nonce", False), ("half of the prompt", True)):
         engine = OtherPrompt(model, half=half, **shape)
         yield name, lambda engine=engine: prove(model, round, nonces, engine=engine)
@@ -167,14 +166,16 @@ def measure(preset, full, halved, options):
     few = nonces[: options.cheated]
     size = packed_size(pipeline)
     rng = np.random.default_rng(1)
-    honest = prove(halved, round, nonces, batch_size=16)
+    honest = prove(halved, round, nonces, batch_size=options.batch_size)
     quarter = {"dtype": "float16", "device": options.device}
     makers = {
-        "bfloat16": lambda: Side(halved),
-        "float32": lambda: Side(full),
-        "float16": lambda: Side(load_model(options.model, **quarter).with_frame(full.frame)),
+        "bfloat16": lambda: Side(halved, options.batch_size),
+        "float32": lambda: Side(full, options.batch_size),
+        "float16": lambda: Side(
+            load_model(options.model, **quarter).with_frame(full.frame), options.batch_size
+        ),
         "batches of 4": lambda: Side(halved, 4),
-        "eager attention": lambda: Side(with_attention(halved, "eager")),
+        "eager attention": lambda: Side(with_attention(halved, "eager"), options.batch_size),
     }
     validators = {name: make() for name, make in makers.items() if name in options.validators}
     figures = {"bytes": size, "seq_len": seq_len, "steps": pipeline.steps, "honest": {}}
@@ -204,10 +205,11 @@ def measure(preset, full, halved, options):
         figures["cheats"][name] = row
 
     for name, make in programs(halved, options):
-        add(name, lambda make=make: prove(make(), round, few, batch_size=16))
+        add(name, lambda make=make: prove(make(), round, few, batch_size=options.batch_size))
     if pipeline.output == "points":
         part = replace(honest, records=honest.records[: options.cheated])
-        for name, make in chain_only(halved, round, few, part, seq_len):
+        shape = {"batch_size": options.batch_size, "seq_len": seq_len}
+        for name, make in chain_only(halved, round, few, part, shape):
             add(name, make)
     return figures
 
@@ -217,6 +219,7 @@ def main():
     made.add_argument("--model", default="reference:qwen3")
     made.add_argument("--device", default="cpu")
     made.add_argument("--presets", nargs="*")
+    made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--prompt", type=int, default=256)
     made.add_argument("--steps", type=int, default=256)
     made.add_argument("--nonces", type=int, default=64)
