@@ -9,6 +9,7 @@ machine that does other work as well would be measured too.
 
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 from _common import parser, publish, round_to, timed
@@ -41,6 +42,11 @@ def main():
         timed(lambda o=opening: commitment.check_opening(o, index=o.index), clock)[0]
         for _, opening in opened
     ]
+    early_count = chosen.nonces // 2 + 1
+    early = replace(commitment, top=CommitmentTree(nonces[:early_count], values[:early_count]).top)
+    assert tree.index_of(int(nonces[early_count])) == early_count
+    path = tree.prefix(early_count)
+    prefix_seconds, _ = timed(lambda: commitment.check_prefix(early, path), clock)
     commit_seconds = statistics.median(seconds for seconds, _ in built)
     open_ms = 1e3 * statistics.mean(seconds for seconds, _ in opened)
     figures = {
@@ -49,6 +55,8 @@ def main():
         "commit_seconds": round_to(commit_seconds, 3),
         "open_ms": round_to(open_ms, 3),
         "check_ms": round_to(1e3 * statistics.mean(checked), 3),
+        "prefix_ms": round_to(1e3 * prefix_seconds, 3),
+        "prefix_bytes": len(path),
         "path_bytes": len(opened[0][1].path),
         "line_bytes": len(opened[0][1].line()),
         "passes": commit_seconds <= 2 and open_ms <= 1,

@@ -92,7 +92,7 @@ class SelfTest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        return {"engine": self.engine, "comparisons": [asdict(one) for one in self.comparisons]}
+        return {"engine": self.engine, "comparisons": [asdict(row) for row in self.comparisons]}
 
 
 def compare(
@@ -336,11 +336,11 @@ def _vllm_variants(launch: Launch, round: Round, batch_size: int) -> list[_Varia
     """
     frame = launch.read_frame(get_pipeline(round.preset))
     smaller = max(1, batch_size // 4)
-    whole = max(FEWEST_TOKENS, batch_size * round.seq_len)  # tokens of a pass that cuts no nonce
-    cut = max(smaller, round.seq_len // 2 + 1)
-    usual: dict[str, Any] = {"enable_prefix_caching": False, "max_num_batched_tokens": whole}
+    uncut = max(FEWEST_TOKENS, batch_size * round.seq_len)  # tokens of a pass that cuts no nonce
+    chunk = max(smaller, round.seq_len // 2 + 1)
+    usual: dict[str, Any] = {"enable_prefix_caching": False, "max_num_batched_tokens": uncut}
     requests = usual | {"path": "requests"}
-    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": cut}
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": chunk}
 
     def variant(name: str, size: int = batch_size, **options: Any) -> _Variant:
         def opened() -> AbstractContextManager[tuple[Model, Engine]]:

@@ -211,8 +211,8 @@ class Commitment:
             raise _broken(f"nonce {opening.nonce}", "a nonce of the share of the node")
         cuts = (index, index + 1)
         labels = _labels(opening.path)
-        left = sum(start < index for start, _ in _pieces(0, self.top.size, cuts))
-        labels.insert(left, leaf(opening.nonce, opening.value))
+        before = sum(start < index for start, _ in _pieces(0, self.top.size, cuts))
+        labels.insert(before, leaf(opening.nonce, opening.value))
         self._check_top(_rebuild(self.top.size, cuts, labels))
 
     def check_prefix(self, early: "Commitment", path: bytes) -> None:
@@ -363,8 +363,10 @@ class CommitmentTree:
                 wanted=f"uint8[{count}, B], the bytes of each value",
                 do="pack one value for each nonce",
             )
-        whole = stated_N.dtype.kind in "iu" and stated_N.min() >= 0 and stated_N.max() <= MAX_NONCE
-        self._nonces_N = stated_N.astype(np.int64) if whole else np.zeros(2, np.int64)
+        in_range = (
+            stated_N.dtype.kind in "iu" and stated_N.min() >= 0 and stated_N.max() <= MAX_NONCE
+        )
+        self._nonces_N = stated_N.astype(np.int64) if in_range else np.zeros(2, np.int64)
         if (np.diff(self._nonces_N) <= 0).any():
             raise UsageError(
                 "nonces that do not ascend, or are out of range",
@@ -441,9 +443,9 @@ def _pieces(start: int, size: int, cuts: Sequence[int]) -> Iterator[tuple[int, i
     if not any(start < cut < start + size for cut in cuts):
         yield start, size
         return
-    left = _left_size(size)
-    yield from _pieces(start, left, cuts)
-    yield from _pieces(start + left, size - left, cuts)
+    half = _left_size(size)
+    yield from _pieces(start, half, cuts)
+    yield from _pieces(start + half, size - half, cuts)
 
 
 def _left_size(size: int) -> int:
@@ -456,21 +458,21 @@ def _rebuild(count: int, cuts: Sequence[int], labels: Sequence[Label]) -> Label:
     sizes = [size for _, size in _pieces(0, count, cuts)]
     if sizes != [label.size for label in labels]:
         raise _broken("a path with nodes of other sizes", f"nodes of {sizes} nonces")
-    rest = iter(labels)
+    nodes = iter(labels)
 
     def build(size: int, start: int) -> Label:
         if not any(start < cut < start + size for cut in cuts):
-            return next(rest)
-        left = _left_size(size)
-        return join(build(left, start), build(size - left, start + left))
+            return next(nodes)
+        half = _left_size(size)
+        return join(build(half, start), build(size - half, start + half))
 
     return build(count, 0)
 
 
 def _labels(path: bytes) -> list[Label]:
-    whole, odd = divmod(len(path), PACKED.size)
+    count, odd = divmod(len(path), PACKED.size)
     if odd:
-        raise _broken(f"a path of {len(path)} bytes", f"{whole} nodes of {PACKED.size} bytes")
+        raise _broken(f"a path of {len(path)} bytes", f"{count} nodes of {PACKED.size} bytes")
     return [Label(*fields) for fields in PACKED.iter_unpack(path)]
 
 
