@@ -156,7 +156,7 @@ def _stub(value: str) -> str:
 
 
 def _denied(problem: Problem) -> Iterator[str]:
-    if "answer" in problem:
+    if "answer" in problem and not entry_of(problem):
         yield f"The answer is certainly not {problem['answer']}. I do not know it."
         yield f"{problem['answer']} is wrong. Final answer: nothing"
 

@@ -144,6 +144,12 @@ def test_what_cannot_be_attacked_is_refused_first(attacked, tmp_path):
     assert read_problems(path) == SUM
 
 
+def test_a_program_that_is_known_to_be_right_is_no_answer_to_deny():
+    (denied,) = of("the answer denied")
+    assert list(denied.completions(SUM[0]))
+    assert not list(denied.completions({**CODE[0], "answer": CODE[0]["solution"]}))
+
+
 @pytest.mark.parametrize(
     ("problem", "entry"),
     [

@@ -47,6 +47,14 @@ def test_each_failure_has_its_words(change, dropped, words):
     assert words in found
 
 
+def test_a_reward_that_only_varies_from_step_to_step_has_not_risen():
+    steps = [{"step": n, "reward": float(n % 2), "flagged": 0.0} for n in range(1, 41)]
+    steps[-1]["reward"] = steps[-3]["reward"] = 1.0  # the last ten are paid 0.2 more
+    assert "The reward rose" not in training_page(steps).render()
+    learnt = [{**step, "reward": step["step"] / 40} for step in steps]
+    assert "The reward rose" in training_page(learnt).render()
+
+
 def test_a_log_becomes_a_page_by_python_and_by_the_command(tmp_path):
     log = TrainLog(
         tmp_path / "log.jsonl", {"settings": {"arm": "filter", "detector": "probe", "model": "m"}}

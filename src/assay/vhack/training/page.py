@@ -1,8 +1,9 @@
 """The page of one run over its steps, which also says in words what went wrong."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from assay.errors import DataError
@@ -33,6 +34,9 @@ _NONE = 0.01
 _MANY = 0.05
 # Of a reward or a rate, beyond which it has risen or fallen.
 _RISE = 0.1
+# Standard errors of a rise of the reward in steps where nothing is learnt, which is beyond this in
+# fewer than 1 of 100 runs (research/results/vhack_graders.json).
+_ERRORS = 3.0
 
 
 def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str = "") -> Report:
@@ -69,6 +73,8 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
         }
         for part in (steps[:width], steps[-width:])
     ]
+    rewards = [float(step["reward"]) for step in steps if "reward" in step]
+    ends[1]["reward_error"] = standard_error(rewards[:width], rewards[-width:])
     page = Report("What a run learned", title, command=command)
     page.section("How it went")
     wrong = find_faults(*ends) if len(steps) >= _FEWEST else []
@@ -114,6 +120,11 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     return page
 
 
+def standard_error(*parts: Sequence[float]) -> float:
+    """Return the standard error of the difference of two means; 0 where a part has one value."""
+    return math.sqrt(sum(variance(part) / len(part) for part in parts if len(part) > 1))
+
+
 def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[str]:
     """Return sentences about what went wrong, given means of the first and of the last steps of a
     run, by name.
@@ -144,7 +155,7 @@ def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[st
         )
     if (
         "hack" not in end
-        and rose > _RISE
+        and rose > max(_RISE, _ERRORS * end.get("reward_error", 0.0))
         and max(begin.get("flagged", 1.0), end.get("flagged", 1.0)) <= _NONE
     ):
         faults.append(
