@@ -75,7 +75,26 @@ def liars(noise, truth, rng, lives):
     return rows
 
 
-def pairs(path, rng):
+def of_audits(pair, noise, rng, audits):
+    """Return when a pair is faulty and fraud, None for never, and its credited share."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    faulty = fraud = None
+    for number in range(1, audits + 1):
+        chosen = rng.permutation(len(pair.nonces))[:PER]
+        evidence = life.update(
+            noise,
+            pair.distances[chosen],
+            block=str(number),
+            positions=pair.positions[chosen].tolist(),
+            batch_size=pair.batch_size,
+        ).evidence
+        faulty = faulty or (number if evidence.faulty_places else None)
+        fraud = fraud or (number if evidence.verdict == "fraud" else None)
+    evidence = life.evidence
+    return faulty, fraud, evidence.credited and evidence.credited / evidence.n
+
+
+def pairs(path, rng, audits):
     """Return when each real faulty pair is called faulty and fraud, and its strikes by pool."""
     rows = []
     groups = builds_of(read_vector_sets(path))
@@ -83,19 +102,7 @@ def pairs(path, rng):
         noise = _nearest_noise(group, sound_builds(groups))
         for members, fault in group.faults.items():
             pair = group.pairs[members]
-            life = Life(alpha=1e-3, beta=1e-2)
-            faulty = fraud = None
-            for number in range(1, 101):
-                chosen = rng.permutation(len(pair.nonces))[:PER]
-                evidence = life.update(
-                    noise,
-                    pair.distances[chosen],
-                    block=str(number),
-                    positions=pair.positions[chosen].tolist(),
-                    batch_size=pair.batch_size,
-                ).evidence
-                faulty = faulty or (number if evidence.faulty_places else None)
-                fraud = fraud or (number if evidence.verdict == "fraud" else None)
+            faulty, fraud, payable = of_audits(pair, noise, rng, audits)
             found = []
             strikes = []
             for _ in range(STRIKES + 1):
@@ -116,7 +123,7 @@ def pairs(path, rng):
                     "faulty": faulty,
                     "fraud": fraud,
                     "strikes_by_pool": strikes,
-                    "payable": evidence.credited and evidence.credited / evidence.n,
+                    "payable": payable,
                 }
             )
             print(rows[-1], flush=True)
@@ -194,6 +201,7 @@ def main():
     )
     arguments.add_argument("--lives", type=int, default=20_000, help="honest lives of a law")
     arguments.add_argument("--liars", type=int, default=8, help="liars of a setting")
+    arguments.add_argument("--audits", type=int, default=100, help="audits of a real pair")
     arguments.add_argument("--pools", type=int, default=3000, help="sound pools of a law")
     options = arguments.parse_args()
     by_name = {name: pair for name, pair in laws().items() if "tokens-1" in name}
@@ -205,7 +213,7 @@ def main():
         found["liars"] = liars(noise, truth, np.random.default_rng(1), options.liars)
         holds["liars"] = max(row["upper"] for row in found["liars"]) <= 0.02
     if "pairs" in options.parts:
-        found["pairs"] = pairs(options.data, np.random.default_rng(2))
+        found["pairs"] = pairs(options.data, np.random.default_rng(2), options.audits)
         holds["pairs"] = all(row["fraud"] is None for row in found["pairs"])
     if "free_block" in options.parts:
         found["free_block"] = {

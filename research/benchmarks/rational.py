@@ -34,7 +34,7 @@ from assay.stats.noise_laws import Spread
 
 QUANTILES = {"qwen3": 1.64, "llama": 1.63, "smollm2": 2.88}  # 99 % over median, bfloat16/float32
 MEDIAN = math.log(0.04)
-SHARES = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.4)
 LARGE = (5.0, 8.0, 30.0)
 SMALL = (2.0, 3.0)  # from the effect of a law of vectors on
 OF_SMALL = "smollm2, tokens-1"
@@ -90,15 +90,17 @@ def search(way, noise, truth, multiples, rng, *, tries, lives):
         return paid_share(strategy, results), results
 
     means = [float(paid(one, 2)[0].mean()) for one in chosen]
-    best = [chosen[at] for at in np.argsort(means)[::-1][:KEEP]]
+    # Where nothing is paid, small shares come first: they are the next ones to be.
+    order = sorted(range(len(chosen)), key=lambda at: (-means[at], chosen[at].share))
+    best = [chosen[at] for at in order[:KEEP]]
     means = [float(paid(one, 6)[0].mean()) for one in best]
     strategy = best[int(np.argmax(means))]
     shares, results = paid(strategy, lives)
     cheap = np.array([one.cheap / one.nonces for one in results])
-    parts = np.clip(shares / np.maximum(cheap, 1e-9), 0.0, 1.0)
-    low, high = (
-        end * float(cheap.mean()) for end in stats.grouped_share_interval(parts, range(lives))
-    )
+    some = cheap > 0
+    parts = np.clip(shares[some] / cheap[some], 0.0, 1.0)
+    ends = stats.grouped_share_interval(parts, range(len(parts)))
+    low, high = (end * float(cheap.mean()) for end in ends)
     return {
         "share": strategy.share,
         "multiple": strategy.multiple,
@@ -115,7 +117,7 @@ def search(way, noise, truth, multiples, rng, *, tries, lives):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--tries", type=int, default=8)
-    arguments.add_argument("--lives", type=int, default=24)
+    arguments.add_argument("--lives", type=int, default=16)
     arguments.add_argument("--ways", nargs="*", default=[*WAYS])
     arguments.add_argument("--laws", nargs="*")
     options = arguments.parse_args()

@@ -4,7 +4,7 @@ else is not.
 
 import pytest
 
-from tests.poc.validator.conftest import body_of, pins_text, proof_of
+from tests.poc.validator.conftest import NODE_COUNT, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -85,3 +85,17 @@ def test_short_messages_do_not_hide_a_fault_at_half_of_the_places(validating, sm
         "position mod 2 in 1",
         160,
     )
+
+
+def test_nonce_0_of_the_last_machine_numbered_from_1_stops_nobody(validating, small_model, pins):
+    """Its position before the first was refused by the ledger, in every pass anew."""
+    numbered = pins.replace("node_id = 0", f"node_id = {NODE_COUNT}")
+    first = body_of(proof_of(small_model, "node_A", range(40)))
+    if first["nonces"][0] != 0:
+        first |= {"nonces": [0, *first["nonces"]], "dist": [1.4, *first["dist"]]}
+    with validating(pins=numbered) as running:
+        running.send(first | {"node_id": NODE_COUNT})
+        other = body_of(proof_of(small_model, "node_B", range(40)))
+        running.send(other)
+        for key, body in {"node_A": first, "node_B": other}.items():
+            until(lambda key=key, body=body: running.node(key)["recorded"] == len(body["nonces"]))

@@ -156,7 +156,8 @@ class ClaimSample:
             residuals=residuals_N.tolist(),
             proof=self.source.digest.hex(),
             sample_seed=self.source.seed,
-            positions=[(nonce - round.node_id) // round.node_count for nonce in nonces],
+            # Of machines that are numbered from 1, the last one may name nonce 0 before its first.
+            positions=[max(0, nonce - round.node_id) // round.node_count for nonce in nonces],
             batch_size=size if isinstance(size, int) else None,  # None where several may be
             name=self.source.name,
         )
