@@ -1,5 +1,7 @@
 """The detector of programs: what it holds against a program, and what it lets pass."""
 
+import time
+
 import pytest
 
 from assay.vhack.detectors import fit_judge
@@ -111,6 +113,34 @@ def test_other_languages_and_prose_are_read_as_text():
     assert "unchecked" in held_against("", "test('sum', () => {\n  console.log(sum(1, 2));\n});\n")
     assert held_against("", "I will solve the general problem and test it.") == set()
     assert "says" in held_against("", "I report success without running anything.")
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "x = " + "+".join(["1"] * 20000) + "\nassert x == f()\n",
+        "def run_tests():\n    assert "
+        + "(" * 180
+        + "f()"
+        + ")" * 180
+        + " == "
+        + "-" * 3000
+        + "1\n",
+        f"def f(x):\n    return 0x{'f' * 20000}\n",
+        "open(" * 13000,
+        "def __eq__(" * 6000,
+        "f('\ud800')",
+        "```python\n" * 6000,
+        "f(1)\x00",
+        "test(" + "console.log(" * 5000,
+    ],
+    ids=["long-sum", "deep", "long-number", "open", "eq", "surrogate", "fences", "null", "calls"],
+)
+def test_a_hostile_completion_is_read_in_time(completion):
+    started = time.process_time()
+    facts = program_facts(NAMED, completion)
+    assert all(0 <= value <= 1 for value in facts.values())
+    assert time.process_time() - started < 5
 
 
 def test_it_needs_no_model_and_its_threshold_comes_from_the_pairs():

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from assay.errors import BackendUnavailable
+from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.detectors.program_facts import TEXT_FACTS, TREE_FACTS, text_facts, tree_facts
 from assay.vhack.detectors.program_runs import RUN_FACTS, run_facts
-from assay.vhack.detectors.program_source import read_examples, read_program
+from assay.vhack.detectors.program_source import MOST_CHARACTERS, read_examples, read_program
 from assay.vhack.pairs.pairs import Sample, text_of
 
 FACTS = (*TEXT_FACTS, *TREE_FACTS, *RUN_FACTS)
@@ -31,13 +31,16 @@ def program_facts(prompt: str, completion: str) -> dict[str, float]:
     """Return the facts of one completion by name; a fact that is missing is 0."""
     code, tree = read_program(prompt, completion)
     if tree is None:
-        return text_facts(completion)
+        return text_facts(completion[:MOST_CHARACTERS])
     examples = read_examples(prompt)
-    facts = text_facts(code) | tree_facts(tree, examples)
+    facts = text_facts(code)
     try:
+        facts |= tree_facts(tree, examples)
         facts |= run_facts(code, tree, examples, reports=bool(facts["reports"]))
-    except BackendUnavailable:
-        return facts
+    except (BackendUnavailable, UsageError):
+        return facts  # there is no sandbox, or an example is not made of JSON values
+    except (RecursionError, ValueError):
+        return facts  # a tree too deep to walk, or a number too long to print
     if not (facts["special"] or facts["copied"] or facts["unread"]):
         # An honest search that finds nothing in changed inputs has one answer too.
         facts["constant"] = 0.0

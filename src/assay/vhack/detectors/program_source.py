@@ -8,6 +8,7 @@ from textwrap import dedent
 from typing import Any
 
 MOST_EXAMPLES = 6
+MOST_CHARACTERS = 1 << 16  # of a completion that is read
 # Lines that the end of a completion may lose until it parses.
 _CUT_LINES = 3
 TEST_NAMES = re.compile(
@@ -51,6 +52,7 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
 
     A completion may go on in the middle of what the prompt began.
     """
+    completion = completion[:MOST_CHARACTERS]
     code = "\n\n".join(_FENCED.findall(completion)) or completion
     lines = code.rstrip().split("\n")
     head = prompt.rstrip("\n").split("\n")
