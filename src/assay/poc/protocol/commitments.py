@@ -399,15 +399,6 @@ class CommitmentTree:
         value = self._values_NB[index].tobytes()
         return Opening(index=index, nonce=int(self._nonces_N[index]), value=value, path=path)
 
-    def index_of(self, nonce: int) -> int:
-        """Return the place of a nonce; a UsageError where it is not in the tree."""
-        index = int(np.searchsorted(self._nonces_N, nonce))
-        if index == len(self._nonces_N) or self._nonces_N[index] != nonce:
-            raise UsageError(
-                f"nonce {nonce!r:.60}", wanted="one of the committed nonces", do="name another one"
-            )
-        return index
-
     def prefix(self, count: int) -> bytes:
         """Return the path that proves what the first nonces are, for `Commitment.check_prefix`."""
         check_number("count", count, 1, len(self._nonces_N))
