@@ -232,8 +232,8 @@ class Recomputer(EngineThread):
             log.warning("waits", reason=error.seen)
         else:  # an engine may raise any error, and messages must still be taken
             log.error("a pass failed", exc_info=error)
-            self._metrics.failures.inc()
-            self.error = reason_of(error)[:300]
+        self._metrics.failures.inc()
+        self.error = reason_of(error)[:300]
         self._wait(FAILURE_PAUSE)
 
     def step(self, deployment: Deployment) -> float:

@@ -10,6 +10,7 @@ sketch.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -48,6 +49,7 @@ Rows = NDArray[np.floating[Any]]
 # error for everything that is asked of an engine whose process has died. The server ends then.
 FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
 DEAD = "EngineDeadError"
+COUNTS_KEPT = 1.0  # seconds for which what the workers hold is not asked again
 
 
 class Client:
@@ -71,6 +73,8 @@ class Client:
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
+        self._counting: asyncio.Task[list[Any]] | None = None
+        self._counted_at = 0.0
 
     async def install(self) -> None:
         """Prepare the workers; the device is the names of all where workers of several kinds
@@ -177,6 +181,21 @@ class Client:
     async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
         return await call_workers(self._llm, method, *args, engines=self._engines)
+
+    async def counts(self) -> list[Any]:
+        """Return what the workers hold; all who ask within :data:`COUNTS_KEPT` share one call."""
+        now = time.monotonic()
+        counting = self._counting
+        failed = (
+            counting is not None
+            and counting.done()
+            and (counting.cancelled() or counting.exception() is not None)
+        )
+        if counting is None or failed or (counting.done() and now - self._counted_at > COUNTS_KEPT):
+            counting = self._counting = asyncio.ensure_future(self.call("assay_counts"))
+            self._counted_at = now
+        # A client that leaves must not cancel what others wait for.
+        return await asyncio.shield(counting)
 
 
 def most_positions(config: Any) -> int:

@@ -469,7 +469,7 @@ def _router(
                 "nonces": throttle.in_flight + engine.direct.in_flight,
                 "nonces_limit": throttle.limit,
                 "chat": throttle.chat,
-                "workers": await engine.call("assay_counts"),
+                "workers": await engine.counts(),
             }
         )
 
