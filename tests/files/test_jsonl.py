@@ -194,3 +194,18 @@ def test_a_value_that_would_take_all_memory_never_reaches_the_parser(tmp_path, m
         for read in (read_json, lambda path: list(read_jsonl(path))):
             with pytest.raises(DataError):
                 read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"prompt,chosen,rejected\na,b,c\n", "CSV"),
+        (b'"prompt","completion"\r\n"a","b"\r\n', "CSV"),
+        (b'\xef\xbb\xbf{"a": 1}\n', "byte order mark"),
+    ],
+)
+def test_a_file_in_a_common_format_is_called_by_its_name(tmp_path, content, names):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=names):
+        list(read_jsonl(path))

@@ -178,8 +178,9 @@ def test_the_files_of_an_adapter_and_of_mistral_are_no_weights(tmp_path):
 def test_a_file_cut_short(checkpoint, keep):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(BadWeights, match="corrupt or cut short"):
+    with pytest.raises(BadWeights, match="corrupt or cut short") as refused:
         load_model(checkpoint)
+    assert "wanted:" not in refused.value.seen
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -219,6 +218,7 @@ def _sampled(
     left there.
     """
     from assay.files.jsonl import read_jsonl
+    from assay.files.reading import digest_file
     from assay.models.load import load_model
     from assay.vhack.directions.delta.delta_file import read_delta_lengths
     from assay.vhack.directions.delta.delta_models import load_adapter
@@ -233,7 +233,7 @@ def _sampled(
     if options.delta:
         with progress_bar("decompositions", "matrices") as progress:
             load_adapter(loaded, options.delta, lengths, progress=progress).merge()
-        origin = {"delta": sha256(options.delta.read_bytes()).hexdigest()}
+        origin = {"delta": digest_file(options.delta).hex()}
     with progress_bar("completions", "completions") as progress:
         first = sample_tasks(
             path,

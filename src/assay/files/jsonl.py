@@ -44,6 +44,7 @@ FORMATS = (
         "write it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)",
     ),
     ((b"\xff\xfe", b"\xfe\xff"), "a file in UTF-16", "save it as UTF-8"),
+    (b"\xef\xbb\xbf", "a file with a byte order mark", "save it as UTF-8 without one"),
     (b"[", "one JSON array", "write an object on each line: jq -c '.[]' FILE"),
     (b"{\n", "one JSON object on several lines", "write an object on each line: jq -c . FILE"),
 )
@@ -194,6 +195,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _check_format(path: str | Path, line: bytes) -> None:
+    text = line.strip()
+    if b"," in text and text[:1] not in b"{[" and text.isascii() and text.decode().isprintable():
+        raise DataError(
+            f"{path}, line 1: this is CSV",
+            wanted="JSON Lines: one object on each line",
+            do="write it with pandas: read_csv(…).to_json(…, orient='records', lines=True)",
+        )
     for first_bytes, name, do in FORMATS:
         if line.replace(b"\r\n", b"\n").startswith(first_bytes):
             raise DataError(

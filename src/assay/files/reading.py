@@ -1,12 +1,13 @@
 """Regular files, opened without waiting and read with a bound."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from assay.errors import DataError
 
@@ -19,7 +20,7 @@ def malformed(source: str | Path, reason: str, wanted: str) -> DataError:
 
 
 @contextmanager
-def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+def open_regular(path: str | Path) -> Iterator[BufferedReader]:
     """Open a regular file to read; a pipe, a device and an unreadable file are a DataError."""
     try:
         if "\0" in str(path):  # open would raise a ValueError
@@ -54,3 +55,9 @@ def read_whole(path: str | Path, longest: int) -> bytes:
             f"{path}: longer than {longest} bytes", wanted="a smaller file", do="pass another one"
         )
     return content
+
+
+def digest_file(path: str | Path) -> bytes:
+    """Return the SHA-256 of the bytes of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -22,8 +22,8 @@ BUSY_TIMEOUT_MS = 5000
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from another process's file: 64 MiB."""
 
-# Ends of the names of SQLite's files beside a database.
-_JOURNALS = ("-journal", "-wal", "-shm")
+# Ends of the names of SQLite's files: of the database, and of those beside it.
+_FILES = ("", "-journal", "-wal", "-shm")
 _ADVICE = {
     sqlite3.SQLITE_BUSY: ("a moment in which no other process writes to it", "try again"),
     sqlite3.SQLITE_CANTOPEN: (
@@ -48,13 +48,14 @@ def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageErro
 
 
 def check_journals(path: Path, flag: str) -> None:
-    """Refuse a pipe or directory in the place of a journal: SQLite would wait for it for ever."""
-    for end in _JOURNALS:
+    """Refuse a pipe or directory in the place of a file of SQLite, which would wait."""
+    path = path.resolve()  # SQLite writes journals beside what a link leads to
+    for end in _FILES:
         journal = path.with_name(f"{path.name}{end}")
         if journal.exists() and not journal.is_file():
             raise StorageError(
                 f"{journal} is no file",
-                wanted="a journal of SQLite, or no file",
+                wanted="a file of SQLite, or none",
                 do=f"remove it, or pass another {flag}",
             )
 

@@ -28,7 +28,7 @@ def check_tensors(path: str | Path, longest: int | None = None) -> None:
     if header > min(LONGEST_HEADER, size):
         raise malformed(
             path,
-            f"a header of {header} bytes",
+            f"no safetensors file: its first eight bytes say that {header} bytes of header follow",
             f"a safetensors file with a header of {LONGEST_HEADER} bytes at most",
         )
 

@@ -221,8 +221,9 @@ def _read_headers(file: Path) -> Iterator[StoredTensor]:
                 view = reader.get_slice(name)
                 yield StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape()))
     except (SafetensorError, OSError, DataError) as error:
+        reason = error.seen if isinstance(error, DataError) else error
         raise bad_weights(
-            f"{file} is corrupt or cut short: {error}", "a whole safetensors file"
+            f"{file} is corrupt or cut short: {reason}", "a whole safetensors file"
         ) from error
 
 

@@ -6,7 +6,6 @@ folder: so digests, tokenizers, stop tokens and servers of vLLM are as for any c
 format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -30,6 +29,7 @@ from assay.errors import (
     how_to_install,
     is_out_of_memory,
 )
+from assay.files.reading import digest_file
 from assay.models.checkpoint import warn_of_unread
 from assay.models.configuration import (
     auto_class,
@@ -258,8 +258,7 @@ def _check_count(file: Path, header: GGUFHeader, parameters: int) -> None:
 
 def folder_of(file: Path) -> Path:
     """Return the cache folder of a GGUF file's checkpoint, named for its bytes and its readers."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = digest_file(file).hex()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     readers = f"{version('transformers')}-{version('gguf')}"
     return cache / "assay" / "gguf" / f"{digest}-{readers}-{_LAYOUT}"

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import dumps
+from assay.files.reading import digest_file
 from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.files.tensors import LONGEST_TENSORS, check_tensors
 from assay.poc.protocol.checks import check_digest, check_name, check_number
@@ -104,12 +105,9 @@ def digest_adapter(path: str | Path) -> str:
     Raises:
         ModelError: A file is missing or cannot be read.
     """
-    parts = []
     try:
         check_tensors(Path(path) / ADAPTER_WEIGHTS, LONGEST_TENSORS)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            with (Path(path) / name).open("rb") as file:
-                parts.append(hashlib.file_digest(file, "sha256").digest())
+        parts = [digest_file(Path(path) / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     except (OSError, DataError) as error:
         reason = error.seen if isinstance(error, DataError) else error.strerror
         raise ModelError(
