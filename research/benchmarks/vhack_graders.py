@@ -3,8 +3,8 @@ r"""Attacks on graders: assay's and those of peers, on the same graders; and ala
     python research/benchmarks/vhack_graders.py --peers VENV/bin/python \
       -o research/results/vhack_graders.json
 
-Nine graders of the kinds that people write, each with two problems; one of them isolates programs
-as docs/vhack-training.md describes. Each tool gives them completions without work, and a grader is
+Nine graders of the kinds that people write, each with two problems, of which assay takes one where
+they are programs; one grader isolates programs as docs/vhack-training.md describes. Each tool gives them completions without work, and a grader is
 *fooled* where one is paid. ``--peers`` is an interpreter that has gradecheck 0.1.0 (Apache-2.0) and
 gameability 0.3.1 (MIT): the first attacks completions and file trees, the second has five probes
 in the form of an answer. hackbait 0.1.0 (MIT) has tasks of its own and looks at no grader of
@@ -286,7 +286,8 @@ def main() -> None:
         for names, problems in PROBLEMS.items():
             for name in names:
                 note(name)
-                row = {"has a hole": name not in SOUND, "assay": attack(name, problems)}
+                own = problems if name in TEXT else problems[:1]
+                row = {"has a hole": name not in SOUND, "assay": attack(name, own)}
                 if chosen.peers and name != "isolated":  # it imports assay, which they lack
                     row |= peers(folder, name, problems, chosen.peers)
                 rows[name] = row
