@@ -4,11 +4,13 @@ r"""Attacks on graders: assay's and those of peers, on the same graders; and ala
       -o research/results/vhack_graders.json
 
 Nine graders of the kinds that people write, each with two problems, of which assay takes one where
-they are programs; one grader isolates programs as docs/vhack-training.md describes. Each tool gives them completions without work, and a grader is
-*fooled* where one is paid. ``--peers`` is an interpreter that has gradecheck 0.1.0 (Apache-2.0) and
-gameability 0.3.1 (MIT): the first attacks completions and file trees, the second has five probes
-in the form of an answer. hackbait 0.1.0 (MIT) has tasks of its own and looks at no grader of
-others; the package index has no files of rlgate, and no rewardspy. None of the four reads rollouts.
+they are programs; one grader isolates programs as docs/vhack-training.md describes. We wrote the
+graders, and knew their holes when we wrote the attacks. Each tool gives completions without work,
+and a grader is *fooled* where one is paid. ``--peers`` is an interpreter that has gradecheck 0.1.0
+(Apache-2.0) and gameability 0.3.1 (MIT): the first attacks completions and file trees, the second
+has five probes in the form of an answer. hackbait 0.1.0 (MIT) has tasks of its own and looks at no
+grader of others; the package index has no files of rlgate, and no rewardspy. None of the four reads
+rollouts.
 
 The alarms: in runs in which nothing is learnt, every rollout is paid with a probability that its
 prompt has, four prompts of eight rollouts a step, 200 steps. How often does the page say that the
