@@ -350,8 +350,11 @@ def runs_on_vllm(pipeline: Pipeline) -> bool:
     """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode
     or not at all.
 
-    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
+    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers. The
+    points of a chain are read there as well, where its layers run eagerly.
     """
+    if pipeline.output == "points":
+        return True
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 

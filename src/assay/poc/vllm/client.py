@@ -530,3 +530,36 @@ class TokenStream(NonceStream):
         if self._claimed is None:
             self._tokens[nonce] = list(outcome.outputs[0].token_ids)
         return self._claimed is not None or len(self._tokens[nonce]) == self._steps
+
+
+class PointStream(NonceStream):
+    """Runs the chains of nonces, or replays the points ``claimed_MN`` that another node states of
+    them.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        spec: Spec,
+        nonces: Sequence[int],
+        batch_size: int,
+        claimed_MN: NDArray[np.uint8] | None = None,
+    ) -> None:
+        super().__init__(client, spec, nonces, batch_size)
+        self._steps = spec.pipeline.steps
+        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
+        self._passes = 1 if self._claimed is not None else self._steps + 1
+
+    @override
+    def values(self, rows: Rows) -> Values:
+        if self._claimed is not None:
+            return {"margins": rows.astype(np.float32)}
+        return {"points": rows.astype(np.uint8)}
+
+    @override
+    def _request(self, nonce: int) -> tuple[list[int], Any]:
+        length = self._spec.round.seq_len
+        if self._claimed is None:
+            return [0] * length, sampling_parameters(self._steps + 1, ignore_eos=True)
+        claimed = self._claimed[nonce].tolist()
+        return [0] * (length + self._steps), sampling_parameters(extra_args={CLAIMED: claimed})

@@ -11,7 +11,7 @@ these, D hidden size.
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -105,6 +105,7 @@ class Decode(NamedTuple):
     noise: UInt32[np.ndarray, " N"]
     claimed: Tensor | None  # tokens that are replayed, int64 [N]; None where they are decoded
     kept: Float32[Tensor, " W"]  # states and margins that are known so far; NaN where they are not
+    chain: Any = None  # of the chain's decode proof, which has no noise and keeps its own values
 
 
 @dataclass(eq=False)
@@ -228,6 +229,15 @@ class Chunk(NamedTuple):
         return self.computed < self.prompt <= self.computed + self.length
 
 
+class StepRow(NamedTuple):
+    """A nonce in a step: its stream, its row of logits, and its tokens."""
+
+    stream: RowStream
+    nonce: int
+    row: int
+    chunk: Chunk
+
+
 @dataclass(frozen=True)
 class Spans:
     """The requests of a step, all at once: a loop over them costs as much as a small model's
@@ -265,15 +275,20 @@ def spans(runner: Any) -> tuple[Tensor, Spans] | None:
         ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
         computed = batch.num_computed_tokens_np
         prompts = batch.prefill_len_np
-    else:
-        batch = runner.input_batch
-        scheduled = state.scheduler_output.num_scheduled_tokens
-        names = batch.req_ids
-        computed = batch.num_computed_tokens_cpu
-        prompts = batch.num_prompt_tokens
-        ends = np.cumsum([0, *(scheduled[name] for name in names)])
-    counts = (np.asarray(numbers[: len(names)], np.int64) for numbers in (computed, prompts))
-    return state.hidden_states, Spans(names, ends[:-1], np.diff(ends), *counts)
+        return state.hidden_states, _spans_of(names, ends, computed, prompts)
+    return state.hidden_states, step_spans(runner, state.scheduler_output.num_scheduled_tokens)
+
+
+def step_spans(runner: Any, scheduled: Mapping[str, int]) -> Spans:
+    """Return the requests of a step of the V1 runner, from the tokens scheduled of each."""
+    batch = runner.input_batch
+    ends = np.cumsum([0, *(scheduled[name] for name in batch.req_ids)])
+    return _spans_of(batch.req_ids, ends, batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
+
+
+def _spans_of(names: list[str], ends: NDArray[np.int64], *counts: NDArray[Any]) -> Spans:
+    computed, prompts = (np.asarray(numbers[: len(names)], np.int64) for numbers in counts)
+    return Spans(names, ends[:-1], np.diff(ends), computed, prompts)
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:

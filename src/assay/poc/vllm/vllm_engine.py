@@ -35,7 +35,14 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replaying import check_model
-from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
+from assay.poc.vllm.client import (
+    Client,
+    NonceStream,
+    PointStream,
+    TokenStream,
+    connect,
+    most_positions,
+)
 from assay.poc.vllm.compatibility import (
     EXTENSION,
     RESPONSE_EXTENSION,
@@ -179,22 +186,28 @@ class RequestEngine(Engine):
         self,
         inputs: Sequence[Input],
         pipeline: Pipeline,
-        claimed_MN: NDArray[np.uint32] | None = None,
+        claimed_MN: NDArray[Any] | None = None,
     ) -> Generator[Values]:
         if not len(inputs):
             return
         check_supported(self, pipeline)
         round, nonces = _split_round(inputs)
         if pipeline.steps:
-            _check_positions(self.seq_len, self._client.positions, pipeline.steps)
-            stream: NonceStream = TokenStream(
-                self._client,
-                Spec(round, pipeline),
-                nonces,
-                self.batch_size,
-                vocab_size=self.vocab_size,
-                claimed_MN=claimed_MN,
-            )
+            spec = Spec(round, pipeline)
+            points = pipeline.output == "points"
+            _check_positions(self.seq_len, self._client.positions, pipeline.steps + points)
+            stream: NonceStream
+            if points:
+                stream = PointStream(self._client, spec, nonces, self.batch_size, claimed_MN)
+            else:
+                stream = TokenStream(
+                    self._client,
+                    spec,
+                    nonces,
+                    self.batch_size,
+                    vocab_size=self.vocab_size,
+                    claimed_MN=claimed_MN,
+                )
         else:
             shape = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
             check_frame(pipeline, self.frame, **shape)

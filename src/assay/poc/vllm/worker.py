@@ -19,7 +19,7 @@ or of a step, D hidden size, V vocabulary, R rows of logits.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
+from assay.poc.vllm.points import Chains
 from assay.poc.vllm.rows import (
     LONGEST_REASON,
     MAX_SUMMED,
@@ -50,6 +51,7 @@ from assay.poc.vllm.rows import (
     Rows,
     RowStream,
     Spec,
+    StepRow,
     call_before,
     describe,
     is_first_of_group,
@@ -243,6 +245,7 @@ class Hooks:
         self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
         self._decoding: Decoding | None = None
+        self._chains: Chains | None = None
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
         call_before(runner, "execute_model", self._fill, self)
@@ -253,6 +256,8 @@ class Hooks:
         if not spec.pipeline.steps:
             with torch.inference_mode():
                 self.transform(spec)
+        elif spec.pipeline.output == "points":
+            self._chains = self._chains or Chains(self._runner, self._config, self)
         elif self._decoding is None:
             self._decoding = Decoding(self._runner, self._config)
         self.rows.open(key, spec)
@@ -271,7 +276,9 @@ class Hooks:
         if present and is_first_of_group():
             try:
                 with torch.inference_mode():
-                    if self._decoding is not None and stream.spec.pipeline.steps:
+                    if stream.spec.pipeline.output == "points":
+                        values = torch.stack(rows)
+                    elif self._decoding is not None and stream.spec.pipeline.steps:
                         values = self._decoding.values(stream, present, rows)
                     else:
                         values = self.transform(stream.spec)(
@@ -287,6 +294,8 @@ class Hooks:
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
         empty: dict[RowStream, list[tuple[int, Any]]] = {}
+        if self._chains is not None and scheduler_output is not None:
+            self._chains.schedule(scheduler_output)
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             place_of_nonce = self.rows.find(request.req_id)
             try:
@@ -307,6 +316,11 @@ class Hooks:
     def _needs_noise(self, stream: RowStream, nonce: int, request: Any) -> bool:
         """Begin a nonce whose inputs came with its request; return whether they are to be made."""
         pipeline = stream.spec.pipeline
+        if pipeline.output == "points":
+            assert self._chains is not None
+            claimed = (request.sampling_params.extra_args or {}).get(CLAIMED)
+            self._chains.begin(stream, nonce, request, claimed)
+            return False
         if pipeline.steps:
             assert self._decoding is not None
             self._decoding.begin(stream, nonce, request)
@@ -385,10 +399,10 @@ class Hooks:
             # The host pays for every launch, so chunks of one length are summed in one kernel.
             work = partial(self._join_part if scaled else self._add_part, states_ND)
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
-        if decoding:
-            assert self._decoding is not None
-            for one, reason in self._decoding.step(states_ND, decoding):
-                self._fail(one.stream, one.nonce, reason)
+        for steps in (self._decoding, self._chains):
+            if steps is not None and decoding:
+                for one, reason in steps.step(states_ND, decoding):
+                    self._fail(one.stream, one.nonce, reason)
 
     def _add_part(
         self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
@@ -495,15 +509,6 @@ def _disarm(request: Any, width: int) -> None:
         )
 
 
-class StepRow(NamedTuple):
-    """A nonce in a step: its stream, its row of logits, and its tokens."""
-
-    stream: RowStream
-    nonce: int
-    row: int
-    chunk: Chunk
-
-
 def decoding_blocker(runner: Any, config: Any) -> str | None:
     """Return what stands in the way of decoding on an engine, in words; None if nothing does.
 
@@ -585,7 +590,7 @@ class Decoding:
         due: list[tuple[StepRow, int]] = []
         for step_row in step_rows:
             decode = step_row.stream.decodes.get(step_row.nonce)
-            if decode is None:
+            if decode is None or decode.chain is not None:
                 continue
             try:
                 self._keep(states_ND, step_row, decode)
