@@ -294,3 +294,9 @@ def test_tasks_come_in_the_same_order_however_long_the_run_is(tasks):
     assert list(long)[:6] == list(short)
     assert all(sorted(list(long)[start : start + 4]) == [0, 1, 2, 3] for start in range(0, 40, 4))
     assert list(reward.dataset(40, 6)["episode"]) != list(long)
+
+
+def test_the_beginning_of_a_detector_s_name_is_answered_with_the_whole():
+    with pytest.raises(UsageError) as refused:
+        TrainSettings(model="m", detector="cin")
+    assert "cin-lda" in refused.value.do

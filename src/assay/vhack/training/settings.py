@@ -2,6 +2,7 @@
 in common.
 """
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -345,4 +346,7 @@ class TrainSettings(TaskSettings):
 
 def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:
     if not good:
-        raise UsageError(f"--{flag} {value}", wanted=wanted, do="choose another value")
+        # The beginning of a name is more often meant than one that is spelt alike.
+        longer = [word for word in re.findall(r"[\w-]+", wanted) if word.startswith(f"{value}-")]
+        do = f"did you mean {' or '.join(longer)}?" if longer else "choose another value"
+        raise UsageError(f"--{flag} {value}", wanted=wanted, do=do)
