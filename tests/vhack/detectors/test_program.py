@@ -127,6 +127,9 @@ def test_other_languages_and_prose_are_read_as_text():
         + "-" * 3000
         + "1\n",
         f"def f(x):\n    return 0x{'f' * 20000}\n",
+        "-" * 60000 + "1",
+        "a" + ".b" * 32000,
+        "if 1:\n pass\n" + "elif 1:\n pass\n" * 4000,
         "open(" * 13000,
         "def __eq__(" * 6000,
         "f('\ud800')",
@@ -134,7 +137,20 @@ def test_other_languages_and_prose_are_read_as_text():
         "f(1)\x00",
         "test(" + "console.log(" * 5000,
     ],
-    ids=["long-sum", "deep", "long-number", "open", "eq", "surrogate", "fences", "null", "calls"],
+    ids=[
+        "long-sum",
+        "deep",
+        "long-number",
+        "minus",
+        "attributes",
+        "branches",
+        "open",
+        "eq",
+        "surrogate",
+        "fences",
+        "null",
+        "calls",
+    ],
 )
 def test_a_hostile_completion_is_read_in_time(completion):
     started = time.process_time()

@@ -1,8 +1,8 @@
 """The weighted sum of facts of the program in a completion: nothing is fitted.
 
 The facts are those of :mod:`assay.vhack.detectors.facts`. The weights are those of a logistic
-regression on pairs of 34 kinds of cheat, see research/notes/transfer.md. A fact that no pair of a
-user has keeps its weight, which is why the detector holds on what others wrote.
+regression on 546 pairs of our own, see research/notes/transfer.md. A fact that no pair of a user
+has keeps its weight: a fit to a few kinds of cheat would forget all others.
 """
 
 import torch
