@@ -12,7 +12,7 @@ The search takes random settings of a strategy and goes on with those that are p
 with the largest mean is then run on lives of other seeds, which give the figure. Its interval is
 that of the mean part that is paid of the cheap nonces of a life (Gaffke, 95 %), times their share.
 Rule, fixed before: the upper end of each strategy at five times the noise or more is at most .1, or
-docs/verdicts.md names it. Smaller multiples, from the effect of the law on, are shown for SmolLM2
+docs/verdicts.md names it. Smaller multiples, from the effect of the law on, are shown by --small
 and are in no rule: weights of 8 bits beside bfloat16 are among them.
 
     python research/benchmarks/rational.py -o research/results/rational.json
@@ -37,7 +37,6 @@ MEDIAN = math.log(0.04)
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.4)
 LARGE = (5.0, 8.0, 30.0)
 SMALL = (2.0, 3.0)  # from the effect of a law of vectors on
-OF_SMALL = "smollm2, tokens-1"
 WAYS = {
     "anywhere": ((),),
     "few far off": ((),),
@@ -93,7 +92,7 @@ def search(way, noise, truth, multiples, rng, *, tries, lives):
     # Where nothing is paid, small shares come first: they are the next ones to be.
     order = sorted(range(len(chosen)), key=lambda at: (-means[at], chosen[at].share))
     best = [chosen[at] for at in order[:KEEP]]
-    means = [float(paid(one, 6)[0].mean()) for one in best]
+    means = [float(paid(one, lives // 4)[0].mean()) for one in best]
     strategy = best[int(np.argmax(means))]
     shares, results = paid(strategy, lives)
     cheap = np.array([one.cheap / one.nonces for one in results])
@@ -120,12 +119,13 @@ def main():
     arguments.add_argument("--lives", type=int, default=16)
     arguments.add_argument("--ways", nargs="*", default=[*WAYS])
     arguments.add_argument("--laws", nargs="*")
+    arguments.add_argument("--small", action="store_true", help="smaller multiples too")
     options = arguments.parse_args()
     rows = []
     for name, (truth, noise) in laws().items():
         if options.laws and name not in options.laws:
             continue
-        kinds = {"large": LARGE} | ({"small": SMALL} if name == OF_SMALL else {})
+        kinds = {"large": LARGE} | ({"small": SMALL} if options.small else {})
         for way in options.ways:
             rng = np.random.default_rng(len(rows))
             of = {"tries": options.tries, "lives": options.lives}

@@ -224,7 +224,9 @@ def _chances(strategy: Strategy, audits: int, audit: int, position_N: IntArray) 
     if way == "scattered places":  # no run of neighbours
         modulus, seed = strategy.more
         order = np.random.default_rng(seed).permutation(modulus)
-        return np.isin(position_N % modulus, order[: round(share * modulus)]).astype(np.float64)
+        return np.isin(position_N % modulus, order[: max(1, round(share * modulus))]).astype(
+            np.float64
+        )
     return np.full(count, share)
 
 
