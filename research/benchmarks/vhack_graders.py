@@ -17,8 +17,9 @@ prompt has, four prompts of eight rollouts a step, 200 steps. How often does the
 reward rose with nothing flagged, which is all that is said without labels? How often is the alarm
 with labels given, where the detector misses exactly the tolerated share?
 
-Fixed before the first run: assay fools every grader that has a hole, and not the one without; each
-of the two alarms in at most 1 of 100 flat runs.
+Wanted before the first run: assay fools every grader that has a hole, and not the one without; each
+of the two alarms in at most 1 of 100 flat runs. A trial of 50 runs had the page say so in 6, so it
+asks for three standard errors since; that rule was measured on the same seed and simulation.
 """
 
 import json

@@ -57,7 +57,7 @@ class Runner:
         """Take new requests."""
 
     def sample_tokens(self) -> None:
-        """Sample what nobody reads."""
+        """Sample what no reader asks for."""
 
     def _model_forward(self, inputs_embeds=None):
         x, rest = inputs_embeds, None
