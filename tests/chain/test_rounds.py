@@ -1,6 +1,7 @@
 """Rounds that the chain's client begins: restarts, other shares, and who may begin them."""
 
 import pytest
+from fastapi import FastAPI
 
 from tests.chain.client import PATH
 from tests.chain.mlnode import PUBLISHED
@@ -107,6 +108,21 @@ def test_a_body_without_a_type_is_read_for_the_chain_alone_and_not_from_another_
             body += b'"node_count": 1, "nonces": [1], "params": {"model": "fake", "seq_len": 4}}'
             answer = service.client.post(f"{prefix}/generate", content=body, headers=headers)
             assert answer.status_code == status, (prefix, headers, answer.text)
+
+
+def test_no_route_is_there_twice_of_which_vllm_would_take_the_last(serving, monkeypatch):  # noqa: F811
+    routes = []
+    include = FastAPI.include_router
+
+    def collect(app, router, **options):
+        routes.extend((r.path, method) for r in router.routes for method in r.methods)
+        include(app, router, **options)
+
+    monkeypatch.setattr(FastAPI, "include_router", collect)
+    with serving(compatibility="gonka"):
+        assert (f"{PUBLISHED}/status", "GET") in routes
+        assert (f"{PUBLISHED}/validate", "POST") in routes
+        assert len(routes) == len(set(routes))
 
 
 def test_a_key_of_its_scope_is_needed_as_under_the_published_path(serving):  # noqa: F811

@@ -126,15 +126,25 @@ def attach(
     kind_of_route = route_class(keys, settings, controller.metrics)
     of_chain = route_class(keys, settings, controller.metrics, untyped=True)
     app.include_router(chain_router(controller, of_chain))
-    # Before the routes whose place these take.
+    published = _pow_router(controller, feed, kind_of_route)
     if settings.compatibility == "gonka":
-        app.include_router(chain_router(controller, of_chain, prefix=PREFIX))
-    app.include_router(_pow_router(controller, feed, kind_of_route))
+        chain = chain_router(controller, of_chain, prefix=PREFIX)
+        # Of two routes alike the first answers here, and the last one inside vLLM.
+        taken = [_named(route) for route in chain.routes]
+        published.routes[:] = [route for route in published.routes if _named(route) not in taken]
+        app.include_router(chain)
+    app.include_router(published)
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
     delivery = Delivery(controller.outbox, controller, settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
+
+
+def _named(route: object) -> tuple[str, list[str]]:
+    """Return path and methods of a route."""
+    assert isinstance(route, APIRoute)
+    return route.path, sorted(route.methods)
 
 
 def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
