@@ -144,7 +144,7 @@ def attach(
 def _named(route: object) -> tuple[str, list[str]]:
     """Return path and methods of a route."""
     assert isinstance(route, APIRoute)
-    return route.path, sorted(route.methods)
+    return route.path, sorted(route.methods or ())
 
 
 def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
