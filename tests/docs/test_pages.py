@@ -181,7 +181,9 @@ RUNS = {
         needs=("sqlite3",),
     ),
     "pins": Page(
-        PROOF.replace("-o", "--strength 256 -o") + "cp proof.jsonl honest.jsonl\n",
+        "printf '[poc.prove]\\nstrength = 256\\n' > wide.toml\n"
+        + PROOF.replace("-o", "--config wide.toml -o")
+        + "cp proof.jsonl honest.jsonl\n",
         {"MODEL": "reference:qwen3"},
         given={"nodes.toml": KEY_ALONE},
         says=("the header is allowed", "honest"),
@@ -264,9 +266,11 @@ RUNS = {
             "path/of/a/cheater": "reference:organism",
             "episodes(512": "episodes(4",
             'report_to="wandb"': 'report_to="none"',
+            '"mine:tasks"\\n': '"mine:tasks"\\nprompts = 2\\ngroup = 2\\nmax_new_tokens = 8\\n',
         },
         small={
             "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:20",
+            "assay vhack train --model reference:organism --config": "--steps 1",
             "assay vhack train": OF_TWO,
             "assay vhack sample": f"{OF_FEW} --tasks 4",
             "assay vhack evaluate --model": "--config few.toml",
