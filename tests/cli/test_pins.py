@@ -60,7 +60,6 @@ BESIDE = {
     "--preset": "artifact",
     "--strength": 32,
     "--r-target": 1.5,
-    "--node-id": 1,
     "--node-count": 4,
     "--prover-dtype": "float8",
 }
@@ -71,6 +70,14 @@ def test_a_flag_that_contradicts_the_file_is_refused_by_its_name(flag, verify, h
     found = verify(honest, *KNOWN, flag, BESIDE[flag])
     assert (found.code, found.out) == (2, "")
     assert f"{flag} {BESIDE[flag]} beside " in found.err
+
+
+def test_a_machine_that_the_proof_is_not_of_is_refused_by_its_name(verify, honest):
+    """Pins of one machine allow both ways of counting, 0 of 1 and 1 of 1; the proof says one."""
+    found = verify(honest, *KNOWN, "--node-id", 1)
+    assert (found.code, found.out) == (2, "")
+    assert "node_id 0" in found.err
+    assert "--node-id" in found.err
 
 
 def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoint):

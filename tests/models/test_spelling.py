@@ -11,7 +11,7 @@ from assay.models.spelling import (
     encode_prompt,
     recover_spaces,
 )
-from assay.models.tokenizer_files import decode_tokens
+from assay.models.token_text import decode_tokens
 from tests.models.families import EXACT, FAMILIES, family
 
 PIECES = [

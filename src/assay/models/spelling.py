@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from assay.errors import UsageError
-from assay.models.tokenizer_files import decode_tokens
+from assay.models.token_text import decode_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,13 +1,12 @@
 """Tokenizers of checkpoints: bounded before the library reads them."""
 
 import base64
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError
 from assay.files.jsonl import LONGEST_LINE, parts, read_json
 from assay.files.reading import read_whole
 from assay.models.configuration import silence_transformers
@@ -76,53 +75,4 @@ def _check_charsmap(file_name: str, charsmap: object) -> None:
     if size > len(charsmap):
         raise ValueError(
             f"{file_name} has a precompiled_charsmap that is shorter than the part it begins with"
-        )
-
-
-def decode_tokens(
-    tokenizer: Any,
-    tokens: Sequence[int],
-    *,
-    before: Sequence[int] = (),
-    skip_special_tokens: bool = False,
-) -> str:
-    """Return the text that tokens add to that of the tokens before them.
-
-    Decoded alone, tokens lose a first space with many tokenizers, and the bytes of a letter that
-    began before them.
-    """
-    head, whole = (
-        tokenizer.decode(
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        for ids in (list(before), [*before, *tokens])
-    )
-    return added_text(head, whole)
-
-
-def added_text(head: str, whole: str) -> str:
-    """Return a text from where it differs from its head: decoding more may rewrite the end."""
-    if whole.startswith(head):
-        return whole[len(head) :]
-    differs = (place for place, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
-    return whole[next(differs, len(whole)) :]
-
-
-def check_tokens(name: str, ids: Iterable[int], rows: int) -> None:
-    """Refuse tokens without a row in the embeddings: on CUDA such a token ends the process.
-
-    Args:
-        name: What the tokens are of, as the error names it.
-        ids: Token ids.
-        rows: Rows of the embeddings.
-
-    Raises:
-        UsageError: A token is not below ``rows``.
-    """
-    highest = max(ids, default=0)
-    if highest >= rows:
-        raise UsageError(
-            f"{name} has token {highest}",
-            wanted=f"tokens below {rows}, the rows of the embeddings",
-            do="use the tokenizer of this model, or resize its embeddings to the tokenizer",
         )

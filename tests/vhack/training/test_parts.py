@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.models.tokenizer_files import decode_tokens
+from assay.models.token_text import decode_tokens
 from assay.vhack.directions.delta import ARMS
 from assay.vhack.training import TrainLog, TrainSettings, sample_pool, train
 from assay.vhack.training.log import LOG, read_steps

@@ -238,7 +238,7 @@ def encode_requests(
             refuses them, a token is not in the vocabulary, or prompt and ``max_tokens`` together
             are longer than the model's positions.
     """
-    from assay.models.tokenizer_files import check_tokens
+    from assay.models.token_text import check_tokens
 
     encoded = []
     for request in requests:

@@ -9,7 +9,7 @@ decoded only from a token on at which the text before was whole.
 from collections.abc import Sequence
 from typing import Any
 
-from assay.models.tokenizer_files import added_text, decode_tokens
+from assay.models.token_text import added_text, decode_tokens
 
 # What tokenizers write for bytes that are no text.
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"

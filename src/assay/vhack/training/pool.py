@@ -21,7 +21,7 @@ from pydantic import Field
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
-from assay.models.tokenizer_files import decode_tokens
+from assay.models.token_text import decode_tokens
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from assay.models.model import Model
 from assay.models.precision import own_precision
 from assay.models.shared_passes import check_one_kind
 from assay.models.spelling import encode_prompt
-from assay.models.tokenizer_files import check_tokens, decode_tokens
+from assay.models.token_text import check_tokens, decode_tokens
 from assay.streams.definition import seed32
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 

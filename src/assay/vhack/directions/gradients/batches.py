@@ -13,7 +13,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
 from assay.models.spelling import encode_parts
-from assay.models.tokenizer_files import check_tokens
+from assay.models.token_text import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
 
 if TYPE_CHECKING:
