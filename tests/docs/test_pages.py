@@ -152,6 +152,7 @@ REQUESTS = "".join(
 NODE_A = '[[nodes]]\npublic_key = "node_A"\n'
 KEY_ALONE = '[[nodes]]\npublic_key = "KEY"\n'
 RUNS = {
+    "gonka": Page(),
     "own-node": Page(
         instead={f"{folder}/": f"{ROOT}/{folder}/" for folder in ("examples", "src", "tests")},
         says=tuple((ROOT / "tests/vectors/proof_vector.jsonl").read_text().splitlines()[1:5]),

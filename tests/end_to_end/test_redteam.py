@@ -27,6 +27,8 @@ def server(tmp_path_factory, small_model, small_checkpoint):
         yield server
 
 
+# All files lie in one folder, and those that are not the model's are named.
+@pytest.mark.filterwarnings("ignore:.*looks like weights")
 def test_a_changed_file_is_read_or_refused(tmp_path, small_model):
     for seed, (name, (whole, read)) in enumerate(redteam.samples(tmp_path, small_model).items()):
         found = redteam.read_changed(name, whole, read, 1.0, seed, tmp_path)

@@ -114,9 +114,10 @@ def warn_of_unread(directory: Path, read: Collection[str]) -> None:
     like_weights = (path for path in paths if _is_weights(path.name.lower()) and path.is_file())
     names = sorted({str(path.relative_to(directory)) for path in like_weights} - {*read})
     if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         warnings.warn(
-            f"{directory} holds {names[0]} too, one of {len(names)} files that look like weights; "
-            f"what is measured is {min(read)}",
+            f"{directory} also holds {shown}, which looks like weights and is not read; what is "
+            f"measured is {min(read)}",
             stacklevel=2,
         )
 
