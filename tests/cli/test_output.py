@@ -51,3 +51,12 @@ def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatc
     assert capsys.readouterr().err.splitlines() == [
         "reading weights: 70 of 100 million, 5.0 million/s, 6 s left"
     ]
+
+
+def test_columns_of_words_begin_at_the_left_and_those_of_numbers_end_at_the_right(capsys):
+    rows = [("a", "short", 1, "fd28"), ("b", "a longer word", "1000 (5 to 9)", "0a3f9c")]
+    _output.table(("id", "state", "count", "hash"), rows)
+    head, first, second = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert first.index("short") == second.index("a longer word") == head.index("state")
+    assert first.index("1 ") > second.index("1000")
+    assert first.index("fd28") == second.index("0a3f9c")

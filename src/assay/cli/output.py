@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ LONGEST_CELL = 500
 MOMENT = 1.0  # seconds of loading that need no word
 # Seconds between two lines of progress where there is no terminal.
 PAUSE = 5.0
+# How a cell of numbers begins: 0.95 (0.9 to 1), ≤ 3, 16 s, but no hash and no version.
+NUMBER = re.compile(r"[-+−<≤>≥~]? ?\d[\d,]*(\.\d+)?(?![\w.])")
 
 
 def emit_json(schema: str, values: dict[str, Any]) -> None:
@@ -98,7 +101,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     """Print a table on stdout: with a box on a terminal, and without one and without line breaks
     into a file or pipe.
 
-    Columns after the first are right-aligned, unless there are only two.
+    Columns of numbers are right-aligned, but for the first.
     """
     boxed = _is_terminal(sys.stdout)
     console = _Console(width=None if boxed else WIDEST)
@@ -107,9 +110,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         title=named, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None
     )
     for index, column in enumerate(columns):
-        shown.add_column(
-            column, justify="right" if index and len(columns) > 2 else "left", overflow="fold"
-        )
+        cells = [str(row[index]) for row in rows if row[index] not in (None, "")]
+        is_numbers = index > 0 and all(NUMBER.match(cell) for cell in cells)
+        shown.add_column(column, justify="right" if is_numbers else "left", overflow="fold")
     for row in rows:
         shown.add_row(
             *(Text("" if cell is None else visible(str(cell), LONGEST_CELL)) for cell in row)
