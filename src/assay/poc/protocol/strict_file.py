@@ -66,7 +66,8 @@ def read_as(kind: type[T], text: bytes) -> T:
         fault = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"]))
         value = fault["input"]
-        message = f"{fault['msg']:.200}"
+        # The line of the file is named beside; the text of one line is always line 1.
+        message = f"{fault['msg']:.200}".replace("at line 1 column", "at column")
         # No place: the text is no JSON, and pydantic says where.
         if not place or fault["type"] == "missing":
             raise format_error(
@@ -101,6 +102,10 @@ def parse_line(
         )
     if longest is not None and len(line) > longest:
         raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
+    if not line.endswith(b"\n"):
+        raise line_error(
+            path, number, "the file ends within this line", "a complete file: it was cut off"
+        )
     for character, times in most.items():
         if (count := line.count(character)) > times:
             raise line_error(
