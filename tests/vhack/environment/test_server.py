@@ -131,11 +131,13 @@ if once:
 options = {"backend": backend, "allow_unsandboxed": True, "limits": Limits(seconds=600)}
 run("", **options)
 me = psutil.Process()
-before = len(me.children(recursive=True))
+before = {process.pid for process in me.children(recursive=True)}  # one of them may be ending
 job = threading.Thread(target=run, args=("import time\\ntime.sleep(600)",), kwargs=options)
 job.start()
 deadline = time.monotonic() + 60
-while len(me.children(recursive=True)) < before + 2 and time.monotonic() < deadline:
+while time.monotonic() < deadline:
+    if len({process.pid for process in me.children(recursive=True)} - before) >= 2:
+        break
     time.sleep(0.02)
 children = [process.pid for process in me.children(recursive=True)]
 forked = os.fork() if forks else 0
