@@ -42,9 +42,6 @@ MOST_BYTES = 2**26
 TICK = 1.0
 
 
-# The time of the clock when the machine started.
-
-
 class LoopThread(ABC):
     """A thread that takes turns until it is closed."""
 

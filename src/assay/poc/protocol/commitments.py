@@ -207,7 +207,7 @@ class Commitment:
         check_number("index", index, 0, self.top.size - 1)
         if opening.index != index:
             raise _broken(f"the nonce of place {opening.index}", f"that of place {index}")
-        if (opening.nonce - self.round.node_id) % self.round.node_count:
+        if opening.nonce % self.round.node_count != self.round.share:
             raise _broken(f"nonce {opening.nonce}", "a nonce of the share of the node")
         cuts = (index, index + 1)
         labels = _labels(opening.path)

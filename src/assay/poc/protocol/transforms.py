@@ -46,6 +46,16 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
     return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
 
 
+def layer_reflection(
+    backend: streams.Backend, round: Round, index: int, size: int
+) -> Float32[Tensor, " D"]:
+    """Return the unit vector of a layer in a block, in whose hyperplane states are reflected."""
+    seeds = streams.seeds([round.block_text("layer_reflection", index)])
+    normals_D = as_tensor(backend.normals(seeds, size))[0]
+    unit_D: Tensor = normals_D / torch.linalg.vector_norm(normals_D)
+    return unit_D
+
+
 def mean_over_positions(x_BRD: Float32[Tensor, "B R D"]) -> Float32[Tensor, "B 1 D"]:
     """Return the mean over positions, as a product of matrices: a reduction of CUDA may depend on
     the batch.

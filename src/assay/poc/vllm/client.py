@@ -469,7 +469,35 @@ def sampling_parameters(max_tokens: int = 1, **fields: Any) -> Any:
     )
 
 
-class TokenStream(NonceStream):
+class StepStream(NonceStream):
+    """Runs nonces step by step, or replays in one pass what another node states of their steps.
+
+    Args:
+        client: Client of the engine.
+        spec: Round and pipeline.
+        nonces: Nonces.
+        batch_size: Nonces of a batch.
+        claimed_MN: What the other node states, a row for each nonce; None runs the steps.
+        passes: Passes that a nonce takes which runs.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        spec: Spec,
+        nonces: Sequence[int],
+        batch_size: int,
+        claimed_MN: NDArray[Any] | None,
+        *,
+        passes: int,
+    ) -> None:
+        super().__init__(client, spec, nonces, batch_size)
+        self._steps = spec.pipeline.steps
+        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
+        self._passes = 1 if self._claimed is not None else passes
+
+
+class TokenStream(StepStream):
     """Runs nonces that decode, or replays the tokens ``claimed_MN`` that another node states of
     them.
     """
@@ -484,11 +512,9 @@ class TokenStream(NonceStream):
         vocab_size: int,
         claimed_MN: NDArray[np.uint32] | None = None,
     ) -> None:
-        super().__init__(client, spec, nonces, batch_size)
+        steps = spec.pipeline.steps
+        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=steps)
         self._vocab_size = vocab_size
-        self._steps = spec.pipeline.steps
-        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
-        self._passes = 1 if self._claimed is not None else self._steps
         self._tokens: dict[int, list[int]] = {}
         self._done = 0
 
@@ -532,7 +558,7 @@ class TokenStream(NonceStream):
         return self._claimed is not None or len(self._tokens[nonce]) == self._steps
 
 
-class PointStream(NonceStream):
+class PointStream(StepStream):
     """Runs the chains of nonces, or replays the points ``claimed_MN`` that another node states of
     them.
     """
@@ -545,10 +571,8 @@ class PointStream(NonceStream):
         batch_size: int,
         claimed_MN: NDArray[np.uint8] | None = None,
     ) -> None:
-        super().__init__(client, spec, nonces, batch_size)
-        self._steps = spec.pipeline.steps
-        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
-        self._passes = 1 if self._claimed is not None else self._steps + 1
+        passes = spec.pipeline.steps + 1
+        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=passes)
 
     @override
     def values(self, rows: Rows) -> Values:

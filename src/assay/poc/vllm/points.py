@@ -27,10 +27,10 @@ from assay.errors import UsageError
 from assay.poc.engines.base import margins, noise_inputs
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.sphere import Chain
-from assay.poc.protocol.transforms import reflect
+from assay.poc.protocol.transforms import layer_reflection, reflect
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import Chunk, Decode, RowStream, StepRow, call_before, step_spans
-from assay.streams.arrays import as_tensor, dtype_name
+from assay.streams.arrays import dtype_name
 
 _MOST_BLOCKS = 4  # whose reflections are kept
 
@@ -215,10 +215,12 @@ class Chains:
     def _make_reflections(self, block_hash: str) -> list[Tensor]:
         """Return the vector of every layer of a block."""
         round = Round(block_hash=block_hash, public_key="any")
-        texts = [round.block_text("layer_reflection", i) for i in range(len(self._layers))]
-        normals_LD = as_tensor(self._streams.normals(streams.seeds(texts), self._width))
-        unit_LD = normals_LD / torch.linalg.vector_norm(normals_LD, dim=1, keepdim=True)
-        return list(unit_LD.to(self._runner.device, self._dtype))
+        return [
+            layer_reflection(self._streams, round, index, self._width).to(
+                self._runner.device, self._dtype
+            )
+            for index in range(len(self._layers))
+        ]
 
 
 def _layers_of(model: nn.Module, count: int) -> list[nn.Module]:

@@ -7,7 +7,6 @@ of exploits are shifted so that a share ``recall`` of them is above the threshol
 Shapes: B rollouts.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,4 +77,4 @@ def break_even(threshold: Threshold, most: float = 5.0) -> float:
     share ``lost``. A detector that cannot tell them apart would take an infinite one: ``most``.
     """
     told_apart = threshold.caught - threshold.lost
-    return min(most, 1 / told_apart) if told_apart > 0 and not math.isnan(told_apart) else most
+    return min(most, 1 / told_apart) if told_apart > 0 else most

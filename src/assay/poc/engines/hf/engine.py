@@ -63,6 +63,7 @@ from assay.poc.protocol.transforms import (
     ROWS_OF_A_PRODUCT,
     Reading,
     Transform,
+    layer_reflection,
     project,
     reflect,
     unit,
@@ -234,7 +235,7 @@ class HFEngine(Engine):
         validator takes them, beside the points that the model gives.
         """
         rows = max(self.batch_size, ROWS_OF_A_PRODUCT)
-        padded = [*inputs, *list(inputs[-1:]) * (rows - len(inputs))]
+        _, padded = next(padded_batches(inputs, len(inputs), rows))
         with self.between_layers(pipeline.layers, inputs[0].round):
             return self._points.decode(self.chain_draws(padded, pipeline), claimed_BN)
 
@@ -372,16 +373,14 @@ class HFEngine(Engine):
         """Apply a transform after every decoder layer while open; LayersNotFound where they are not
         known.
         """
-        stream = "layer_signs" if step == "signs" else "layer_reflection"
         layers = [] if step == "none" else list(decoder_layers(self.model.module))
         with ExitStack() as hooks:
             for index, layer in enumerate(layers):
-                seeds = streams.seeds([round.block_text(stream, index)])
                 if step == "signs":
+                    seeds = streams.seeds([round.block_text("layer_signs", index)])
                     drawn_D = as_tensor(self._streams.signs(seeds, self.hidden_size))[0]
                 else:
-                    normals_D = as_tensor(self._streams.normals(seeds, self.hidden_size))[0]
-                    drawn_D = normals_D / torch.linalg.vector_norm(normals_D)
+                    drawn_D = layer_reflection(self._streams, round, index, self.hidden_size)
                 hook = partial(_transform_output, step, drawn_D.to(self.model.dtype))
                 hooks.enter_context(layer.register_forward_hook(hook))
             self._hooked = step != "none"
