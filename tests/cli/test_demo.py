@@ -29,12 +29,12 @@ def foreign(tmp_path):
     return folder
 
 
+@pytest.mark.no_law
 @pytest.mark.parametrize("bundled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_demo_believes_the_honest_and_catches_the_cheaters(
     assay, tmp_path, monkeypatch, foreign, bundled
 ):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
-    monkeypatch.setattr("assay.poc.verdict.honest_noise.is_bundled", lambda digest: bundled)
     result = assay(
         "demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json"
     )
