@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -126,27 +126,53 @@ import os, sys, threading, time
 import psutil
 from assay.vhack.environment import Limits, run, server
 backend, once, forks = sys.argv[1], sys.argv[2] == "once", sys.argv[3] == "forks"
+options = {"backend": backend, "allow_unsandboxed": True, "limits": Limits(seconds=600)}
+me = psutil.Process()
+before = set()
+def children():
+    return {process.pid for process in me.children(recursive=True)}
+class Server(server.Server):
+    def __init__(self, backend):
+        super().__init__(backend)
+        # Those of its trial may be ending.
+        before.update(children() - {self.pid})
+server.Server = Server
 if once:
     server.server = lambda backend: None
-options = {"backend": backend, "allow_unsandboxed": True, "limits": Limits(seconds=600)}
 run("", **options)
-me = psutil.Process()
-before = {process.pid for process in me.children(recursive=True)}  # one of them may be ending
+before.update(children())
 job = threading.Thread(target=run, args=("import time\\ntime.sleep(600)",), kwargs=options)
 job.start()
+least = 3 if once and backend != "bwrap" else 2
 deadline = time.monotonic() + 60
-while time.monotonic() < deadline:
-    if len({process.pid for process in me.children(recursive=True)} - before) >= 2:
-        break
+while len(children() - before) < least and time.monotonic() < deadline:
     time.sleep(0.02)
-children = [process.pid for process in me.children(recursive=True)]
+numbers = children()
 forked = os.fork() if forks else 0
 if forks and not forked:
     time.sleep(60)
     os._exit(0)
-print(forked, *children, flush=True)
+print(forked, *numbers, flush=True)
 job.join(60)
 """
+
+
+@contextmanager
+def busy(*arguments, **options):
+    """A process in the middle of a job, the number of the child that it forked or 0, and its processes."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True, **options
+    ) as parent:
+        try:
+            forked, *numbers = map(int, parent.stdout.readline().split())
+            processes = []
+            for number in numbers:
+                with suppress(psutil.NoSuchProcess):  # it was ending
+                    processes.append(psutil.Process(number))
+            assert len(processes) >= 2
+            yield parent, forked, processes
+        finally:
+            parent.kill()
 
 
 @pytest.mark.parametrize("forks", ["forks", "alone"])
@@ -155,16 +181,44 @@ def test_nothing_outlives_the_process_that_started_it(way, forks, isolated):
     """Killed without a chance to clean up, in the middle of a job, also beside a forked child."""
     backend, _, once = way.partition(" ")
     isolated(backend)
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, backend, once, forks], stdout=subprocess.PIPE, text=True
-    ) as parent:
-        forked, *numbers = map(int, parent.stdout.readline().split())
-        children = [psutil.Process(number) for number in numbers]
-        assert len(children) >= 2
+    with busy(backend, once, forks) as (parent, forked, processes):
         parent.kill()
         parent.wait()
         try:
-            until(lambda: not alive(children), 10)
+            until(lambda: not alive(processes), 10)
         finally:
             if forked:
                 os.kill(forked, signal.SIGKILL)
+
+
+SUCCESSOR = """
+import sys
+from assay.vhack.environment import run
+assert run("print(1)", backend=sys.argv[1], allow_unsandboxed=True).stdout == "1\\n"
+"""
+
+
+@pytest.mark.parametrize("backend", ["landlock", "unsandboxed"])
+def test_the_next_server_removes_the_folders_of_killed_ones_only(backend, isolated, tmp_path):
+    isolated(backend)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "assay-sandbox-link").symlink_to(target)
+
+    def folders():
+        return {path for path in tmp_path.glob("assay-sandbox-*") if not path.is_symlink()}
+
+    with busy(backend, "", "", env=environment):
+        of_the_living = folders()
+        with busy(backend, "", "", env=environment) as (killed, _, processes):
+            (abandoned,) = folders() - of_the_living
+            for process in [killed, *processes]:
+                process.kill()
+            until(lambda: not alive(processes), 10)
+        deep = abandoned / "job" / "deep"
+        deep.mkdir(parents=True)
+        (deep / "file").write_text("written by a job")
+        subprocess.run([sys.executable, "-c", SUCCESSOR, backend], check=True, env=environment)
+        assert folders() == of_the_living
+        assert target.exists()

@@ -6,6 +6,7 @@ of its own.
 """
 
 import atexit
+import fcntl
 import json
 import os
 import socket
@@ -20,11 +21,13 @@ from assay.vhack.environment import landlock
 from assay.vhack.environment.bubblewrap import command_line
 from assay.vhack.environment.jobs import Ended, descriptors, job_text, perform_once, pump
 from assay.vhack.environment.runs import Limits
+from assay.vhack.environment.scratch import remove_folder
 from assay.vhack.environment.visible import PATH, inside, python
 
 _START_SECONDS = 20
 _END_SECONDS = 10
 _STATUS_BYTES = 64
+_PREFIX = "assay-sandbox-"
 _FULL = b"full"  # a status: the job kept more than it may
 # A sandbox that works keeps a program from the source text of the tasks, beside this file.
 _SECRET = str(Path(__file__).with_name("tasks.py"))
@@ -50,13 +53,16 @@ class Server:
         setup: dict[str, object] = {"backend": backend, "root": ""}
         line = []
         environment = {}
+        locks = []
         if backend == "bwrap":
             line = command_line(1, server=True)
             environment = {"PATH": PATH}
         elif backend == "landlock":
             setup |= landlock.setup()
         if not line:
-            setup["root"] = str(Path(tempfile.mkdtemp(prefix="assay-sandbox-")).resolve())
+            remove_abandoned(Path(tempfile.gettempdir()))
+            setup["root"], lock = _make_root()
+            locks.append(lock)
         self.root = str(setup["root"])
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A child that this process has forked keeps the socket open, but not the process alive.
@@ -70,10 +76,11 @@ class Server:
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 cwd="/",
-                pass_fds=(theirs.fileno(), parent),
+                pass_fds=(theirs.fileno(), parent, *locks),
                 start_new_session=True,
             )
-        os.close(parent)
+        for descriptor in (parent, *locks):
+            os.close(descriptor)
         try:
             self._begin(setup)
         except OSError:
@@ -143,6 +150,30 @@ class Server:
         if self.root:
             with suppress(OSError):
                 os.rmdir(self.root)  # noqa: PTH106
+
+
+def _make_root() -> tuple[str, int]:
+    """Make a directory for the jobs of a server; return its path and a descriptor that locks it."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}")).resolve()
+    lock = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Under its own name it is locked from the first moment: another process never takes it for
+    # abandoned.
+    return str(hidden.rename(hidden.with_name(hidden.name[1:]))), lock
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the directories of servers that were killed: no process holds their locks any more."""
+    for root in folder.glob(f"{_PREFIX}*"):
+        with ExitStack() as stack, suppress(OSError):
+            lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # What another user made in a shared directory stays, also for root.
+            if os.fstat(lock).st_uid == os.getuid():
+                for job in root.iterdir():
+                    remove_folder(str(job))
+                root.rmdir()
 
 
 _servers: dict[tuple[int, str], Server | None] = {}  # by process and backend
