@@ -172,15 +172,16 @@ def redteam_cells(name: str) -> list[Any]:
 
 
 def cheapest() -> None:
-    """Print, per model, format and preset, the attack that saves a quarter of the work at the least
-    error.
+    """Print, per format and preset, the attack that saves a quarter of the work at the least
+    error, both models side by side.
     """
-    tables = [
-        paying_table(redteam_cells(name + suffix))
-        for suffix in FORMATS.values()
-        for name in REDTEAM
-    ]
-    print_table(tables[0][0], [row for _, rows in tables for row in rows])
+    rows = []
+    for suffix in FORMATS.values():
+        of_models = [paying_table(redteam_cells(name + suffix)) for name in REDTEAM]
+        for cells in zip(*(model_rows for _, model_rows in of_models), strict=True):
+            columns = zip(*cells, strict=True)
+            rows.append([" / ".join(dict.fromkeys(map(str, column))) for column in columns][1:])
+    print_table(of_models[0][0][1:], rows)
 
 
 def formats() -> None:
@@ -225,84 +226,6 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
         ),
         " / ".join(f"{share:.4g}" for share in caught),
     ]
-
-
-def gumbels() -> None:
-    """Print what Gumbel numbers cost a core, beside torch's numbers without seeds and a step of
-    decoding.
-    """
-    header = (
-        "rows",
-        "numbers",
-        "`torch.rand`",
-        "noise of a step",
-        "`exponential_`",
-        "the model's step",
-    )
-    names = ("gumbels", "torch_rand", "step", "torch_exponential")
-    figures = read_json(RESULTS / "gumbel_cpu.json")
-    decoding = {
-        row["batch"]: f"{row['decode_ms']:.0f} ms" for row in figures["decoding"]["batches"]
-    }
-    rows = [
-        (
-            row["batch"],
-            *(f"{row[f'{name}_ms']:.2f} ms" for name in names),
-            decoding.get(row["batch"], ""),
-        )
-        for row in figures["batches"]
-    ]
-    print_table(header, rows)
-
-
-Engine = tuple[str, str]  # its name, and that of its machine
-
-
-def engine_name(machine: str, engine: str) -> Engine:
-    """Return how the text calls an engine, and its machine."""
-    if machine == "CPU":
-        return "another CPU", ""
-    return "CPU" if engine == "cpu" else engine, machine.split()[0]
-
-
-def float8_noise() -> None:
-    """Print the noise of distances against the first machine's own kernels, a column for each model
-    and format.
-    """
-    cases = read_json(RESULTS / "float8_laws.json")["cases"]
-    columns = []
-    for case in cases:
-        prover = case["noise"][0]["between"][0]
-        columns.append(
-            {
-                engine_name(*row["between"][1]): f"{1e4 * row['sd']:.1f}e-4" if row["sd"] else "0"
-                for row in case["noise"]
-                if row["between"][0] == prover
-            }
-        )
-    engines = dict.fromkeys(engine for column in columns for engine in column)
-    rows = [(engine, [column.get(engine, "–") for column in columns]) for engine in engines]
-    names = (f"{case['model'].rpartition(':')[2]}, `{case['format']}`" for case in cases)
-    print_joined(("", *names), rows)
-
-
-def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) -> None:
-    """Print a table of engines: those with equal cells share a row, and those of equal machines
-    name these once.
-    """
-    joined: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for (engine, machine), cells in rows:
-        joined.setdefault(tuple(cells), {}).setdefault(engine, []).append(machine)
-    printed = []
-    for cells, engines in joined.items():
-        places: dict[str, list[str]] = {}
-        for engine, machines in engines.items():
-            places.setdefault(", ".join(filter(None, machines)), []).append(engine)
-        names = (
-            "; ".join(engines) + f" ({place})" * bool(place) for place, engines in places.items()
-        )
-        printed.append(("; ".join(names), *cells))
-    print_table(header, printed)
 
 
 def _clusters() -> dict[str, Any]:
