@@ -5,12 +5,13 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
 - liars: who lies at fixed places gains at most 2 % more than an honest machine of its true work,
   over 200 audits of 16: nonces that are credited over those that were computed honestly, less one,
   as the upper end of the 95 % interval of the mean of every setting;
-- pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`), and none
-  within its first two pools, whatever its audits (`--data`);
+- pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`, `--data`), in
+  none of its lives, whose audits are drawn anew from its nonces with the fault in place;
 - honest: none of 20 000 honest lives of 100 audits under each law is convicted. Lives whose e-value
   reaches the bound of a test are run as a `Life`; for the strikes, complete pools of sound machines
   are tested for places;
-- free block: how many cheap nonces in a second block convict, after a first block of lies.
+- free block: how many cheap nonces of a second block convict, ten or ninety audits after a first
+  block of lies, and how many without it.
 
     python research/benchmarks/faults.py --data cluster_nonces.jsonl.gz \
       -o research/results/faults.json
@@ -23,7 +24,7 @@ import numpy as np
 from _common import parser, publish
 from assay_research.clusters.builds import builds_of, sound_builds
 from assay_research.clusters.clusters import _nearest_noise
-from assay_research.rational import Strategy, draw_sizes, live
+from assay_research.rational import Strategy, draw_sizes, live, run_life
 from assay_research.vector_sets import read_vector_sets
 from rational import laws
 
@@ -91,10 +92,28 @@ def of_audits(pair, noise, rng, audits):
         faulty = faulty or (number if evidence.faulty_places else None)
         fraud = fraud or (number if evidence.verdict == "fraud" else None)
     evidence = life.evidence
-    return faulty, fraud, evidence.credited and evidence.credited / evidence.n
+    return faulty, fraud, (evidence.credited or evidence.n) / evidence.n
 
 
-def pairs(path, rng, audits):
+def strikes_of(pair, noise, rng):
+    """Return the strikes of a pair after each of its complete pools."""
+    pools = []
+    strikes = []
+    for _ in range(STRIKES + 1):
+        chosen = rng.choice(len(pair.nonces), POOL)
+        place_test = stats.place_test(
+            pair.distances[chosen] / noise.size,
+            pair.positions[chosen],
+            batch_size=pair.batch_size,
+            honest_size=1.0,
+        )
+        places = place_test.bad_places if place_test.faulty else None
+        pools.append(places and FaultyPool(places, frozenset("ab")))
+        strikes.append(count_strikes(pools))
+    return strikes
+
+
+def pairs(path, rng, audits, repeats):
     """Return when each real faulty pair is called faulty and fraud, and its strikes by pool."""
     rows = []
     groups = builds_of(read_vector_sets(path))
@@ -102,32 +121,23 @@ def pairs(path, rng, audits):
         noise = _nearest_noise(group, sound_builds(groups))
         for members, fault in group.faults.items():
             pair = group.pairs[members]
-            faulty, fraud, payable = of_audits(pair, noise, rng, audits)
-            found = []
-            strikes = []
-            for _ in range(STRIKES + 1):
-                chosen = rng.choice(len(pair.nonces), POOL)
-                place_test = stats.place_test(
-                    pair.distances[chosen] / noise.size,
-                    pair.positions[chosen],
-                    batch_size=pair.batch_size,
-                    honest_size=1.0,
-                )
-                places = place_test.bad_places if place_test.faulty else None
-                found.append(places and FaultyPool(places, frozenset("ab")))
-                strikes.append(count_strikes(found))
-            rows.append(
-                {
-                    "model": group.model,
-                    "pattern": fault.pattern,
-                    "faulty": faulty,
-                    "fraud": fraud,
-                    "strikes_by_pool": strikes,
-                    "payable": payable,
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            lives = [of_audits(pair, noise, rng, audits) for _ in range(repeats)]
+            row = {
+                "model": group.model,
+                "pattern": fault.pattern,
+                "nonces": len(pair.nonces),
+                "lives": repeats,
+                "convicted": sum(fraud is not None for _, fraud, _ in lives),
+                "faulty": [faulty for faulty, _, _ in lives],
+                "credited": [share for _, _, share in lives],
+                "strikes_by_pool": strikes_of(pair, noise, rng),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    convicted = sum(row["convicted"] > 0 for row in rows)
+    # A pair counts once: its lives share its nonces.
+    interval = stats.proportion_interval(convicted, len(rows))
+    return {"rows": rows, "convicted": convicted, "of": len(rows), "interval": interval}
 
 
 def honest(name, truth, noise, rng, lives, pools):
@@ -169,27 +179,31 @@ def honest(name, truth, noise, rng, lives, pools):
 
 
 def free_block(noise, truth, rng, lives):
-    """Return the share of lives that a second block with so many cheap nonces convicts."""
-    shares = {}
-    for count in (1, 2, 3, 4, 6, 8, 16):
+    """Return the share of lives that so many cheap nonces of a second block convict, by its audit.
+
+    The first block of the life is all cheap. None is a second block after an honest first one.
+    """
+    rows = []
+    for second, first_is_cheap, count in itertools.product(
+        (10, 90), (True, False), (1, 2, 3, 4, 6, 8, 16)
+    ):
         convicted = 0
         for _ in range(lives):
-            life = Life(alpha=1e-3, beta=1e-2)
-            for number in range(12):
-                sizes = draw_sizes(truth, PER, rng)
-                cheap = {0: PER, 10: count}.get(number, 0)
-                sizes[:cheap] *= 5.0
-                positions = rng.choice(4096, PER, replace=False)
-                life.update(
-                    noise,
-                    np.minimum(sizes, 2.0),
-                    block=str(number),
-                    positions=positions.tolist(),
-                    batch_size=32,
-                )
-            convicted += life.evidence.verdict == "fraud"
-        shares[str(count)] = convicted / lives
-    return shares
+            at_N = np.arange((second + 10) * PER) // PER
+            cheap_N = (at_N == second) & (np.arange(len(at_N)) % PER < count)
+            if first_is_cheap:
+                cheap_N |= at_N == 0
+            sizes_N = draw_sizes(truth, len(at_N), rng)
+            residuals_N = np.minimum(np.where(cheap_N, 5.0 * sizes_N, sizes_N), 2.0)
+            positions_N = np.concatenate(
+                [rng.choice(4096, PER, replace=False) for _ in range(second + 10)]
+            )
+            result = run_life(noise, residuals_N, positions_N, at_N, cheap_N, looks=1)
+            convicted += result.convicted < math.inf
+        row = {"second": second, "first_is_cheap": first_is_cheap, "cheap": count}
+        rows.append(row | {"lives": lives, "convicted": convicted})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main():
@@ -203,6 +217,7 @@ def main():
     arguments.add_argument("--liars", type=int, default=8, help="liars of a setting")
     arguments.add_argument("--audits", type=int, default=100, help="audits of a real pair")
     arguments.add_argument("--pools", type=int, default=3000, help="sound pools of a law")
+    arguments.add_argument("--repeats", type=int, default=8, help="lives of a real pair")
     options = arguments.parse_args()
     by_name = {name: pair for name, pair in laws().items() if "tokens-1" in name}
     chosen = options.laws or [*by_name]
@@ -213,8 +228,9 @@ def main():
         found["liars"] = liars(noise, truth, np.random.default_rng(1), options.liars)
         holds["liars"] = max(row["upper"] for row in found["liars"]) <= 0.02
     if "pairs" in options.parts:
-        found["pairs"] = pairs(options.data, np.random.default_rng(2), options.audits)
-        holds["pairs"] = all(row["fraud"] is None for row in found["pairs"])
+        rng = np.random.default_rng(2)
+        found["pairs"] = pairs(options.data, rng, options.audits, options.repeats)
+        holds["pairs"] = found["pairs"]["convicted"] == 0
     if "free_block" in options.parts:
         found["free_block"] = {
             name: free_block(by_name[name][1], by_name[name][0], np.random.default_rng(3), 40)

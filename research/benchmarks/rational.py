@@ -3,10 +3,11 @@
 An account is audited 100 times, 16 nonces of a block each. A cheat chooses a share of nonces that
 it computes with m times honest noise, where they stand, and when. It is paid for all nonces of its
 life unless that is fraud, but for those at places that a pool calls faulty; of a key that it gives
-up at the first suspicion, if the life was honest before. Copies draw nothing, and kinds of machines
-count in units of their law, so neither is a strategy of its own. Laws are those of three models
-under `tokens-1` and of one under `poc-2.0`, with the 99 % quantile over the median of
-research/results/lives.json: fitted to 1024 honest nonces, whose bets are priced by these.
+up at the first suspicion, if the life was honest before. Copies are of honest messages, restarts
+begin its sequence of places anew, and of two kinds of machines, whose residuals count in units of
+their law, one lies alone. Laws are those of three models under `tokens-1` and of one under
+`poc-2.0`, with the 99 % quantile over the median of research/results/lives.json: fitted to 1024
+honest nonces, whose bets are priced by these.
 
 The search takes random settings of a strategy and goes on with those that are paid most; the one
 with the largest mean is then run on lives of other seeds, which give the figure. Its interval is
@@ -34,9 +35,9 @@ from assay.stats.noise_laws import Spread
 
 QUANTILES = {"qwen3": 1.64, "llama": 1.63, "smollm2": 2.88}  # 99 % over median, bfloat16/float32
 MEDIAN = math.log(0.04)
-SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.4)
+SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.4, 1.0)
 LARGE = (5.0, 8.0, 30.0)
-SMALL = (2.0, 3.0)  # from the effect of a law of vectors on
+SMALL = (1.5, 2.0, 3.0)  # about the effect of a law of vectors, which is 2
 WAYS = {
     "anywhere": ((),),
     "few far off": ((),),
@@ -49,6 +50,10 @@ WAYS = {
     "places for a time": ((4, 16), (8, 16), (16, 32)),
     "places that move": ((4, 16, 4), (8, 16, 64), (4, 16, 64), (4, 16, 32)),
     "scattered places": ((16, 0), (16, 1), (32, 0), (64, 0)),
+    "behind places": ((1, 2, 2, 0), (1, 2, 4, 0), (8, 16, 4, 0), (1, 2, 4, 32), (1, 2, 2, 64)),
+    "copies": ((9,), (99,)),
+    "restarts": ((1, 4), (1, 16), (4, 64)),
+    "kinds": ((1, 2), (1, 4)),
     "keys": ((),),
 }
 KEEP = 3
@@ -135,7 +140,11 @@ def main():
                 rows.append(row)
                 print(row, flush=True)
         worst = max(row["interval"][1] for row in rows if row["multiples"] == "large")
-        publish("rational", {"rows": rows, "worst": worst, "holds": worst <= 0.1}, options.output)
+        publish(
+            "rational",
+            {"rows": rows, "worst": worst, "holds": round(worst, 9) <= 0.1},
+            options.output,
+        )
 
 
 if __name__ == "__main__":

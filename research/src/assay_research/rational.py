@@ -3,7 +3,8 @@
 The rule is that of `assay.poc.verdict.Life`: two tests, of all residuals and of those after an
 epoch, a pool of places, an e-value without any one block, and strikes. It is looked at only every
 ten audits, and of an earlier pool eight blocks can be left out. So it convicts no earlier than a
-life does: what survives here is an upper bound. `research/tests/test_rational.py` compares the two.
+life does: what survives here is an upper bound. Places are tested only where they may change the
+outcome. `research/tests/test_rational.py` compares the two.
 
 Suffixes: N nonces, B blocks, P paths of a test.
 """
@@ -28,10 +29,13 @@ from assay.stats.sequential import SHARES
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+Rng = np.random.Generator
 ALPHA = 1e-3
 BETA = 1e-2
 LOOKS = 10  # audits between two looks
 BATCH = 32  # batch size that the build states
+POOL = 64  # audits of a pool of places
+HANDED_IN = 64  # nonces of a block of which an audit draws
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,12 @@ class _Test:
         over_NP = honest_N[:, None] - log_sum(np.moveaxis(excluded, 1, 2))
         above = np.array(SHARES) > HONEST
         self.excludes = np.all(self.log_weight + over_NP[:, above] >= -math.log(BETA), axis=1)
-        e_N = self.test.log_e(path_NP) + self.log_weight
-        self.suspicion = np.maximum.accumulate(e_N) >= -math.log(ALPHA)
+        self._log_e_N = self.test.log_e(path_NP) + self.log_weight
+        self.suspicion = np.maximum.accumulate(self._log_e_N) >= -math.log(ALPHA)
+
+    def accuses(self, end: int) -> bool:
+        """Return whether the e-value after the first nonces is at its bound."""
+        return end > self.begins and self._log_e_N[end - self.begins - 1] >= -math.log(ALPHA)
 
     def stands(self, block_N: IntArray, aside_N: BoolArray, end: int, settled: int) -> bool:
         """Return whether the evidence of the first nonces convicts without any one block."""
@@ -116,13 +124,13 @@ def run_life(
     sizes_N = residual_N / noise.size
     count = len(sizes_N)
     second = -(-EPOCH // audit) * audit  # the first audit after an epoch
-    tests = []
-    for number, begins in ((1, 0), (2, second)):
-        if begins < count:
-            weight = error_share(number)
-            test = sequential_test(noise, alpha=ALPHA * weight, beta=BETA * weight)
-            values_N = residual_N[begins:]
-            tests.append(_Test(test, math.log(weight), begins, test.steps(values_N)))
+    test = sequential_test(noise, alpha=ALPHA, beta=BETA)
+    steps_NP = test.steps(residual_N)
+    tests = [
+        _Test(test, math.log(error_share(number)), begins, steps_NP[begins:])
+        for number, begins in ((1, 0), (2, second))
+        if begins < count
+    ]
     suspected = min(one.begins / audit + _first(one.suspicion, audit) for one in tests)
     aside_N = np.zeros(count, dtype=np.bool_)
     uncredited_N = np.zeros(count, dtype=np.bool_)
@@ -135,12 +143,18 @@ def run_life(
     )
     for end in ends:
         pool = slice(begins, end)
+        suspected_before = any(one.suspicion[: max(0, end - one.begins)].any() for one in tests)
+        # Without a suspicion, the places change nothing before their pool is complete.
+        if not suspected_before and end < count and end - begins < second:
+            continue
         if end - begins >= PLACES:
             found = stats.place_test(
                 sizes_N[pool], position_N[pool], batch_size=BATCH, honest_size=1.0
             )
             aside_N[pool] = found.set_aside
-            fault = found.bad_places if found.faulty else None
+            is_accused = any(one.accuses(end) for one in tests)
+            is_fault = found.faulty or (is_accused and found.suspected)
+            fault = found.bad_places if is_fault else None
         uncredited_N[pool] = False if fault is None else fault.contain(position_N[pool])
         if end - begins >= PLACES and any(
             one.stands(block_N, aside_N, end, begins) for one in tests
@@ -172,7 +186,7 @@ def _first(is_so_N: BoolArray, audit: int) -> float:
     return int(np.argmax(is_so_N)) // audit + 1 if is_so_N.any() else math.inf
 
 
-def draw_sizes(law: stats.NoiseLaw, count: int, rng: np.random.Generator) -> FloatArray:
+def draw_sizes(law: stats.NoiseLaw, count: int, rng: Rng) -> FloatArray:
     """Return residuals of a law, without sign."""
     grid = np.geomspace(law.size * 1e-4, law.size * 1e6, 4001)
     return np.interp(rng.random(count), 1 - law.survival(grid), grid)
@@ -186,7 +200,7 @@ class Strategy:
         way: Name of the way, a key of `WAYS`.
         share: Share of cheap nonces that it aims at.
         multiple: Factor of honest noise in a cheap nonce.
-        more: Numbers of the way: places, blocks or audits.
+        more: Numbers of the way: places, blocks, audits or copies.
     """
 
     way: str
@@ -195,11 +209,12 @@ class Strategy:
     more: tuple[int, ...] = ()
 
 
-def _chances(strategy: Strategy, audits: int, audit: int, position_N: IntArray) -> FloatArray:
-    """Return the chance of each nonce to be cheap, [N], by its audit and place."""
+def _chances(
+    strategy: Strategy, audits: int, audit: int, position_N: IntArray, block_N: IntArray
+) -> FloatArray:
+    """Return the chance of each nonce to be cheap, [N], by its audit, place and block."""
     share = strategy.share
-    count = audits * audit
-    at_N = np.arange(count) // audit  # audit of each nonce
+    at_N = np.arange(audits * audit) // audit  # audit of each nonce
     way = strategy.way
     if way == "late":  # honest for so many audits first
         (first,) = strategy.more
@@ -207,33 +222,56 @@ def _chances(strategy: Strategy, audits: int, audit: int, position_N: IntArray) 
     if way == "early":
         (last,) = strategy.more
         return np.where(at_N < last, min(1.0, share * audits / last), 0.0)
-    if way == "bursts":  # so many audits of every `period`
+    if way in ("bursts", "restarts", "kinds"):  # so many audits of every `period`
         length, period = strategy.more
         return np.where(at_N % period < length, min(1.0, share * period / length), 0.0)
-    if way in ("places", "places below half", "places for a time", "places that move"):
-        run, modulus = strategy.more[:2]
-        start_N = np.zeros(count, dtype=np.int64)
-        if way == "places that move":
-            start_N = (at_N // strategy.more[2]) * run
-        at_place_N = (position_N - start_N) % modulus < run
-        chance = min(1.0, share * modulus / run)
-        if way == "places for a time":  # a part of every pool, so that the median stays honest
-            is_time_N = at_N % 64 < 64 * chance
-            return (at_place_N & is_time_N).astype(np.float64)
-        return np.where(at_place_N, chance, 0.0)
-    if way == "scattered places":  # no run of neighbours
+    if way == "one block":  # all in the first one, of so many audits
+        (length,) = strategy.more
+        return np.where(block_N == 0, min(1.0, share * audits / length), 0.0)
+    if "places" in way:
+        return _chances_of_places(strategy, at_N, position_N)
+    return np.full(len(at_N), share)
+
+
+def _chances_of_places(strategy: Strategy, at_N: IntArray, position_N: IntArray) -> FloatArray:
+    """Return the chance of each nonce to be cheap where lies depend on the place, [N]."""
+    share = strategy.share
+    if strategy.way == "scattered places":  # no run of neighbours
         modulus, seed = strategy.more
         order = np.random.default_rng(seed).permutation(modulus)
-        return np.isin(position_N % modulus, order[: max(1, round(share * modulus))]).astype(
-            np.float64
-        )
-    return np.full(count, share)
+        chosen = order[: max(1, round(share * modulus))]
+        return np.isin(position_N % modulus, chosen).astype(np.float64)
+    run, modulus = strategy.more[:2]
+    start_N = np.zeros(len(at_N), dtype=np.int64)
+    if strategy.way == "places that move":
+        start_N = (at_N // strategy.more[2]) * run
+    at_place_N = (position_N - start_N) % modulus < run
+    chance = min(1.0, share * modulus / run)
+    chance_N = np.full(len(at_N), chance)
+    if strategy.way == "places for a time":  # a part of every pool, so that the median stays honest
+        chance_N = (at_N % POOL < POOL * chance).astype(np.float64)
+    if strategy.way == "behind places":
+        # All of the places in the first audits of a pool make them suspect, so that fewer lies
+        # there follow, after so many honest audits.
+        pledge, first = strategy.more[2:]
+        chance_N = np.where(at_N % POOL < pledge, 1.0, chance) * (at_N >= first)
+    return np.where(at_place_N, chance_N, 0.0)
+
+
+def _drawn_beside_copies(strategy: Strategy, audits: int, audit: int, rng: Rng) -> BoolArray:
+    """Return which drawn nonces are cheap, where copies of honest messages stand beside them."""
+    (copies,) = strategy.more
+    cheap = round(strategy.share * HANDED_IN)
+    nonces = np.concatenate([np.arange(HANDED_IN), np.repeat(np.arange(cheap, HANDED_IN), copies)])
+    # As the validator draws: a nonce once, however many messages have it.
+    drawn = [rng.choice(np.unique(nonces), audit, replace=False) for _ in range(audits)]
+    return np.concatenate(drawn) < cheap
 
 
 def live(
     strategy: Strategy,
     noise: Noise,
-    rng: np.random.Generator,
+    rng: Rng,
     *,
     audits: int = 100,
     audit: int = 16,
@@ -242,21 +280,24 @@ def live(
 ) -> LifeResult:
     """Return what one account gains by a strategy, within so many audits."""
     count = audits * audit
-    position_N = np.concatenate(
-        [4096 * one + np.sort(rng.choice(4096, audit, replace=False)) for one in range(audits)]
-    )
-    block_N = np.arange(count) // audit
-    chance_N = _chances(strategy, audits, audit, position_N)
-    if strategy.way == "blocks":  # whole blocks of so many audits
-        (length,) = strategy.more
-        block_N = block_N // length
-        whole = rng.random(block_N.max() + 1) < strategy.share
-        chance_N = whole[block_N].astype(np.float64)
-    if strategy.way == "one block":  # all in a single block
-        (length,) = strategy.more
-        block_N = np.where(block_N < length, 0, block_N)
-        chance_N = np.where(block_N == 0, min(1.0, strategy.share * audits / length), 0.0)
-    cheap_N = rng.random(count) < chance_N
+    at_N = np.arange(count) // audit
+    start_N = 4096 * at_N
+    block_N = at_N
+    if strategy.way == "restarts":  # its sequence begins anew
+        start_N = 4096 * (at_N % strategy.more[1])
+    elif strategy.way == "blocks":  # each of so many audits
+        block_N = at_N // strategy.more[0]
+    elif strategy.way == "one block":
+        block_N = np.where(at_N < strategy.more[0], 0, at_N)
+    elif strategy.way == "behind places":  # the first audits of a pool are one block
+        block_N = np.where(at_N % POOL < strategy.more[2], -1 - at_N // POOL, at_N)
+    drawn = [np.sort(rng.choice(4096, audit, replace=False)) for _ in range(audits)]
+    position_N = start_N + np.concatenate(drawn)
+    cheap_N = rng.random(count) < _chances(strategy, audits, audit, position_N, block_N)
+    if strategy.way == "blocks":
+        cheap_N = (rng.random(block_N.max() + 1) < strategy.share)[block_N]
+    elif strategy.way == "copies":
+        cheap_N = _drawn_beside_copies(strategy, audits, audit, rng)
     honest_N = draw_sizes(truth or noise.law, count, rng) * math.exp(
         noise.spread.sd * rng.standard_t(noise.spread.dof)
     )

@@ -78,6 +78,42 @@ def test_a_fault_that_moves_is_fraud_after_three_pools_and_not_before():
     assert [one.verdict for one in found] == ["faulty"] * (3 * POOL) + ["fraud"]
 
 
+def hide(number: int, chance: float):
+    """Return residuals and positions of an audit that lies at some even places, and how many."""
+    sizes, positions, _ = audit(number, *SOUND)
+    rng = np.random.default_rng(1000 + number)
+    lies = (positions % 2 == 0) & (rng.random(PER_AUDIT) < chance)
+    return np.where(lies, np.minimum(20.0 * sizes, 2.0), sizes), positions, int(lies.sum())
+
+
+@pytest.mark.parametrize("sound", [0, 2, 2 * POOL])
+def test_an_accusation_that_rests_on_suspected_places_is_a_fault_and_not_paid(sound):
+    """The first block of a pool makes half of the places suspect; fewer lies follow there."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    lies = 0
+    for number in range(sound - sound % POOL + POOL):
+        chance = 0.0 if number < sound else 1.0 if number == sound else 0.2
+        sizes, positions, lied = hide(number, chance)
+        block = str(number)
+        life.update(NOISE, sizes, block=block, positions=positions.tolist(), batch_size=16)
+        lies += lied
+        if number > sound:
+            assert (life.evidence.verdict, life.evidence.faulty_places is None) == ("faulty", False)
+    assert life.evidence.credited <= life.evidence.n - lies
+
+
+def test_lies_that_hide_at_suspected_places_in_every_pool_are_fraud_after_four():
+    life = Life(alpha=1e-3, beta=1e-2)
+    verdicts = []
+    for number in range(4 * POOL + 1):
+        sizes, positions, _ = hide(number, 0.2 if number % POOL else 1.0)
+        block = str(number)
+        life.update(NOISE, sizes, block=block, positions=positions.tolist(), batch_size=16)
+        verdicts.append(life.evidence.verdict)
+    assert set(verdicts[:-1]) == {"faulty"}
+    assert verdicts[-1] == "fraud"
+
+
 def test_a_conviction_stays_when_the_fault_ends():
     found, _ = live([HALF] * (4 * POOL + 1) + [SOUND] * (9 * POOL))
     assert {one.verdict for one in found[4 * POOL :]} == {"fraud"}

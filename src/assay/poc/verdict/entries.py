@@ -113,8 +113,8 @@ class AccountEvidence(CanonicalModel):
             None where that is all of them, and in entries of before 0.4, as is the next one.
         strikes: Largest number of strikes that faulty pools had
             (:mod:`assay.poc.verdict.pool_faults`).
-        faulty_places: Places of the batch at which residuals of several audits together are large;
-            None without any. An entry has it beside its outcome.
+        faulty_places: Places of the batch at which residuals of several audits together are large,
+            or on which an accusation rests; None without any. An entry has it beside its outcome.
     """
 
     audits: Count = 0

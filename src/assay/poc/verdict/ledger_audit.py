@@ -212,8 +212,10 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
         entry = Entry.parse(text, "an entry")
         try:
             follows = state.take(entry, read_noise(connection, entry.law))
-            reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
             has_credit = has_credit or entry.outcome.credited is not None
+            if not has_credit:  # of before 0.4, when an accusation opened no fault
+                follows = follows.model_copy(update={"fault": state.life.called_fault})
+            reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
             if not reason and has_credit:  # of one version or later, as those before it
                 reason = _find_unequal(entry, follows, _OF_FAULTS)
         except AssayError as error:  # not a law, or one of which no test can be made

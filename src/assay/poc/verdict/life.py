@@ -70,7 +70,8 @@ class Life:
         self._n = 0
         self._pool: list[PooledAudit] = []
         self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
-        self._fault: Places | None = None  # those that the last look at a pool called faulty
+        self._called: Places | None = None  # those that the last look at a pool called faulty
+        self._fault: Places | None = None  # or that an accusation rests on
         self._faulty_pools: list[FaultyPool | None] = []
         self._strikes = 0
         self._uncredited = 0  # nonces at faulty places of complete pools
@@ -165,6 +166,7 @@ class Life:
             if isinstance(test.test, stats.SequentialTest):
                 self._open &= test.log_weight + test.test.honest_over() < -math.log(self.beta)
         pool = self._pool
+        needed = -math.log(self.alpha)
         if self._pooled_count >= PLACES:
             sizes, positions = (
                 np.concatenate([getattr(audit, name) for audit in pool])
@@ -173,11 +175,15 @@ class Life:
             place_result = stats.place_test(
                 sizes, positions, batch_size=batch_size, honest_size=1.0
             )
-            self._fault = place_result.bad_places if place_result.faulty else None
+            self._called = place_result.bad_places if place_result.faulty else None
+            # Residuals at suspected places convict nobody, so an accused node is not paid for them:
+            # lies in a part of half of the places would hide there for ever.
+            is_accused = any(test.log_weight + test.log_e >= needed for test in running)
+            is_excused = is_accused and place_result.suspected
+            self._fault = place_result.bad_places if is_excused else self._called
             ends = np.cumsum([len(audit.sizes) for audit in pool])[:-1]
             for audit, aside in zip(pool, np.split(place_result.set_aside, ends), strict=True):
                 audit.aside = aside
-        needed = -math.log(self.alpha)
         for test in running:
             if test.log_weight + test.log_e_max >= needed > test.log_e_held:
                 remaining = test.log_weight + min(self.held(test), test.log_e_max)
@@ -200,6 +206,11 @@ class Life:
         if fault is None:
             return 0
         return sum(int(np.count_nonzero(fault.contain(audit.positions))) for audit in self._pool)
+
+    @property
+    def called_fault(self) -> str | None:
+        """Places that the last look at a pool called faulty, whether or not the life is accused."""
+        return None if self._called is None else str(self._called)
 
     def held(self, test: "LifeTest") -> float:
         """Return the logarithm of what stands of a test's e-value without any one block and without

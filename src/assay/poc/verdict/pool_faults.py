@@ -7,8 +7,11 @@ strike, and `MOVED` strikes where its places are others than before, since a bro
 stays where it is. `STRIKES` of them are fraud. So no fault convicts in its first two pools, and
 none that stays at its places in its first three.
 
-A sound machine is called faulty in a pool with chance 10⁻⁴ at most, so it has three such pools
-among eight with chance 6·10⁻¹¹ at most, for each complete pool of its life.
+Of an account whose e-value is at its bound, places that are only suspected are a fault too: they
+are set aside, so they are not paid.
+
+A sound machine that is not accused is called faulty in a pool with chance 10⁻⁴ at most, so it has
+three such pools among eight with chance 6·10⁻¹¹ at most, for each complete pool of its life.
 """
 
 import math
