@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))  # for helpers of the tests: servers, receivers, c
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the option that all benchmarks share."""
-    made = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("-o", "--output", type=Path, help="write the result there as JSON")
-    return made
+    options.add_argument("-o", "--output", type=Path, help="write the result there as JSON")
+    return options
 
 
 def publish(name: str, figures: dict[str, object], output: Path | None) -> None:

@@ -61,6 +61,41 @@ OPTIONS = {
     "--scheduling-policy": "priority",
     "--disable-uvicorn-access-log": None,
 }
+BEGINNINGS = (
+    "import os\nimport sys\n\n",
+    "class Node{0}:\n    def __init__(self, ",
+    "for index in range({0}):\n    ",
+    "def main(argv=None):\n    parser = ",
+    "try:\n    import number{0}\nexcept ",
+    "with open(path{0}, 'rb') as ",
+    "    return np.array([{0}, ",
+    "raise ValueError(f'",
+    "@pytest.mark.parametrize('value{0}', ",
+    "async def fetch(session, url):\n    async with ",
+    "if __name__ == '__main__':\n    ",
+    "x = torch.zeros({0}, ",
+)
+MODULE = "vllm.entrypoints.openai.api_server"
+COMMAND_LINE = "vllm.entrypoints.cli.main"
+"""What ``vllm serve`` runs."""
+IMPORTED = (
+    MODULE,
+    COMMAND_LINE,
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3",
+    "assay.poc.vllm.endpoint_plugin",
+)
+CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
+"""What says where modules are found and which platform vLLM has, once they are imported."""
+BLOCK = "block-of-responses"
+NODE = "node"
+SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}
+ON_GPU = {
+    "--gpu-memory-utilization": "0.15",
+    "--kv-cache-memory-bytes": "8000000000",
+}  # many start at once
 
 
 def free_port():
@@ -243,11 +278,11 @@ class Server:
         deadline = time.monotonic() + timeout
         while True:
             status = self.get("/engine").json()
-            held = sum(
+            rows = sum(
                 worker["rows"] + worker["filled"] + worker["streams"]
                 for worker in status["workers"]
             )
-            if not (held or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
+            if not (rows or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
                 return status
             time.sleep(0.1)
 
@@ -274,22 +309,6 @@ def end_processes(processes, grace):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=10)
-
-
-BEGINNINGS = (
-    "import os\nimport sys\n\n",
-    "class Node{0}:\n    def __init__(self, ",
-    "for index in range({0}):\n    ",
-    "def main(argv=None):\n    parser = ",
-    "try:\n    import number{0}\nexcept ",
-    "with open(path{0}, 'rb') as ",
-    "    return np.array([{0}, ",
-    "raise ValueError(f'",
-    "@pytest.mark.parametrize('value{0}', ",
-    "async def fetch(session, url):\n    async with ",
-    "if __name__ == '__main__':\n    ",
-    "x = torch.zeros({0}, ",
-)
 
 
 async def chat_alone(url, index, *, tokens=24):
@@ -351,10 +370,10 @@ async def lines_of(response):
     """Yield the lines of a stream, which end at line feeds; httpx ends them at separators that a
     text may have, too.
     """
-    rest = b""
+    tail = b""
     async for part in response.aiter_bytes():
-        *whole, rest = (rest + part).split(b"\n")
-        for line in whole:
+        *complete, tail = (tail + part).split(b"\n")
+        for line in complete:
             yield line.decode()
 
 
@@ -380,29 +399,14 @@ async def answer(engine, ids, tokens, **options):
     prompt = {"type": "token", "prompt_token_ids": ids}
     started = time.perf_counter()
     first = None
-    found = []
+    pieces = []
     async for output in engine._client._llm.generate(prompt, sampling, uuid4().hex, **options):
         first = first or time.perf_counter() - started
-        found += output.outputs[0].token_ids
-    return found, first
+        pieces += output.outputs[0].token_ids
+    return pieces, first
 
 
 # Servers forked from one process that has imported vLLM.
-
-MODULE = "vllm.entrypoints.openai.api_server"
-COMMAND_LINE = "vllm.entrypoints.cli.main"
-"""What ``vllm serve`` runs."""
-IMPORTED = (
-    MODULE,
-    COMMAND_LINE,
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.qwen3",
-    "assay.poc.vllm.endpoint_plugin",
-)
-CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
-"""What says where modules are found and which platform vLLM has, once they are imported."""
 
 
 class ForkedServer(Server):
@@ -568,14 +572,6 @@ def serve():
 
 # Requests of mixed parameters, as clients send them, and the receipts of what is answered.
 
-BLOCK = "block-of-responses"
-NODE = "node"
-SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}
-ON_GPU = {
-    "--gpu-memory-utilization": "0.15",
-    "--kv-cache-memory-bytes": "8000000000",
-}  # many start at once
-
 
 def mixed(count, tokenizer, *, seed=0, tokens=(1, 80), drafts=False):
     """Return requests of mixed prompts and parameters, the first of them with one parameter of each
@@ -654,12 +650,15 @@ async def send_all(url, requests, *, at_once=8, **other):
     """Send requests, some at a time; ``stream`` alternates where it is not given."""
     async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
         gate = asyncio.Semaphore(at_once)
-        given = [
+        extras = [
             other if "stream" in other else other | {"stream": bool(i % 2)}
             for i in range(len(requests))
         ]
         return await asyncio.gather(
-            *(send(client, one, gate, **more) for one, more in zip(requests, given, strict=True))
+            *(
+                send(client, request, gate, **more)
+                for request, more in zip(requests, extras, strict=True)
+            )
         )
 
 
@@ -667,7 +666,7 @@ def receipts_of(server, request_id):
     """Return the receipts of a request, by index."""
     answer = server.client.get(f"/api/v1/receipts/{request_id}")
     answer.raise_for_status()
-    lines = [(dumps(one["receipt"]) + "\n").encode() for one in answer.json()["receipts"]]
+    lines = [(dumps(entry["receipt"]) + "\n").encode() for entry in answer.json()["receipts"]]
     return sorted((parse_receipt(line) for line in lines), key=lambda receipt: receipt.index)
 
 
@@ -682,7 +681,7 @@ def agreement(server, model, requests, wanted=None):
     """
     wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
     answers = asyncio.run(send_all(server.url, requests))
-    odd = [one for one in answers if one["status"] != 200]
+    odd = [reply for reply in answers if reply["status"] != 200]
     assert not odd, odd
     found = [receipts_of(server, request.request_id)[0] for request in requests]
     same = [
@@ -698,8 +697,8 @@ def agreement(server, model, requests, wanted=None):
         "requests": len(requests),
         "same_tokens": sum(same),
         "tokens": sum(len(receipt.output) for receipt in found),
-        "match_on_replay": sum(one.matches for one in replays)
-        / sum(len(one.margins) for one in replays),
+        "match_on_replay": sum(reply.matches for reply in replays)
+        / sum(len(reply.margins) for reply in replays),
         "largest_difference_of_sketches": max(distances, default=0.0),
         "different": [
             request.request_id for request, equal in zip(requests, same, strict=True) if not equal

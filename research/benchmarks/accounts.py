@@ -45,6 +45,10 @@ LAWS |= {
     name: stats.LogNoise(-3.2, sd) for name, sd in {"hardened": 0.43, "tokens-1": 0.28}.items()
 }
 CHEAT = {"share": 0.1, "multiple": 5.0}
+SHARES = (0.1, 0.2, 0.4, 1.0)
+NODES = 10
+WEEKS = 30
+FIRST = 1024  # of a prover that alternates
 
 
 def draw(law, shape, rng, share=0.0, multiple=1.0):
@@ -81,7 +85,7 @@ def convicted(law, alpha, audits, **cheat):
     ]
     noise = Noise(law, "true", SPREAD)
     return sum(
-        live(noise, *one, alpha=alpha)[0] < math.inf for one in zip(lives, places, strict=True)
+        live(noise, *life, alpha=alpha)[0] < math.inf for life in zip(lives, places, strict=True)
     )
 
 
@@ -99,11 +103,11 @@ def fitted(preset, law, nonces, share, rng):
         fit, error = fit_noise(get_pipeline(preset), honest)
         for name, scores in {"believed": "", "priced": pack_scores(honest, fit)}.items():
             test = sequential_test(Noise(fit, name, Spread(math.hypot(error, 0.03)), None, scores))
-            found = [
-                float(test.accusations(np.minimum(one, 2.0))[:, -1].mean())
-                for one in (audits, cheats)
+            laws = [
+                float(test.accusations(np.minimum(draws, 2.0))[:, -1].mean())
+                for draws in (audits, cheats)
             ]
-            shares[name].append(found)
+            shares[name].append(laws)
     return {
         name: {
             "accused": float(np.mean(ones, 0)[0]),
@@ -112,12 +116,6 @@ def fitted(preset, law, nonces, share, rng):
         }
         for name, ones in shares.items()
     }
-
-
-SHARES = (0.1, 0.2, 0.4, 1.0)
-NODES = 10
-WEEKS = 30
-FIRST = 1024  # of a prover that alternates
 
 
 def gains(law_of, honest, cheap, way, share, rng):
@@ -156,39 +154,54 @@ def gains(law_of, honest, cheap, way, share, rng):
 
 def alternating(groups, rng):
     """Return what each way of cheating gains with its best share, with its standard error."""
-    build = next(one for one in sound_builds(groups) if one.name == "2026-05 minimax-m2.7")
-    other = next(one for one in groups if one.model == "minimax-m2.7-awq-4bit").sets[0]
-    nonces = sorted(set.intersection(*(set(one.vectors) for one in (*build.sets, other))))
+    build = next(
+        build_of_month
+        for build_of_month in sound_builds(groups)
+        if build_of_month.name == "2026-05 minimax-m2.7"
+    )
+    cheap_set = next(
+        build_of_month
+        for build_of_month in groups
+        if build_of_month.model == "minimax-m2.7-awq-4bit"
+    ).sets[0]
+    nonces = sorted(
+        set.intersection(
+            *(set(build_of_month.vectors) for build_of_month in (*build.sets, cheap_set))
+        )
+    )
     judge = build.kinds.index("h100")
     node = [build.kinds.index(kind) for kind in ("b200", "a100")]
-    rest = [row for row in range(len(build.sets)) if row not in node]
-    pairs = itertools.combinations(range(len(rest)), 2)
-    apart = {(a, b): distances(build.sets[rest[a]], build.sets[rest[b]], nonces) for a, b in pairs}
-    measured = fit_machines(apart, [build.kinds[row] for row in rest], fit)
-    laws = [measured.predict_law(build.kinds[row], rest.index(judge)) for row in node]
+    remaining = [row for row in range(len(build.sets)) if row not in node]
+    pairs = itertools.combinations(range(len(remaining)), 2)
+    apart = {
+        (a, b): distances(build.sets[remaining[a]], build.sets[remaining[b]], nonces)
+        for a, b in pairs
+    }
+    measured = fit_machines(apart, [build.kinds[row] for row in remaining], fit)
+    laws = [measured.predict_law(build.kinds[row], remaining.index(judge)) for row in node]
     law_of = [
         Noise(law, "others", measured.spread, None, measured.scores, measured.widest)
         for law in laws
     ]
     honest = [distances(build.sets[row], build.sets[judge], nonces) for row in node]
-    cheap = [distances(other, build.sets[judge], nonces)] * 2
-    found = {}
-    for way in ("fixed", "blocks", "places", "epochs", "kinds", "keys"):
+    cheap = [distances(cheap_set, build.sets[judge], nonces)] * 2
+    results = {}
+    for pattern in ("fixed", "blocks", "places", "epochs", "kinds", "keys"):
         lives = {
-            share: [gains(law_of, honest, cheap, way, share, rng) for _ in range(NODES)]
+            share: [gains(law_of, honest, cheap, pattern, share, rng) for _ in range(NODES)]
             for share in SHARES
         }
         best = max(lives, key=lambda share: np.mean(lives[share]))
         error = float(np.std(lives[best], ddof=1) / NODES**0.5)
         of_share = {f"{share:g}": float(np.mean(ones)) for share, ones in lives.items()}
-        found[way] = {
+        results[pattern] = {
             "share": best,
             "gained": float(np.mean(lives[best])),
             "error": error,
             "of_share": of_share,
         }
-        print(way, found[way], flush=True)
-    return found
+        print(pattern, results[pattern], flush=True)
+    return results
 
 
 def main():
@@ -200,8 +213,8 @@ def main():
     pairs = []
     groups = builds_of(read_vector_sets(options.data))
     if options.alternating:
-        found = {"lives": NODES, "checked": WEEKS * CHECKED, "ways": alternating(groups, rng)}
-        publish("alternating", found, options.output)
+        results = {"lives": NODES, "checked": WEEKS * CHECKED, "ways": alternating(groups, rng)}
+        publish("alternating", results, options.output)
         return
     lives = {
         name: [convicted(law, 0.05, 24), convicted(law, 1e-3, 10, **CHEAT)]
@@ -209,17 +222,17 @@ def main():
     }
     cells = itertools.product(LAWS.items(), (256, 1024), (0.0, 0.02))
     fits = [
-        {"preset": one[0], "nonces": nonces, "large": share, **fitted(*one, nonces, share, rng)}
-        for one, nonces, share in cells
+        {"preset": cell[0], "nonces": nonces, "large": share, **fitted(*cell, nonces, share, rng)}
+        for cell, nonces, share in cells
     ]
     for group in (group for group in groups if group.faults):
         noise = _nearest_noise(group, sound_builds(groups))
         for pair, fault in ((group.pairs[rows], fault) for rows, fault in group.faults.items()):
             chosen = [rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(100)]
             values, places = (
-                [whole[one] for one in chosen] for whole in (pair.distances, pair.positions)
+                [columns[cell] for cell in chosen] for columns in (pair.distances, pair.positions)
             )
-            found = [
+            results = [
                 at if at < math.inf else None
                 for at in live(noise, values, places, batch_size=pair.batch_size)
             ]
@@ -227,8 +240,8 @@ def main():
                 {
                     "model": group.model,
                     "pattern": fault.pattern,
-                    "fraud": found[0],
-                    "faulty": found[1],
+                    "fraud": results[0],
+                    "faulty": results[1],
                 }
             )
     publish(

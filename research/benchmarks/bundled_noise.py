@@ -65,7 +65,7 @@ def upper_law(fit, n):
 
 def records(options):
     """One array per (preset, model, dtype, machine, batch shape and kernels)."""
-    found = {}
+    by_engine = {}
     nonces = options.nonces
     engines = [(size, "sdpa") for size in SHAPES] + (
         [(SHAPES[0], "eager")] if options.kernels else []
@@ -84,8 +84,8 @@ def records(options):
             note(f"{preset} {reference} {dtype} {name}")
             vectors = get_pipeline(preset).output == "vector"
             values = np.stack([r.vector for r in proof.records]) if vectors else proof.distances
-            found[f"{preset}|{reference}|{dtype}|{name}"] = values.astype(np.float64)
-    return found
+            by_engine[f"{preset}|{reference}|{dtype}|{name}"] = values.astype(np.float64)
+    return by_engine
 
 
 def pooled(found, preset, one, two):
@@ -102,7 +102,7 @@ def pooled(found, preset, one, two):
 
 def replayed(options, preset):
     """Residuals of one preset by pair of dtypes, of proofs and replays in all of them."""
-    found = {}
+    by_engine = {}
     nonces = range(options.nonces)
     for reference in MODELS:
         models = {
@@ -112,16 +112,18 @@ def replayed(options, preset):
         for dtype, model in models.items():
             engine = HFEngine(model, batch_size=len(nonces))
             proof = prove(model, round, nonces, engine=engine)
-            for (other, validator), kernels in itertools.product(models.items(), ("sdpa", "eager")):
+            for (other_dtype, validator), kernels in itertools.product(
+                models.items(), ("sdpa", "eager")
+            ):
                 validator.module.set_attn_implementation(kernels)
-                note(f"{preset} {reference} {dtype} by {other} {kernels}")
+                note(f"{preset} {reference} {dtype} by {other_dtype} {kernels}")
                 judge = HFEngine(validator, batch_size=len(nonces))
                 batches = compute(judge, proof.header.pipeline, round.inputs(nonces), proof.records)
                 again = [record for batch in batches for record in batch]
-                pair = "/".join(sorted((dtype, other)))
-                found.setdefault(pair, []).append(residuals(proof.records, again))
+                pair = "/".join(sorted((dtype, other_dtype)))
+                by_engine.setdefault(pair, []).append(residuals(proof.records, again))
                 validator.module.set_attn_implementation("sdpa")
-    return {pair: np.concatenate(parts) for pair, parts in found.items()}
+    return {pair: np.concatenate(parts) for pair, parts in by_engine.items()}
 
 
 def accused(pipeline, errors, rng):
@@ -151,30 +153,30 @@ def main():
     options = arguments.parse_args()
     presets = options.presets
     options.presets = [preset for preset in presets if not get_pipeline(preset).steps]
-    found = records(options)
+    all_records = records(options)
     if options.save:
-        np.savez_compressed(options.save, **found)
+        np.savez_compressed(options.save, **all_records)
         return
     if options.others:
         with np.load(options.others) as others:
-            found |= {name: others[name] for name in others.files}
+            all_records |= {name: others[name] for name in others.files}
     laws = {}
     measured = []
     for preset in presets:
         errors_by_pair = replayed(options, preset) if get_pipeline(preset).steps else None
         pipeline = get_pipeline(preset)
-        for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
+        for first, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
             if errors_by_pair is None:
-                errors = pooled(found, preset, one, two)
+                errors = pooled(all_records, preset, first, two)
             else:
-                errors = errors_by_pair[f"{one}/{two}"]
+                errors = errors_by_pair[f"{first}/{two}"]
             fit = fit_noise(pipeline, errors)
             law = upper_law(fit, len(errors))
-            laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = law_as_dict(law.scaled(MARGIN))
+            laws.setdefault(pipeline.noise, {})[f"{first}/{two}"] = law_as_dict(law.scaled(MARGIN))
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
             row = {
                 "preset": preset,
-                "pair": f"{one}/{two}",
+                "pair": f"{first}/{two}",
                 "n": len(errors),
                 "confidence": CONFIDENCE,
             }
@@ -183,7 +185,7 @@ def main():
                 "accused": accused(pipeline, errors, np.random.default_rng(0)),
             }
             measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
-    engines = sorted({name.split("|")[3] for name in found})
+    engines = sorted({name.split("|")[3] for name in all_records})
     publish(
         "default_noise",
         {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws},

@@ -215,20 +215,28 @@ def measure(preset, full, halved, options):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--model", default="reference:qwen3")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--presets", nargs="*")
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--prompt", type=int, default=256)
-    made.add_argument("--steps", type=int, default=256)
-    made.add_argument("--nonces", type=int, default=64)
-    made.add_argument("--cheated", type=int, default=32, help="nonces of every cheat")
-    made.add_argument("--finetuned", type=int, default=20, help="steps of a stale checkpoint")
-    made.add_argument("--validator", default="float32", help="whose honest law cheats are held to")
-    made.add_argument("--validators", nargs="*", default=VALIDATORS, help="of honest pairs")
-    made.add_argument("--cheats", nargs="*", default=[""], help="parts of the names of cheats")
-    options = made.parse_args()
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--model", default="reference:qwen3")
+    options_parser.add_argument("--device", default="cpu")
+    options_parser.add_argument("--presets", nargs="*")
+    options_parser.add_argument("--batch-size", type=int, default=16)
+    options_parser.add_argument("--prompt", type=int, default=256)
+    options_parser.add_argument("--steps", type=int, default=256)
+    options_parser.add_argument("--nonces", type=int, default=64)
+    options_parser.add_argument("--cheated", type=int, default=32, help="nonces of every cheat")
+    options_parser.add_argument(
+        "--finetuned", type=int, default=20, help="steps of a stale checkpoint"
+    )
+    options_parser.add_argument(
+        "--validator", default="float32", help="whose honest law cheats are held to"
+    )
+    options_parser.add_argument(
+        "--validators", nargs="*", default=VALIDATORS, help="of honest pairs"
+    )
+    options_parser.add_argument(
+        "--cheats", nargs="*", default=[""], help="parts of the names of cheats"
+    )
+    options = options_parser.parse_args()
     torch.manual_seed(0)
     chain, ours = (f"{name}-{options.steps}" for name in ("chain-decode", "decode"))
     presets = options.presets or [chain, "artifact", "tokens-1", ours]

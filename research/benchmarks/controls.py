@@ -48,25 +48,33 @@ def leave_one_out(build, cheats, controls, rng):
     """Return what is seen of every machine that is left out, with so many controls, by sort of
     audit.
     """
-    nonces = sorted(set.intersection(*(set(one.vectors) for one in build.sets)))
+    nonces = sorted(set.intersection(*(set(vector_set.vectors) for vector_set in build.sets)))
     apart = {
         (i, j): distances(build.sets[i], build.sets[j], nonces)
         for i, j in itertools.permutations(range(len(build.sets)), 2)
     }
-    found = []
+    results = []
     for machine in range(len(build.sets)):
-        rest = [row for row in range(len(build.sets)) if row != machine]
+        remaining = [row for row in range(len(build.sets)) if row != machine]
         usual = {
-            row: float(np.median([np.median(apart[other, row]) for other in rest if other != row]))
-            for row in rest
+            row: float(
+                np.median(
+                    [
+                        np.median(apart[row_beside, row])
+                        for row_beside in remaining
+                        if row_beside != row
+                    ]
+                )
+            )
+            for row in remaining
         }  # known before a node is judged
 
-        def beside(judge, *others, rest=rest):
+        def beside(judge, *others, remaining=remaining):
             """Return a judge and the machines that compute beside it, of other kinds where there
             are enough.
             """
             alike = {build.kinds[row] for row in (judge, *others)}
-            known = [row for row in rest if row not in (judge, *others)]
+            known = [row for row in remaining if row not in (judge, *others)]
             foreign = [row for row in known if build.kinds[row] not in alike]
             return [
                 judge,
@@ -86,38 +94,38 @@ def leave_one_out(build, cheats, controls, rng):
                 of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, powers=powers
             )
 
-        pairs = list(itertools.combinations(range(len(rest)), 2))
+        pairs = list(itertools.combinations(range(len(remaining)), 2))
         if controls:  # machines of a kind are alike, and say little of each other's nonces
             pairs = [
-                (a, b) for a, b in pairs if build.kinds[rest[a]] != build.kinds[rest[b]]
+                (a, b) for a, b in pairs if build.kinds[remaining[a]] != build.kinds[remaining[b]]
             ] or pairs
-        scores = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}
+        scores = {(a, b): apart[remaining[a], remaining[b]] for a, b in pairs}
         powers = ()
         if controls:
-            both = {}
+            of_both = {}
             for a, b in pairs:
                 node, judge = (
-                    (rest[a], rest[b]) if (a + b) % 2 else (rest[b], rest[a])
+                    (remaining[a], remaining[b]) if (a + b) % 2 else (remaining[b], remaining[a])
                 )  # each is a node
                 rows = beside(judge, node)
-                both[a, b] = rows, np.stack([apart[node, row] for row in rows])
+                of_both[a, b] = rows, np.stack([apart[node, row] for row in rows])
             over = [
                 (
                     node_EN / [[usual[row]] for row in rows],
                     between(rows) / np.median(between(rows), axis=1, keepdims=True),
                 )
-                for rows, node_EN in both.values()
+                for rows, node_EN in of_both.values()
             ]
             powers = Control.measured(over, of="", dtypes=[""] * controls).powers
             scores = {
                 pair: control_of(rows, powers).scores(node_EN, between(rows))
-                for pair, (rows, node_EN) in both.items()
+                for pair, (rows, node_EN) in of_both.items()
             }
-        noise = fit_machines(scores, [build.kinds[row] for row in rest], fit)
+        noise = fit_machines(scores, [build.kinds[row] for row in remaining], fit)
         seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": sum(powers)}
         found_by_sort = {"honest": [], "x1.4": []} | {name: [] for name in cheats}
-        for judge in rest:
-            law = noise.predict_law(build.kinds[machine], rest.index(judge))
+        for judge in remaining:
+            law = noise.predict_law(build.kinds[machine], remaining.index(judge))
             test = sequential_test(Noise(law, "", noise.spread, EFFECT, noise.scores, noise.widest))
             rows = beside(judge)
 
@@ -127,10 +135,14 @@ def leave_one_out(build, cheats, controls, rng):
 
             of_sort = {"honest": lambda row, machine=machine: apart[machine, row], "x1.4": larger}
             for name, sets in cheats.items():
-                complete = [one for one in sets if set(nonces) <= set(one.vectors)]
+                complete = [
+                    vector_set for vector_set in sets if set(nonces) <= set(vector_set.vectors)
+                ]
                 of_sort |= {
-                    f"{name}/{i}": lambda row, one=one: distances(one, build.sets[row], nonces)
-                    for i, one in enumerate(complete)
+                    f"{name}/{i}": lambda row, vector_set=vector_set: distances(
+                        vector_set, build.sets[row], nonces
+                    )
+                    for i, vector_set in enumerate(complete)
                 }
             for name, distances_of in of_sort.items():
                 node_EN = np.stack([distances_of(row) for row in rows])
@@ -143,17 +155,17 @@ def leave_one_out(build, cheats, controls, rng):
                 found_by_sort[name.split("/")[0]] += caught_at(
                     test, drawn(rng, values, audits, checked)
                 ).tolist()
-        found.append(seen | found_by_sort)
-    return found
+        results.append(seen | found_by_sort)
+    return results
 
 
 def summary(found, name):
     """Return the share accused with its interval over machines, and after how many nonces cheats
     are caught.
     """
-    every = np.concatenate([one[name] for one in found])
+    every = np.concatenate([result[name] for result in found])
     if name == "honest":
-        shares = [float(np.mean(np.isfinite(one[name]))) for one in found]
+        shares = [float(np.mean(np.isfinite(result[name]))) for result in found]
         low, high = stats.grouped_share_interval(shares, range(len(shares)))
         return {
             "audits": every.size,
@@ -180,20 +192,28 @@ def main():
     rng = np.random.default_rng(0)
     builds = []
     groups = builds_of(read_vector_sets(options.data))
-    for build in (one for one in sound_builds(groups) if len(one.sets) >= 4):
-        same = [one for one in groups if (one.family, one.round) == (build.family, build.round)]
-        cheats = {group.model: group.sets for group in same if group.model != build.model}
+    for build in (
+        build_of_month for build_of_month in sound_builds(groups) if len(build_of_month.sets) >= 4
+    ):
+        of_round = [
+            build_of_month
+            for build_of_month in groups
+            if (build_of_month.family, build_of_month.round) == (build.family, build.round)
+        ]
+        cheats = {group.model: group.sets for group in of_round if group.model != build.model}
         for controls in (0, 1, 2) if len(build.sets) > 4 else (0, 1):
-            found = leave_one_out(build, cheats, controls, rng)
+            results = leave_one_out(build, cheats, controls, rng)
             names = [
-                name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)
+                name
+                for name in ("honest", "x1.4", *cheats)
+                if any(build_of_month[name] for build_of_month in results)
             ]
             row = {"build": build.name, "machines": len(build.sets), "controls": controls}
             row |= {
-                key: float(np.mean([one[key] for one in found]))
+                key: float(np.mean([build_of_month[key] for build_of_month in results]))
                 for key in ("sd", "spread", "power")
             }
-            builds.append(row | {name: summary(found, name) for name in names})
+            builds.append(row | {name: summary(results, name) for name in names})
             print(builds[-1], flush=True)
     publish(
         "controls",

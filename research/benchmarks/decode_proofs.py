@@ -38,15 +38,15 @@ def cost(model, round, batch_size, options):
     times = {"prover": [], "verifier": []}
     for turn in range(options.turns + 1):
         nonces = range(turn * batch_size, (turn + 1) * batch_size)
-        made, proof = timed(lambda: prove(model, round, nonces, engine=engine))  # noqa: B023
+        proof_and_time, proof = timed(lambda: prove(model, round, nonces, engine=engine))  # noqa: B023
         checked, _ = timed(
             lambda: list(
                 compute(engine, proof.header.pipeline, round.inputs(nonces), proof.records)  # noqa: B023
             )
         )
-        note(f"prover {made:.2f} s, verifier {checked:.2f} s")
+        note(f"prover {proof_and_time:.2f} s, verifier {checked:.2f} s")
         if turn:
-            times["prover"].append(made)
+            times["prover"].append(proof_and_time)
             times["verifier"].append(checked)
     ratios = [b / a for a, b in zip(times["prover"], times["verifier"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -65,7 +65,7 @@ def cheats(model, round, batch_size, options):
     engine = HFEngine(model, batch_size=batch_size, seq_len=options.seq_len)
     size = {"batch_size": batch_size}
     layers = model.num_layers
-    made = {
+    cheating_models = {
         "honest": lambda: honest,
         "draft: 8-bit weights": lambda: drafted(honest, model, rounded(model, 8), **size),
         "draft: 4-bit weights": lambda: drafted(honest, model, rounded(model, 4), **size),
@@ -82,7 +82,7 @@ def cheats(model, round, batch_size, options):
     }
     rows = []
     base = None
-    for name, make in made.items():
+    for name, make in cheating_models.items():
         proof = make()
         inputs = honest.round.inputs([record.nonce for record in proof.records])
         batches = compute(engine, honest.header.pipeline, inputs, proof.records)

@@ -213,13 +213,13 @@ def _summary(parts, times, name):
     """Floors from the times: of all layers for all positions, and of the work that prove does."""
     count = len(parts.layers) - 1
     copied = count * parts.rows * sum(parts.bytes_of_a_layer(name).values())
-    whole = {
+    summary = {
         part: times[part] * (count + 1) / count for part in ("products", "attention", "traffic")
     }
-    whole["in_order"] = (times["in_order"] - times["last_products"]) * (count + 1) / count
+    summary["in_order"] = (times["in_order"] - times["last_products"]) * (count + 1) / count
     prove = times | {"products": times["products"] + times["last_products"]}
     figures = {"copy_tb_per_second": round(copied / times["traffic"] / 1e12, 3)}
-    for work, spent in (("whole", whole), ("prove", prove)):
+    for work, spent in (("whole", summary), ("prove", prove)):
         alone = spent["products"] + spent["attention"]
         figures[work] = {
             **{

@@ -137,22 +137,22 @@ def bits(proof):
 def checks(model, engine, round, nonces):
     """Same bits in every place and again; and how far the engine's kernels are from eager ones."""
     size = engine.batch_size
-    whole, again = (prove(model, round, nonces[: 2 * size], engine=engine) for _ in range(2))
+    complete, again = (prove(model, round, nonces[: 2 * size], engine=engine) for _ in range(2))
     moved = prove(model, round, nonces[5 : size + 5 : 3], engine=engine)
     eager = prove(
         model, round, nonces[: 2 * size], engine=HFEngine(model, batch_size=size, seq_len=SEQ_LEN)
     )
-    errors = np.subtract(whole.distances, eager.distances)
+    errors = np.subtract(complete.distances, eager.distances)
     return {
         "fingerprint": engine.fingerprint.as_dict(),
-        "same_bits_again": bits(whole) == bits(again),
-        "same_bits_in_any_place": bits(moved) == bits(whole)[5 : size + 5 : 3],
+        "same_bits_again": bits(complete) == bits(again),
+        "same_bits_in_any_place": bits(moved) == bits(complete)[5 : size + 5 : 3],
         "residual_against_eager_rms": round_to(np.sqrt(np.mean(errors**2))),
         "default_noise_sigma": round_to(
             bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16").size
         ),  # of bfloat16
-        "valid_rate": whole.valid_rate,
-        "sha256_of_distances": hashlib.sha256(np.asarray(whole.distances).tobytes()).hexdigest(),
+        "valid_rate": complete.valid_rate,
+        "sha256_of_distances": hashlib.sha256(np.asarray(complete.distances).tobytes()).hexdigest(),
     }
 
 
@@ -195,9 +195,9 @@ def measure(options):
         )
         started[f"prove {name}"] = round_to(first, 3)
     note(f"{reference}: first calls {started}")
-    one = event_seconds(lambda: forward("eager"))
-    nonces = range(batch * max(4, int(options.seconds / one)))
-    repeats = max(2, int(options.seconds / 2 / one))
+    eager_seconds = event_seconds(lambda: forward("eager"))
+    nonces = range(batch * max(4, int(options.seconds / eager_seconds)))
+    repeats = max(2, int(options.seconds / 2 / eager_seconds))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "proof.jsonl"
 
@@ -252,26 +252,26 @@ def measure(options):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--model", default="shape:qwen3-0.6b")
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--model", default="shape:qwen3-0.6b")
+    options_parser.add_argument(
         "--formats", nargs="*", choices=FORMATS, default=["float8"], help="beside bfloat16"
     )
-    made.add_argument("--preset", default="poc-2.0")
-    made.add_argument(
+    options_parser.add_argument("--preset", default="poc-2.0")
+    options_parser.add_argument(
         "--batch-size", type=int, default=0, help="0 takes what prove takes by itself"
     )
-    made.add_argument("--seconds", type=float, default=3.0, help="of every timing")
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument(
+    options_parser.add_argument("--seconds", type=float, default=3.0, help="of every timing")
+    options_parser.add_argument("--rounds", type=int, default=3)
+    options_parser.add_argument(
         "--layers", type=int, default=0, help="take that many of the first layers; 0 takes all"
     )
-    made.add_argument(
+    options_parser.add_argument(
         "--skip-whole",
         action="store_true",
         help="leave out the slow compilation of the whole decoder",
     )
-    options = made.parse_args()
+    options = options_parser.parse_args()
     publish("gpu_prove", measure(options), options.output)
 
 

@@ -50,7 +50,10 @@ HONEST = (24, 16)  # audits of an honest life, and nonces of each
 def published(records):
     """Return what records publish, [N, K]."""
     return np.array(
-        [np.atleast_1d(one.vector if one.vector is not None else one.distance) for one in records]
+        [
+            np.atleast_1d(record.vector if record.vector is not None else record.distance)
+            for record in records
+        ]
     )
 
 
@@ -123,13 +126,13 @@ def convicted(noise, drawn):
     values, of_block, nonces = drawn
     test = sequential_test(noise, alpha=ALPHA * 0.9)  # the share of the first test
     suspected = test.accusations(values.reshape(len(values), -1))[:, -1]
-    found = np.zeros(len(values), dtype=bool)
+    is_convicted = np.zeros(len(values), dtype=bool)
     for row in np.flatnonzero(suspected):
         life = Life(alpha=ALPHA, beta=1e-2)
-        for one, block, places in zip(values[row], of_block[row], nonces[row], strict=True):
-            life.update(noise, one, block=str(block), positions=places, batch_size=32)
-            found[row] |= life.evidence.verdict == "fraud"
-    return float(suspected.mean()), found
+        for value, block, places in zip(values[row], of_block[row], nonces[row], strict=True):
+            life.update(noise, value, block=str(block), positions=places, batch_size=32)
+            is_convicted[row] |= life.evidence.verdict == "fraud"
+    return float(suspected.mean()), is_convicted
 
 
 def cells(cell):
@@ -140,49 +143,59 @@ def cells(cell):
 def rows_of(reference, preset, options):
     """Yield what is seen under one law after the other."""
     with TemporaryDirectory() as folder:
-        values, engines, known = compute(
+        values, engines, engines_known = compute(
             reference, preset, Path(folder) / "frame.safetensors", options
         )
     pipeline = get_pipeline(preset)
     blocks = options.blocks
     pairs = (("bfloat16", "float16"), ("float16", "bfloat16"))
-    judges = [(name, ("float32", other)) for name, other in pairs]
-    judges += [(name, (f"{name} eager", "float32", other)) for name, other in pairs]
+    judges = [(name, ("float32", validator_dtype)) for name, validator_dtype in pairs]
+    judges += [
+        (name, (f"{name} eager", "float32", validator_dtype)) for name, validator_dtype in pairs
+    ]
     for name, judge in judges:
-        own, *again = judge
-        of_all = [values[other] for other in judge]
+        prover, *again = judge
+        of_all = [values[validator_dtype] for validator_dtype in judge]
         node_EBN, cheap_EBN = (
-            np.stack([apart(node, other) for other in of_all])
+            np.stack([apart(node, validator_dtype) for validator_dtype in of_all])
             for node in (values[name], cheap(values[name], values["float32"]))
         )
         between_PBN = np.stack([apart(*pair) for pair in combinations(of_all, 2)])
-        machines = describe_machines([engines[name], engines[own]])
+        machines = describe_machines([engines[name], engines[prover]])
         for law in range(LAWS):
             for shuffled in (False, True):
                 rng = np.random.default_rng(law)
                 order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
                 node, cheat, between = (
-                    one.reshape(len(one), -1)[:, order].reshape(one.shape)
-                    for one in (node_EBN, cheap_EBN, between_PBN)
+                    values_of_kind.reshape(len(values_of_kind), -1)[:, order].reshape(
+                        values_of_kind.shape
+                    )
+                    for values_of_kind in (node_EBN, cheap_EBN, between_PBN)
                 )
                 chosen = rng.permutation(blocks)
                 of_law = chosen[: blocks // 3]
                 others = chosen[blocks // 3 :]
-                of_laws = [one[:, of_law].reshape(len(one), -1) for one in (node, between)]
+                of_laws = [
+                    values_of_kind[:, of_law].reshape(len(values_of_kind), -1)
+                    for values_of_kind in (node, between)
+                ]
                 formats = [build.partition(" ")[0] for build in judge]
                 ways = {"residuals": (None, node[0], cheat[0])} if len(again) == 1 else {}
                 if control := Control.measured([of_laws], of=formats[0], dtypes=formats[1:]):
                     flat = [
-                        [one.reshape(len(one), -1) for one in (residuals, between)]
+                        [
+                            values_of_kind.reshape(len(values_of_kind), -1)
+                            for values_of_kind in (residuals, between)
+                        ]
                         for residuals in (node, cheat)
                     ]
                     scores = (control.scores(*two).reshape(node[0].shape) for two in flat)
                     ways[("scores", "two controls")[len(again) - 1]] = control, *scores
-                for way, (used, values_BN, cheap_BN) in ways.items():
+                for method, (used, values_BN, cheap_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
-                    build = fit_build(measured, machines, pipeline, **known, control=used)
-                    noise = build.noise_between("", engines[own])
-                    suspected, found = convicted(
+                    build = fit_build(measured, machines, pipeline, **engines_known, control=used)
+                    noise = build.noise_between("", engines[prover])
+                    suspected, is_convicted = convicted(
                         noise, lives(values_BN, others, HONEST, LIVES, rng)
                     )
                     drawn = lives(values_BN, others, options.cheat, CHEATS, rng, cheap_BN=cheap_BN)
@@ -190,8 +203,8 @@ def rows_of(reference, preset, options):
                     row = {
                         "model": reference,
                         "preset": preset,
-                        "formats": [name, own],
-                        "values": way,
+                        "formats": [name, prover],
+                        "values": method,
                         "law": law,
                     }
                     sizes = np.abs(values_BN)
@@ -206,38 +219,40 @@ def rows_of(reference, preset, options):
                         "suspected": suspected,
                         "tails": tails,
                     }
-                    yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
+                    yield row | {
+                        "convicted": int(is_convicted.sum()),
+                        "caught": float(caught.mean()),
+                    }
 
 
 def main():
-    made = parser(__doc__)
+    options_parser = parser(__doc__)
     found = []
-    made.add_argument("--models", nargs="+", default=MODELS)
-    made.add_argument("--presets", nargs="+", default=PRESETS)
-    made.add_argument("--seq-len", type=int, default=256)
-    made.add_argument("--blocks", type=int, default=48)
-    made.add_argument(
+    options_parser.add_argument("--models", nargs="+", default=MODELS)
+    options_parser.add_argument("--presets", nargs="+", default=PRESETS)
+    options_parser.add_argument("--seq-len", type=int, default=256)
+    options_parser.add_argument("--blocks", type=int, default=48)
+    options_parser.add_argument(
         "--cheat", type=int, nargs=2, default=(20, 8), help="audits of its life, and nonces of each"
     )
-    made.add_argument("--device", default="cpu")
-    made.add_argument(
+    options_parser.add_argument("--device", default="cpu")
+    options_parser.add_argument(
         "--at-once", type=int, default=1, help="models and presets, each in a process of its own"
     )
-    options = made.parse_args()
-    every = [(*one, options) for one in product(options.models, options.presets)]
+    options = options_parser.parse_args()
+    every = [(*cell, options) for cell in product(options.models, options.presets)]
     with ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn")) as pool:
         for (reference, preset, _), rows in zip(every, pool.map(cells, every), strict=True):
             found += rows
-            note(
-                f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far"
-            )
+            convicted_cells = sum(cell["convicted"] for cell in found)
+            note(f"{reference}, {preset}: {convicted_cells} convicted so far")
     table = []
     key = itemgetter("preset", "values", "shuffled")
-    for (preset, way, shuffled), group in groupby(sorted(found, key=key), key):
-        counts, caught = zip(*((one["convicted"], one["caught"]) for one in group), strict=True)
+    for (preset, method, shuffled), group in groupby(sorted(found, key=key), key):
+        counts, caught = zip(*((cell["convicted"], cell["caught"]) for cell in group), strict=True)
         row = {
             "preset": preset,
-            "values": way,
+            "values": method,
             "shuffled": shuffled,
             "laws": len(counts),
             "lives": LIVES * len(counts),

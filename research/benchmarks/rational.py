@@ -62,18 +62,18 @@ LOOKS = 4
 
 def laws():
     """Return the laws by name: what honest nonces have, and the noise that is fitted to it."""
-    found = {}
+    by_model = {}
     for model, quantile in QUANTILES.items():
 
         def gap(sd, quantile=quantile):
             law = stats.LogNoise(MEDIAN, sd)
             return float(law.survival(np.array([law.size * quantile]))[0]) - 0.01
 
-        found[f"{model}, tokens-1"] = stats.LogNoise(MEDIAN, float(brentq(gap, 0.01, 2.0)))
-    found["qwen3, poc-2.0"] = stats.ScaleNoise(1.8e-4, 4.0)
+        by_model[f"{model}, tokens-1"] = stats.LogNoise(MEDIAN, float(brentq(gap, 0.01, 2.0)))
+    by_model["qwen3, poc-2.0"] = stats.ScaleNoise(1.8e-4, 4.0)
     rng = np.random.default_rng(0)
     noises = {}
-    for name, law in found.items():
+    for name, law in by_model.items():
         honest = draw_sizes(law, 1024, rng)
         fitted, error = fit_noise(get_pipeline("poc-2.0" if "poc" in name else "tokens-1"), honest)
         spread = Spread(math.hypot(error, 0.036))
@@ -93,16 +93,16 @@ def search(way, noise, truth, multiples, rng, *, tries, lives):
         results = [live(strategy, noise, rng, truth=truth, looks=LOOKS) for _ in range(count)]
         return paid_share(strategy, results), results
 
-    means = [float(paid(one, 2)[0].mean()) for one in chosen]
+    means = [float(paid(candidate, 2)[0].mean()) for candidate in chosen]
     # Where nothing is paid, small shares come first: they are the next ones to be.
     order = sorted(range(len(chosen)), key=lambda at: (-means[at], chosen[at].share))
     best = [chosen[at] for at in order[:KEEP]]
-    means = [float(paid(one, lives // 4)[0].mean()) for one in best]
+    means = [float(paid(candidate, lives // 4)[0].mean()) for candidate in best]
     strategy = best[int(np.argmax(means))]
     shares, results = paid(strategy, lives)
-    cheap = np.array([one.cheap / one.nonces for one in results])
-    some = cheap > 0
-    parts = np.clip(shares[some] / cheap[some], 0.0, 1.0)
+    cheap = np.array([candidate.cheap / candidate.nonces for candidate in results])
+    is_cheap = cheap > 0
+    parts = np.clip(shares[is_cheap] / cheap[is_cheap], 0.0, 1.0)
     ends = stats.grouped_share_interval(parts, range(len(parts)))
     low, high = (end * float(cheap.mean()) for end in ends)
     return {
@@ -113,8 +113,8 @@ def search(way, noise, truth, multiples, rng, *, tries, lives):
         "cheap": float(cheap.mean()),
         "paid_cheap": float(shares.mean()),
         "interval": [low, high],
-        "convicted": sum(one.convicted < math.inf for one in results),
-        "faulty_at_end": sum(one.faulty for one in results),
+        "convicted": sum(candidate.convicted < math.inf for candidate in results),
+        "faulty_at_end": sum(candidate.faulty for candidate in results),
     }
 
 
@@ -131,12 +131,12 @@ def main():
         if options.laws and name not in options.laws:
             continue
         kinds = {"large": LARGE} | ({"small": SMALL} if options.small else {})
-        for way in options.ways:
+        for method in options.ways:
             rng = np.random.default_rng(len(rows))
             of = {"tries": options.tries, "lives": options.lives}
             for kind, multiples in kinds.items():
-                row = {"law": name, "way": way, "multiples": kind}
-                row |= search(way, noise, truth, multiples, rng, **of)
+                row = {"law": name, "way": method, "multiples": kind}
+                row |= search(method, noise, truth, multiples, rng, **of)
                 rows.append(row)
                 print(row, flush=True)
         worst = max(row["interval"][1] for row in rows if row["multiples"] == "large")

@@ -61,6 +61,9 @@ KEY = "redteam-" + "k" * 20
 HONEST = 12
 PAUSE = 0.4  # callbacks while an attacker holds what it holds, and seconds between two
 Address = tuple[str, int]
+TOKENS = (
+    b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'
+).split(b"|")
 
 
 def own_address() -> str | None:
@@ -115,15 +118,15 @@ def again(stop: threading.Event, pause: float, step: Callable[..., object], *giv
 
 def slow_heads(address: Address, stop: threading.Event) -> list[socket.socket]:
     """256 heads of which a byte comes now and then."""
-    held = [connect(address, b"GET /health HTTP/1.1\r\na: ") for _ in range(256)]
+    connections = [connect(address, b"GET /health HTTP/1.1\r\na: ") for _ in range(256)]
 
     def drip() -> None:
-        for connection in held:
+        for connection in connections:
             with suppress(OSError):
                 connection.send(b"b")
 
     again(stop, 1.0, drip)
-    return held
+    return connections
 
 
 def pipelined(address: Address, stop: threading.Event) -> list[socket.socket]:
@@ -145,8 +148,8 @@ def open_and_close(address: Address, stop: threading.Event) -> list[socket.socke
     """Some hundred connections a second, closed with a reset as soon as they are open."""
 
     def open_one() -> None:
-        with connect(address, b"GET /hea") as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        with connect(address, b"GET /hea") as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
     again(stop, 0.002, open_one)
     return []
@@ -199,7 +202,7 @@ def attack(
     refused = 0
     slowest = 0.0
     before = resident(server.pid)
-    held = hold((place, server.port), stop)
+    held_open = hold((place, server.port), stop)
     try:
         for number in range(HONEST):
             body = json.dumps(
@@ -211,16 +214,16 @@ def attack(
             time.sleep(PAUSE)
     finally:
         stop.set()
-        for connection in held:
+        for connection in held_open:
             connection.close()
-    found = {
+    result = {
         "attack": hold.__name__,
         "refused": refused,
         "of": HONEST,
         "slowest_health": round(slowest, 3),
     }
-    found |= {"mib_before": before, "mib_after": resident(server.pid)}
-    return found | {"held": refused <= 1 and slowest <= 1.0}
+    result |= {"mib_before": before, "mib_after": resident(server.pid)}
+    return result | {"held": refused <= 1 and slowest <= 1.0}
 
 
 @contextmanager
@@ -267,10 +270,10 @@ def samples(directory: Path, model: Any) -> dict[str, tuple[bytes, Callable[[Pat
     save_file(factors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "peft_type": "LORA"}')
     save_file({"a": torch.ones(4)}, directory / "model.safetensors")
-    found = readers(directory)
-    for name, read in found.items():
+    paths = readers(directory)
+    for name, read in paths.items():
         read(directory / name)  # as it is
-    return {name: ((directory / name).read_bytes(), read) for name, read in found.items()}
+    return {name: ((directory / name).read_bytes(), read) for name, read in paths.items()}
 
 
 def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
@@ -291,11 +294,6 @@ def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
         "adapter_config.json": lambda path: load_adapter(path.parent),
         "model.safetensors": lambda path: list_tensors(path.parent),
     }
-
-
-TOKENS = (
-    b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'
-).split(b"|")
 
 
 def changed(whole: bytes, chance: random.Random) -> bytes:
@@ -344,13 +342,13 @@ def read_changed(
             except BaseException as error:
                 fault = f"{type(error).__name__}: {error}"[:300]
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10
-    found = {
+    result = {
         "attack": f"files like {name}",
         "read": counts[0],
         "refused": counts[1],
         "fault": fault,
     }
-    return found | {"mib_grown": grown, "held": fault is None}
+    return result | {"mib_grown": grown, "held": fault is None}
 
 
 def follow(directory: Path, seconds: float) -> Iterator[dict[str, Any]]:
@@ -366,10 +364,14 @@ def follow(directory: Path, seconds: float) -> Iterator[dict[str, Any]]:
         return
     script = Path(__file__).with_name("atheris_readers.py")
     command = [sys.executable, str(script), str(directory), "--seconds", str(max(1, int(seconds)))]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"attack"')]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False
+    )
+    rows = [
+        json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"attack"')
+    ]
     for row in rows or [{"attack": "atheris over every reader", "held": False}]:
-        yield row | ({} if row["held"] else {"says": done.stderr[-3000:]})
+        yield row | ({} if row["held"] else {"says": finished.stderr[-3000:]})
 
 
 def call_routes(directory: Path, checkpoint: Path, seconds: float) -> dict[str, Any]:
@@ -394,11 +396,15 @@ def call_routes(directory: Path, checkpoint: Path, seconds: float) -> dict[str, 
             "--no-color",
         ]
         command += ["--max-time", str(int(seconds)), "--exclude-path-regex", "/events$"]
-        done = subprocess.run(
+        finished = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds + 300, check=False
         )
-        found = {"attack": "published routes", "says": done.stdout[-500:], "mib_before": before}
-        return found | {"mib_after": resident(server.pid), "held": done.returncode == 0}
+        result = {
+            "attack": "published routes",
+            "says": finished.stdout[-500:],
+            "mib_before": before,
+        }
+        return result | {"mib_after": resident(server.pid), "held": finished.returncode == 0}
     finally:
         server.close()
 
@@ -423,8 +429,8 @@ def run(directory: Path, model: Any, checkpoint: Path, seconds: float) -> Iterat
             "mib": memory,
             "held": memory[-1] - memory[0] <= 64,
         }
-    for seed, (name, (whole, read)) in enumerate(samples(folders[1], model).items()):
-        yield read_changed(name, whole, read, seconds / 16, seed, folders[1])
+    for seed, (name, (content, read)) in enumerate(samples(folders[1], model).items()):
+        yield read_changed(name, content, read, seconds / 16, seed, folders[1])
     yield from follow(folders[1], seconds / 16)
     yield call_routes(folders[2], checkpoint, seconds)
 

@@ -65,9 +65,9 @@ def measured(reference, dtype, verifier, count):
     """Return the replays of honest responses by prover and way, and those of 4-bit weights by
     way.
     """
-    found = {name: {} for name in PROVERS}
+    replays = {name: {} for name in PROVERS}
     cheat = {}
-    for way, sampling in WAYS.items():
+    for setting, sampling in WAYS.items():
         field = Field(
             reference=reference,
             dtype=dtype,
@@ -81,9 +81,11 @@ def measured(reference, dtype, verifier, count):
         )
         served = {name: serve(field.scene, field.asked) for name, serve in PROVERS.items()}
         for name, answers in served.items():
-            found[name][way] = [one.replayed for one in field.checked(answers)]
-        cheat[way] = [one.replayed for one in field.checked(decode(field.scene.int4, field.asked))]
-    return found, cheat
+            replays[name][setting] = [response.replayed for response in field.checked(answers)]
+        cheat[setting] = [
+            response.replayed for response in field.checked(decode(field.scene.int4, field.asked))
+        ]
+    return replays, cheat
 
 
 def answered(reference, dtype, verifier, count):
@@ -98,16 +100,19 @@ def answered(reference, dtype, verifier, count):
         for text in texts
     ]
     prompts_BT = torch.tensor(checker.tokenizer(chats, add_special_tokens=False)["input_ids"])
-    found = {}
+    replays = {}
     cheat = {}
-    for way, sampling in CHAT_WAYS.items():
-        asked = Requests(prompts_BT, named_seeds(checker, len(texts), "chat"), sampling, TOKENS)
-        for model, by_way in ((scene.model, found), (scene.int4, cheat)):
-            stated = receipts(asked, decode(model, asked), scene.model)
-            ended = [up_to_end(one, checker) for one in stated.receipts]
-            by_way[way] = replay(Receipts.build(stated.header, ended, seconds=0.0), checker)
-        note(f"{way}: {matching(found[way])} honest and {matching(cheat[way])} of int4 match")
-    return {"one batch": found}, cheat
+    for setting, sampling in CHAT_WAYS.items():
+        requests = Requests(prompts_BT, named_seeds(checker, len(texts), "chat"), sampling, TOKENS)
+        for model, by_way in ((scene.model, replays), (scene.int4, cheat)):
+            stated = receipts(requests, decode(model, requests), scene.model)
+            ended = [up_to_end(response, checker) for response in stated.receipts]
+            by_way[setting] = replay(Receipts.build(stated.header, ended, seconds=0.0), checker)
+        note(
+            f"{setting}: {matching(replays[setting])} honest and {matching(cheat[setting])} of "
+            f"int4 match"
+        )
+    return {"one batch": replays}, cheat
 
 
 def up_to_end(receipt, model):
@@ -118,33 +123,33 @@ def up_to_end(receipt, model):
         (at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens),
         len(receipt.output),
     )
-    kept = {
+    fields = {
         "output": receipt.output[:size],
         "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)],
     }
-    kept["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
-    return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
+    fields["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
+    return replace(receipt, **fields, chat_template=chat_template_digest(model.tokenizer))
 
 
 def together(by_way):
     """Return the replays of all ways."""
-    return [one for replays in by_way.values() for one in replays]
+    return [replay for replays in by_way.values() for replay in replays]
 
 
 def matching(replays):
     """Return the share of tokens that are the verifier's own."""
-    return float(np.mean(np.concatenate([one.margins for one in replays]) == 0))
+    return float(np.mean(np.concatenate([replay.margins for replay in replays]) == 0))
 
 
 def figures(reference, dtype, verifier, found, cheat):
     """Return what one pair of formats shows on one model."""
     provers = [together(by_way) for by_way in found.values()]
     noise = fit_response_noise([replays[::2] for replays in provers], "benchmark")
-    everyone = [one for replays in provers for one in replays]
+    everyone = [replay for replays in provers for replay in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
     row["accused"] = share_accused(
-        Ours(noise).audited([one for replays in provers for one in replays[1::2]], AUDITS)
+        Ours(noise).audited([replay for replays in provers for replay in replays[1::2]], AUDITS)
     )
     row["int4_matching"] = matching(together(cheat))
     for name, tokens_A in Ours(noise).audited(together(cheat), AUDITS // 2, seed=1).items():
@@ -155,14 +160,16 @@ def figures(reference, dtype, verifier, found, cheat):
         }
     row["ways"] = [
         {
-            "way": way,
-            "matching": matching([one for by_way in found.values() for one in by_way[way]]),
+            "way": setting,
+            "matching": matching(
+                [replay for by_way in found.values() for replay in by_way[setting]]
+            ),
             "int4_matching": matching(replays),
             "int4_tokens_median": float(
                 np.median(Ours(noise).audited(replays, AUDITS // 4, seed=2)["margins"])
             ),
         }
-        for way, replays in cheat.items()
+        for setting, replays in cheat.items()
     ]
     return row
 
@@ -194,18 +201,18 @@ def main():
     for reference, (dtype, verifier) in itertools.product(
         [options.model] if options.model else MODELS, pairs
     ):
-        found, cheat = (answered if options.chat else measured)(
+        replays, cheat = (answered if options.chat else measured)(
             reference, dtype, verifier, options.count
         )
-        rows.append(figures(reference, dtype, verifier, found, cheat))
+        rows.append(figures(reference, dtype, verifier, replays, cheat))
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
         provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(
-            map(together, found.values())
+            map(together, replays.values())
         )
     if options.install:  # the default of a pair of formats: both models together, and a margin
         laws = {
-            pair: wider(fit_response_noise(some, "default")).as_dict()
-            for pair, some in provers.items()
+            pair: wider(fit_response_noise(of_prover, "default")).as_dict()
+            for pair, of_prover in provers.items()
         }
         write_atomic(BUNDLED_LAWS, dumps({"margin": MARGIN, "laws": laws}) + "\n")
     publish("responses", {"alpha": ALPHA, "pairs": rows}, options.output)

@@ -111,12 +111,12 @@ def compare(first, second, pairs):
 def answers_while_generating(server, count=250):
     server.post("/phase/generate")
     pages = {"health": "/health", "status": "/api/v1/pow/status"}
-    found = {
+    result = {
         name: milliseconds(answer_times(server.port, path, count, 0.02))
         for name, path in pages.items()
     }
     server.post("/phase/validate")
-    return found
+    return result
 
 
 def measure(server, receiver, chosen, directory):

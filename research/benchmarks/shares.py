@@ -47,15 +47,15 @@ BATCH = 128
 def measured(name, options):
     """Residuals by preset, dtype and block, over the scale of the block, [N] each."""
     reference, weights = [*name.split(), "trained"][:2]
-    found = {}
+    results = {}
     for preset in options.presets:
         proofs = {}
         for dtype in ("float32", *options.dtypes):
-            made = {
+            models = {
                 "weights": weights,
                 "block_hash": None if weights == "trained" else "made on the spot",
             }
-            model = load_model(reference, dtype=dtype, device=options.device, **made)
+            model = load_model(reference, dtype=dtype, device=options.device, **models)
             engine = HFEngine(model, batch_size=BATCH, seq_len=options.seq_len)
             for block in range(options.blocks):
                 block_hash = f"{options.rounds} {block}"
@@ -68,9 +68,9 @@ def measured(name, options):
             mine = proofs[dtype, block]
             exact = proofs["float32", block]
             scale = block_scale(mine.round, model.hidden_size)
-            found[preset, dtype, block] = residuals(mine.records, exact.records) / scale
+            results[preset, dtype, block] = residuals(mine.records, exact.records) / scale
         note(f"{name} {preset} measured")
-    return found
+    return results
 
 
 def noise_of(preset, errors_N):
@@ -151,10 +151,10 @@ def main():
     options = arguments.parse_args()
     rows = []
     for name in options.models:
-        found = measured(name, options)
+        results = measured(name, options)
         tasks = list(itertools.product([name], options.presets, options.dtypes, LAW_SIZES))
         with ProcessPoolExecutor(options.workers, mp_context=get_context("forkserver")) as pool:
-            rows += pool.map(partial(judged, found, options), tasks)
+            rows += pool.map(partial(judged, results, options), tasks)
         for row in rows[-len(tasks) :]:
             first = row["cheats"][0]
             honest = f"accused {row['accused']:.5f}, worst {row['accused_worst_pair']:.3f}"

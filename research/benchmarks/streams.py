@@ -119,7 +119,7 @@ def inputs(options):
             ours(dtype)
             ways = (published, ours)
             times = [
-                [wall_seconds(partial(way, dtype)) for way in ways] for _ in range(options.rounds)
+                [wall_seconds(partial(call, dtype)) for call in ways] for _ in range(options.rounds)
             ]
             theirs, mine = (min(column) for column in zip(*times, strict=True))
             row = {"batch": BATCH, "seq_len": SEQ_LEN, "dim": dim, "dtype": dtype_name(dtype)}
@@ -205,8 +205,10 @@ def normals(options):
 def times_of(calls, options):
     """Times of calls in milliseconds by the rules of a device."""
     if options.device != "cpu":
-        found = {f"{name}_ms": round(milliseconds(call, 200), 4) for name, call in calls.items()}
-        return found | {
+        milliseconds_of = {
+            f"{name}_ms": round(milliseconds(call, 200), 4) for name, call in calls.items()
+        }
+        return milliseconds_of | {
             f"{name}_host_ms": round(host_milliseconds(call), 4) for name, call in calls.items()
         }
     times = {name: [] for name in calls}
@@ -215,7 +217,10 @@ def times_of(calls, options):
             start = time.process_time()
             call()
             times[name].append(time.process_time() - start)
-    return {f"{name}_ms": round(min(found[1:]) * 1e3, 3) for name, found in times.items()}
+    return {
+        f"{name}_ms": round(min(milliseconds_of[1:]) * 1e3, 3)
+        for name, milliseconds_of in times.items()
+    }
 
 
 def gumbels(options):
@@ -231,8 +236,10 @@ def gumbels(options):
         words = as_tensor(seeds(texts, strength=256)).to(options.device)
         steps = torch.arange(batch, device=options.device)
         logits = torch.randn(batch, VOCAB_SIZE, device=options.device)
-        other = get_backend("torch", options.device)
-        check_bits(backend.gumbels(numbers[:2], VOCAB_SIZE), other.gumbels(numbers[:2], VOCAB_SIZE))
+        torch_backend = get_backend("torch", options.device)
+        check_bits(
+            backend.gumbels(numbers[:2], VOCAB_SIZE), torch_backend.gumbels(numbers[:2], VOCAB_SIZE)
+        )
         calls = {
             "gumbels": lambda numbers=numbers: backend.gumbels(numbers, VOCAB_SIZE),
             "torch_rand": lambda batch=batch: torch.rand(batch, VOCAB_SIZE, device=options.device),
@@ -267,7 +274,7 @@ def decoding(options):
     from assay.models import load_model
 
     module = load_model(options.model, device=options.device, dtype="bfloat16").module
-    found = []
+    rows = []
     for batch in BATCHES[:DECODED]:
         ids = torch.arange(batch * CONTEXT, device=options.device).view(batch, CONTEXT)
         cache = DynamicCache()
@@ -278,21 +285,23 @@ def decoding(options):
                 module(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
                 cache.crop(-1)
 
-            found.append({"batch": batch, **times_of({"decode": decode}, options)})
-        note(str(found[-1]))
-    return {"model": options.model, "dtype": "bfloat16", "context": CONTEXT, "batches": found}
+            rows.append({"batch": batch, **times_of({"decode": decode}, options)})
+        note(str(rows[-1]))
+    return {"model": options.model, "dtype": "bfloat16", "context": CONTEXT, "batches": rows}
 
 
 PARTS = {"inputs": inputs, "normals": normals, "gumbels": gumbels}
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("part", choices=PARTS)
-    made.add_argument("--device", default="cpu", help="cpu or cuda, for gumbels")
-    made.add_argument("--model", help="also time a step of decoding of this model, for gumbels")
-    made.add_argument("--rounds", type=int, default=15, help="on a CPU")
-    options = made.parse_args()
+    options_parser = parser(__doc__)
+    options_parser.add_argument("part", choices=PARTS)
+    options_parser.add_argument("--device", default="cpu", help="cpu or cuda, for gumbels")
+    options_parser.add_argument(
+        "--model", help="also time a step of decoding of this model, for gumbels"
+    )
+    options_parser.add_argument("--rounds", type=int, default=15, help="on a CPU")
+    options = options_parser.parse_args()
     publish(f"streams_{options.part}", PARTS[options.part](options), options.output)
 
 

@@ -106,7 +106,7 @@ def distilled(model, steps, seq_len):
     model.
     """
     count = max(1, round(model.num_layers / 4))
-    left = without_layers(model, (model.num_layers - count) // 2, count)
+    shorter = without_layers(model, (model.num_layers - count) // 2, count)
     attacker = Round(
         block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=seq_len, preset="tokens-1"
     )
@@ -121,7 +121,7 @@ def distilled(model, steps, seq_len):
         seen = module.model(inputs_embeds=inputs.float(), use_cache=False).last_hidden_state
         return (unit((seen - mean) / scale) - wanted).square().sum(dim=-1).mean()
 
-    return trained(left, loss_of, steps, 2e-4)
+    return trained(shorter, loss_of, steps, 2e-4)
 
 
 def on_changed(scene, *, change, cost):
@@ -145,19 +145,21 @@ def red_team(arguments):
         "presets": (("tokens-1",),),
     }
     field = Field(reference=arguments.model, **where, **shape)
-    left = 1 - max(1, round(field.prover.num_layers / 4)) / field.prover.num_layers
+    share_left = 1 - max(1, round(field.prover.num_layers / 4)) / field.prover.num_layers
     counts = (20, 200) if field.prover.tokenizer is not None else ()
-    made = [
+    models = [
         (f"fine-tuned, {steps} steps", 1.0, partial(finetuned, steps=steps)) for steps in counts
     ]
     if steps := arguments.distilled:
         name = f"middle quarter of the layers dropped, {steps} steps of distillation"
-        made.append((name, left, partial(distilled, steps=steps, seq_len=arguments.seq_len)))
+        models.append(
+            (name, share_left, partial(distilled, steps=steps, seq_len=arguments.seq_len))
+        )
     attacks = [
         Attack(
             name, "layers" if cost < 1 else "weights", partial(on_changed, change=change, cost=cost)
         )
-        for name, cost, change in made
+        for name, cost, change in models
     ]
     attacks += [
         one
@@ -165,7 +167,7 @@ def red_team(arguments):
         if one.serves("bfloat16") and one.share == 1 and one.name not in NONE_HERE
     ]
     honest = float(np.median(field.honest_residuals["tokens-1"][1]))
-    found = {}
+    results = {}
     for attack in (one for one in attacks if any(words in one.name for words in arguments.attacks)):
         note(f"red team: {attack.name}")
         cell = attacked(field, attack, arguments.redteam)
@@ -175,8 +177,8 @@ def red_team(arguments):
             "times_honest": round_to(row["residual_median"] / honest, 3),
         }
         figures |= {"convicted_by": row["sequential_99"], "best_test": row["best_99"]}
-        found[attack.name] = figures | ({"skips": True} if attack.skips else {})
-    return found
+        results[attack.name] = figures | ({"skips": True} if attack.skips else {})
+    return results
 
 
 def published(proof):
@@ -191,7 +193,7 @@ def convicted_by(law, sizes, seed=0):
     end.
     """
     rng = np.random.default_rng(seed)
-    found = []
+    counts = []
     for _ in range(ORDERS):
         order = rng.permutation(sizes)
         test = sequential_test(law)
@@ -203,8 +205,8 @@ def convicted_by(law, sizes, seed=0):
             ),
             None,
         )
-        found.append(at or np.inf)
-    worst = float(np.quantile(found, 0.99, method="higher"))
+        counts.append(at or np.inf)
+    worst = float(np.quantile(counts, 0.99, method="higher"))
     return None if worst == np.inf else int(worst)
 
 
@@ -214,9 +216,12 @@ def measure(model, halved, preset, arguments):
     nonces = range(arguments.nonces)
     size = {"batch_size": arguments.batch_size}
     law = calibrate(
-        *(prove(one, replace(round, block_hash="law"), nonces, **size) for one in (model, halved))
+        *(
+            prove(prover, replace(round, block_hash="law"), nonces, **size)
+            for prover in (model, halved)
+        )
     )
-    wanted, honest = (prove(one, round, nonces, **size) for one in (model, halved))
+    wanted, honest = (prove(prover, round, nonces, **size) for prover in (model, halved))
     noise = noise_for(honest.header, wanted.header.fingerprint, law)
     reference = published(wanted)
 
@@ -292,24 +297,24 @@ def honest_and_presets(arguments):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--model", default="reference:qwen3")
-    made.add_argument("--presets", nargs="*", default=["tokens-1", "poc-2.0"])
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--seq-len", type=int, default=64)
-    made.add_argument("--nonces", type=int, default=512)
-    made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--model", default="reference:qwen3")
+    options_parser.add_argument("--presets", nargs="*", default=["tokens-1", "poc-2.0"])
+    options_parser.add_argument("--device", default="cpu")
+    options_parser.add_argument("--seq-len", type=int, default=64)
+    options_parser.add_argument("--nonces", type=int, default=512)
+    options_parser.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
+    options_parser.add_argument("--batch-size", type=int, default=16)
+    options_parser.add_argument(
         "--redteam", type=int, default=0, help="nonces of every attack of the red team; 0 for none"
     )
-    made.add_argument(
+    options_parser.add_argument(
         "--attacks", nargs="*", default=[""], help="parts of the names of attacks that are run"
     )
-    made.add_argument(
+    options_parser.add_argument(
         "--distilled", type=int, default=0, help="steps of distillation of an attacker; 0 for none"
     )
-    arguments = made.parse_args()
+    arguments = options_parser.parse_args()
     figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
     if arguments.presets:
         figures |= honest_and_presets(arguments)

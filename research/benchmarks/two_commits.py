@@ -55,7 +55,7 @@ def measure(chosen, model, nonces, way):
                 prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)
             ]
 
-        found = {"prove": best(work, nonces)}
+        rates = {"prove": best(work, nonces)}
     digest = hashlib.sha256(proofs[0].distances.tobytes()).hexdigest()
     if model in chosen.gradients:
         from transformers import AutoTokenizer
@@ -70,11 +70,11 @@ def measure(chosen, model, nonces, way):
             ROOT / "src/assay/models/reference/qwen3"
         )
         svd = weight_svd(loaded, method="gram")
-        found["gradients"] = best(
+        rates["gradients"] = best(
             lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd),
             chosen.samples,
         )
-    return {"per_second": found, "distances": digest}
+    return {"per_second": rates, "distances": digest}
 
 
 def main():
@@ -102,37 +102,37 @@ def main():
     options.add_argument("--worker", nargs=3, help="what this file starts by itself")
     chosen = options.parse_args()
     if chosen.worker:
-        way, model, nonces = chosen.worker
-        print(json.dumps(measure(chosen, model, int(nonces), way)))
+        method, model, nonces = chosen.worker
+        print(json.dumps(measure(chosen, model, int(nonces), method)))
         return
     sources = {"old": chosen.old, "new": ROOT / "src"}
     if chosen.deterministic:
         sources = dict.fromkeys(("plain", "deterministic"), ROOT / "src")
     figures = {}
     for model, nonces in zip(chosen.models, chosen.nonces, strict=True):
-        seen = {way: {} for way in sources}
+        seen = {method: {} for method in sources}
         digests = set()
         for turn in range(chosen.turns):
-            for way in sources if turn % 2 == 0 else reversed(sources):
+            for method in sources if turn % 2 == 0 else reversed(sources):
                 path = os.pathsep.join(
-                    [str(Path(sources[way]).resolve()), os.environ.get("PYTHONPATH", "")]
+                    [str(Path(sources[method]).resolve()), os.environ.get("PYTHONPATH", "")]
                 )
-                command = [sys.executable, *sys.argv, "--worker", way, model, str(nonces)]
-                done = subprocess.run(
+                command = [sys.executable, *sys.argv, "--worker", method, model, str(nonces)]
+                finished = subprocess.run(
                     command,
                     env=os.environ | {"PYTHONPATH": path},
                     stdout=subprocess.PIPE,
                     text=True,
                     check=True,
                 )
-                found = json.loads(done.stdout.splitlines()[-1])
-                note(f"{model} {turn} {way} {found}")
-                digests.add(found["distances"])
-                for what, value in found["per_second"].items():
-                    seen[way].setdefault(what, []).append(value)
+                result = json.loads(finished.stdout.splitlines()[-1])
+                note(f"{model} {turn} {method} {result}")
+                digests.add(result["distances"])
+                for task, value in result["per_second"].items():
+                    seen[method].setdefault(task, []).append(value)
         first, second = seen.values()
         ratios = {
-            what: statistics.median(second[what]) / statistics.median(first[what]) for what in first
+            task: statistics.median(second[task]) / statistics.median(first[task]) for task in first
         }
         figures[model] = {
             "per_second": seen,

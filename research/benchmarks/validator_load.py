@@ -108,15 +108,15 @@ def measured(port, process, keys, chosen, first):
     ready = context.Semaphore(0)
     go = context.Event()
     results = context.Queue()
-    each = chosen.callbacks // chosen.senders
+    per_sender = chosen.callbacks // chosen.senders
     children = [
         context.Process(
             target=sender,
             args=(
                 port,
                 keys,
-                first + i * each,
-                each,
+                first + i * per_sender,
+                per_sender,
                 chosen.nonces,
                 chosen.connections,
                 ready,
@@ -198,7 +198,7 @@ def main():
             server.terminate()
         finally:
             server.close()
-    taken = sum(part["callbacks"] for part in rounds)
+    accepted = sum(part["callbacks"] for part in rounds)
     best = max(part["callbacks_per_second"] for part in rounds)
     figures = {
         "nodes": chosen.nodes,
@@ -207,9 +207,9 @@ def main():
         "connections": chosen.senders * chosen.connections,
         "wanted_per_second": WANTED,
         "best_per_second": best,
-        "acknowledged": taken,
+        "acknowledged": accepted,
         "on_disk": inbox["messages"],
-        "lost": taken - inbox["messages"],
+        "lost": accepted - inbox["messages"],
         "recomputed": status["recomputed"],
         "load_average": [round(value, 1) for value in psutil.getloadavg()],
         "rounds": rounds,

@@ -44,7 +44,7 @@ def inside(sides, groups):
     compared = compare_detectors(LabelledEvidence(*sides, groups, groups))
     return {
         "offered": compared.best,
-        "auroc": {one.name: three(one.auroc) for one in compared.results},
+        "auroc": {result.name: three(result.auroc) for result in compared.results},
     }
 
 
@@ -57,11 +57,11 @@ def across(detector, fitted, asked):
     scores = [scorer(side) for side in asked[0]]
     names = asked[1]
     caught, lost = (int((side > threshold.value).sum()) for side in scores)
-    found = {
+    areas = {
         "auroc": three(group_bootstrap(auroc, scores, (names, names))),
         "caught": round(caught / len(names), 4),
     }
-    return found | {
+    return areas | {
         "lost": [round(v, 4) for v in (lost / len(names), *proportion_interval(lost, len(names)))]
     }
 
@@ -71,12 +71,12 @@ def joined(parts):
     sides = []
     for both in zip(*(sides for sides, _ in parts), strict=True):
         gradients = {
-            name: torch.cat([one.gradients[name] for one in both]) for name in both[0].gradients
+            name: torch.cat([side.gradients[name] for side in both]) for name in both[0].gradients
         }
-        activations = torch.cat([one.activations for one in both], dim=1)
-        logprobs = torch.cat([one.logprobs for one in both])
+        activations = torch.cat([side.activations for side in both], dim=1)
+        logprobs = torch.cat([side.logprobs for side in both])
         sides.append(
-            type(both[0])(sum((one.texts for one in both), ()), activations, logprobs, gradients)
+            type(both[0])(sum((side.texts for side in both), ()), activations, logprobs, gradients)
         )
     return sides, [group for _, groups in parts for group in groups]
 
@@ -107,9 +107,9 @@ def main():
         name: {"pairs": len(part[1]), "inside": inside(*part)} for name, part in known.items()
     }
     for name in results:
-        others = [part for other, part in known.items() if other != name]
+        others = [part for other_name, part in known.items() if other_name != name]
         results[name]["across"] = {
-            one.name: across(one, others, known[name]) for one in make_detectors()
+            detector.name: across(detector, others, known[name]) for detector in make_detectors()
         }
         note(f"{name}: {results[name]}")
     shown = {

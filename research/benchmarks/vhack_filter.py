@@ -108,7 +108,7 @@ def held_out(chosen, delta, known):
     )
     by_prompt = {task.prompt: task for task in tasks}
     asked = [by_prompt[rollout.prompt] for rollout in drawn]
-    found = evaluate(
+    outcome = evaluate(
         asked, [rollout.completion for rollout in drawn], allow_unsandboxed=chosen.allow_unsandboxed
     )
     rates = {}
@@ -117,10 +117,10 @@ def held_out(chosen, delta, known):
         ("known", known),
         ("unseen", set(CHANNELS) - set(known)),
     ):
-        rows = [row for row, mode in enumerate(found.mechanisms) if mode in modes]
-        groups = [found.groups[row] for row in rows]
+        rows = [row for row, mode in enumerate(outcome.mechanisms) if mode in modes]
+        groups = [outcome.groups[row] for row in rows]
         for name, mark in (("hack", "exploited"), ("solve", "correct")):
-            marks = [getattr(found.grades[row], mark) for row in rows]
+            marks = [getattr(outcome.grades[row], mark) for row in rows]
             ends = grouped_share_interval(marks, groups)
             rates[f"{name} {part}"] = [
                 round(x, 4) for x in (sum(marks) / max(1, len(marks)), *ends)
@@ -132,7 +132,7 @@ def one(chosen, arm, folder):
     """Train one arm, and return its steps and the rates afterwards."""
     kind, _, renewed = arm.partition("/")
     name, _, detector = kind.partition("=")
-    known = list(CHANNELS)[: chosen.known]
+    channels = list(CHANNELS)[: chosen.known]
     how = {
         "model": chosen.model,
         "device": chosen.device,
@@ -154,14 +154,14 @@ def one(chosen, arm, folder):
     }
     how |= {
         "arm": name,
-        "detector": "labels=" + "+".join(known) if detector == "monitor" else detector or None,
+        "detector": "labels=" + "+".join(channels) if detector == "monitor" else detector or None,
     }
     how |= {"difficulty": (2, 4), "refresh": int(renewed or 0)}
     store_exploits(TrainSettings(**how), folder / "pool.jsonl", chosen.exploit == "partial")
     settings = TrainSettings(
         **how, teacher=str(folder / "pool.jsonl"), teacher_share=1 / chosen.group
     )
-    pairs = environment_pairs(chosen.pairs, whole=True, families=TASKS["families"], modes=known)
+    pairs = environment_pairs(chosen.pairs, whole=True, families=TASKS["families"], modes=channels)
     began = time.perf_counter()
 
     def say(line):
@@ -180,29 +180,35 @@ def one(chosen, arm, folder):
             pairs=pairs,
             allow_unsandboxed=chosen.allow_unsandboxed,
         )
-    checkpoint, done = last_checkpoint(folder / "run")
+    checkpoint, steps_done = last_checkpoint(folder / "run")
     _, steps = read_steps(folder / "run" / "log.jsonl")
-    kept = [{name: round(step[name], 4) for name in KEPT if name in step} for step in steps]
+    rows = [{name: round(step[name], 4) for name in KEPT if name in step} for step in steps]
     seconds = round(time.perf_counter() - began, 1)
-    shutil.copy(checkpoint / "delta.safetensors", folder / f"{done}.safetensors")
+    shutil.copy(checkpoint / "delta.safetensors", folder / f"{steps_done}.safetensors")
     marks = sorted(int(path.stem) for path in folder.glob("*.safetensors"))
-    rates = {step: held_out(chosen, folder / f"{step}.safetensors", known) for step in marks}
+    rates = {step: held_out(chosen, folder / f"{step}.safetensors", channels) for step in marks}
     note(f"{arm}: {rates}")
-    return {"rates": rates[done], "at": rates, "after": done, "seconds": seconds, "steps": kept}
+    return {
+        "rates": rates[steps_done],
+        "at": rates,
+        "after": steps_done,
+        "seconds": seconds,
+        "steps": rows,
+    }
 
 
 def over_seeds(rates):
     """Mean over seeds of every rate, the ends of its 95 % t interval where there are two seeds, and
     the largest.
     """
-    found = {}
+    means = {}
     for name in rates[0]:
-        values = [one[name][0] for one in rates]
+        values = [rates_of_seed[name][0] for rates_of_seed in rates]
         mean = mean_of(values)
-        found[name] = [
+        means[name] = [
             round(x, 4) for x in (mean.value, mean.low, mean.high, max(values)) if x is not None
         ]
-    return found
+    return means
 
 
 def main():
@@ -236,7 +242,7 @@ def main():
     options.add_argument("--allow-unsandboxed", action="store_true")
     chosen = options.parse_args()
     cells = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
-    found = {arm: {"seeds": {}} for arm in chosen.arms}
+    results = {arm: {"seeds": {}} for arm in chosen.arms}
     shown = {
         name: value
         for name, value in vars(chosen).items()
@@ -287,19 +293,19 @@ def main():
                 )
             return read_json(path)["run"] if path.exists() else {"failed": ended.returncode}
 
-        for done in as_completed(
-            asked := {pool.submit(apart, index): index for index in range(len(cells))}
+        for future in as_completed(
+            futures := {pool.submit(apart, index): index for index in range(len(cells))}
         ):
-            arm, seed = cells[asked[done]]
-            found[arm]["seeds"][seed] = done.result()
-            ended = [run for run in found[arm]["seeds"].values() if "rates" in run]
+            arm, seed = cells[futures[future]]
+            results[arm]["seeds"][seed] = future.result()
+            ended = [run for run in results[arm]["seeds"].values() if "rates" in run]
             if ended:
-                found[arm]["rates"] = over_seeds([run["rates"] for run in ended])
+                results[arm]["rates"] = over_seeds([run["rates"] for run in ended])
                 common = sorted(set.intersection(*(set(map(int, run["at"])) for run in ended)))
-                found[arm]["at"] = {
+                results[arm]["at"] = {
                     at: over_seeds([run["at"][str(at)] for run in ended]) for at in common
                 }
-            publish("vhack_filter", {**shown, "arms": found}, chosen.output)
+            publish("vhack_filter", {**shown, "arms": results}, chosen.output)
     return None
 
 

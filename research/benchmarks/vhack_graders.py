@@ -231,7 +231,7 @@ def peers(folder: Path, name: str, problems: list[dict[str, object]], python: st
     """Return what each peer reports of a grader."""
     started = time.monotonic()
     line = [python, "-c", PEERS, str(folder), name, json.dumps(problems)]
-    found = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    report_of_peer = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
     if name in CODE:
         tree = folder / f"tree-{name}"
         (tree / "task" / "tests").mkdir(parents=True)
@@ -244,10 +244,10 @@ def peers(folder: Path, name: str, problems: list[dict[str, object]], python: st
         line = [python, "-m", "gradecheck.cli", "run", str(tree), "--json"]
         text = subprocess.run(line, capture_output=True, check=False, text=True).stdout
         report = json.loads(text[text.index("{") :])
-        found["gradecheck tree"] = sorted(
-            {one["attack"] for one in report["findings"] if one["verdict"] == "fooled"}
+        report_of_peer["gradecheck tree"] = sorted(
+            {finding["attack"] for finding in report["findings"] if finding["verdict"] == "fooled"}
         )
-    return {**found, "seconds": round(time.monotonic() - started, 1)}
+    return {**report_of_peer, "seconds": round(time.monotonic() - started, 1)}
 
 
 def flat_runs(runs: int, steps: int = 200, prompts: int = 4, group: int = 8) -> dict[str, object]:
@@ -265,13 +265,18 @@ def flat_runs(runs: int, steps: int = 200, prompts: int = 4, group: int = 8) -> 
             ends[1]["reward_error"] = standard_error(*parts)
             count += bool(find_faults(*ends))
         rose[spread] = count
-    given = 0
+    attempts = 0
     for _ in range(runs):
         alarm = Alarm()
         for missed in draw.binomial(prompts * group, alarm.tolerated, size=steps):
             alarm.see(missed / (prompts * group))
-        given += alarm.step is not None
-    return {"runs": runs, "steps": steps, "page says the reward rose": rose, "alarm given": given}
+        attempts += alarm.step is not None
+    return {
+        "runs": runs,
+        "steps": steps,
+        "page says the reward rose": rose,
+        "alarm given": attempts,
+    }
 
 
 def main() -> None:
@@ -289,8 +294,8 @@ def main() -> None:
         for names, problems in PROBLEMS.items():
             for name in names:
                 note(name)
-                own = problems if name in TEXT else problems[:1]
-                row = {"has a hole": name not in SOUND, "assay": attack(name, own)}
+                problems_of_grader = problems if name in TEXT else problems[:1]
+                row = {"has a hole": name not in SOUND, "assay": attack(name, problems_of_grader)}
                 if chosen.peers and name != "isolated":  # it imports assay, which they lack
                     row |= peers(folder, name, problems, chosen.peers)
                 rows[name] = row

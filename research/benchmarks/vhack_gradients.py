@@ -162,17 +162,19 @@ def compare(model, tokenizer, options):
     for _ in range(options.rounds):
         for name, way in ways.items():
             peak_gb()
-            taken, results[name] = timed(way, clock)
-            seconds[name].append(taken)
+            seconds_taken, results[name] = timed(way, clock)
+            seconds[name].append(seconds_taken)
             memory[name] = peak_gb()
     return {
         "dtype": str(model.dtype),
         "factors": str(svd.dtype),
         "modules": len(svd),
         "samples": len(chosen),
-        "tokens": sum(len(tokenizer(one.prompt + one.completion)["input_ids"]) for one in chosen),
+        "tokens": sum(
+            len(tokenizer(sample.prompt + sample.completion)["input_ids"]) for sample in chosen
+        ),
         "clock": "processor" if options.processor_time else "wall",
-        **{f"{name}_seconds": found for name, found in seconds.items()},
+        **{f"{name}_seconds": seconds_of for name, seconds_of in seconds.items()},
         "times_faster": min(seconds["sequential"]) / min(seconds["batched"]),
         "error": worst_error(results["batched"], results["sequential"]),
         "peak_gb": memory,
@@ -183,7 +185,7 @@ def extraction(model, tokenizer, count):
     """Return time and memory of the parts of an extraction of so many pairs, and of one from
     nothing.
     """
-    some = pairs_of(tokenizer, count)
+    pairs = pairs_of(tokenizer, count)
     figures = {"pairs": count}
 
     def part(name, work):
@@ -194,27 +196,31 @@ def extraction(model, tokenizer, count):
 
     svd = part("svd", lambda: weight_svd(model))
     part("digest", lambda: weights_digest(model))
-    found = part("gradients", lambda: pair_gradients(some, model, tokenizer=tokenizer, svd=svd))
-    part("axes", found.basis)
-    part("from_nothing", lambda: extract(some, model, tokenizer=tokenizer, n_heldout=0))
+    gradients = part(
+        "gradients", lambda: pair_gradients(pairs, model, tokenizer=tokenizer, svd=svd)
+    )
+    part("axes", gradients.basis)
+    part("from_nothing", lambda: extract(pairs, model, tokenizer=tokenizer, n_heldout=0))
     note(str(figures))
     return figures
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--models", nargs="+", default=["reference:qwen3", "reference:llama"])
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", help="of the model; as stored when left out")
-    made.add_argument("--samples", type=int, default=24)
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument(
+        "--models", nargs="+", default=["reference:qwen3", "reference:llama"]
+    )
+    options_parser.add_argument("--device", default="cpu")
+    options_parser.add_argument("--dtype", help="of the model; as stored when left out")
+    options_parser.add_argument("--samples", type=int, default=24)
+    options_parser.add_argument(
         "--processor-time", action="store_true", help="for a busy machine; with OMP_NUM_THREADS=1"
     )
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument(
+    options_parser.add_argument("--rounds", type=int, default=3)
+    options_parser.add_argument(
         "--pairs", type=int, nargs="*", default=[], help="also extractions of so many pairs"
     )
-    options = made.parse_args()
+    options = options_parser.parse_args()
     figures = {}
     for reference in options.models:
         model = load_model(reference, device=options.device, dtype=options.dtype)

@@ -37,10 +37,14 @@ def tokenizer_of(size):
     letters = [chr(byte) for byte in range(33, 127)]
     letters += sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(letters))
     names = [*letters, *(f"{letters[-1]}{number}" for number in range(size - len(letters)))]
-    made = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=names[-1], pad_token=names[-1])
+    tokenizer = Tokenizer(
+        models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=names[-1], pad_token=names[-1]
+    )
 
 
 class Turns(TrainerCallback):
@@ -125,13 +129,13 @@ def main():
             turns[f"filter by {detector}"] = Guard(judge, "filter")
         trainer.add_callback(clock := Turns(trainer, turns))
         trainer.train()
-    found = {}
+    rows = {}
     for name, seconds in clock.seconds.items():
         mean = mean_of(
             np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:])
         )  # the first of each warms up
-        found[name] = {"seconds": seconds, "over_plain": [mean.value, mean.low, mean.high]}
-    publish("vhack_step", {**vars(chosen), "output": None, "steps": found}, chosen.output)
+        rows[name] = {"seconds": seconds, "over_plain": [mean.value, mean.low, mean.high]}
+    publish("vhack_step", {**vars(chosen), "output": None, "steps": rows}, chosen.output)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from assay.vhack.pairs.pairs import Sample
 
 def read_evidence(samples):
     """Texts and facts of samples, with labels."""
-    facts = collect_facts([Sample(one.prompt, one.completion) for one in samples])
-    texts = tuple(one.completion for one in samples)
+    facts = collect_facts([Sample(sample.prompt, sample.completion) for sample in samples])
+    texts = tuple(sample.completion for sample in samples)
     return evaluate.labelled(SampleEvidence(texts, facts=facts), samples)
 
 
@@ -61,8 +61,8 @@ def main():
     options.add_argument("--origins", nargs="+", default=["A", "B", "C"])
     chosen = options.parse_args()
     parts = {name: read_evidence(samples) for name, samples in own_parts().items()}
-    own = evaluate.concatenated(list(parts.values()))
-    note(f"own: {len(own.hack)} pairs")
+    own_evidence = evaluate.concatenated(list(parts.values()))
+    note(f"own: {len(own_evidence.hack)} pairs")
     detectors = [
         *make_detectors(("length", "ngrams", "program")),
         evaluate.FormDetector("form"),
@@ -75,9 +75,12 @@ def main():
         target = targets[name] = read_evidence(samples)
         results[name] = {
             "samples": [len(target.hack), len(target.clean)],
-            "groups": len({one.group for one in samples}),
-            "transferred": {one.name: evaluate.transferred(one, own, target) for one in detectors},
-            "ceiling": {one.name: evaluate.ceiling(one, target) for one in detectors},
+            "groups": len({sample.group for sample in samples}),
+            "transferred": {
+                sample.name: evaluate.transferred(sample, own_evidence, target)
+                for sample in detectors
+            },
+            "ceiling": {sample.name: evaluate.ceiling(sample, target) for sample in detectors},
             "facts": {
                 fact: [
                     round(float(side.facts[:, n].mean()), 3) for side in (target.hack, target.clean)
@@ -85,9 +88,11 @@ def main():
                 for n, fact in enumerate(FACTS)
             },
             "few labels": {
-                one.name: {n: evaluate.few_labels(one, own, target, n) for n in evaluate.FEW}
-                for one in detectors
-                if one.name == "fitted facts"
+                sample.name: {
+                    n: evaluate.few_labels(sample, own_evidence, target, n) for n in evaluate.FEW
+                }
+                for sample in detectors
+                if sample.name == "fitted facts"
             },
         }
         note(f"{name}: {results[name]}")
@@ -96,10 +101,13 @@ def main():
     publish(
         "vhack_transfer",
         {
-            "own": {name: evaluate.transferred(program, own, part) for name, part in parts.items()},
+            "own": {
+                name: evaluate.transferred(program, own_evidence, part)
+                for name, part in parts.items()
+            },
             "weights": fitted_weights(parts),
             "origins": results,
-            "promise": evaluate.promise(program, own, targets),
+            "promise": evaluate.promise(program, own_evidence, targets),
         },
         chosen.output,
     )

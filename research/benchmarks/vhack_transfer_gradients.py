@@ -26,7 +26,10 @@ MOST_COMPLETION = 3000
 
 def read_evidence(samples, model, svd):
     """All parts of the evidence of samples, with labels."""
-    read = [Sample(one.prompt[-MOST_PROMPT:], one.completion[:MOST_COMPLETION]) for one in samples]
+    read = [
+        Sample(sample.prompt[-MOST_PROMPT:], sample.completion[:MOST_COMPLETION])
+        for sample in samples
+    ]
     return evaluate.labelled(collect_evidence(read, model, svd=svd), samples)
 
 
@@ -46,8 +49,8 @@ def main():
     own_lists = [own_samples(name) for name in chosen.own]
     if chosen.kinds:
         own_lists.append(from_pairs(kind_pairs(chosen.kinds)))
-    own = evaluate.concatenated([read_evidence(one, model, svd) for one in own_lists])
-    note(f"own: {len(own.hack)} pairs after {time.perf_counter() - started:.0f} s")
+    own_evidence = evaluate.concatenated([read_evidence(one, model, svd) for one in own_lists])
+    note(f"own: {len(own_evidence.hack)} pairs after {time.perf_counter() - started:.0f} s")
     results = {}
     for name in chosen.origins:
         samples = subset(read_origin(name, chosen.data, chosen.codeforces))
@@ -55,7 +58,8 @@ def main():
         results[name] = {
             "samples": [len(target.hack), len(target.clean)],
             "transferred": {
-                one.name: evaluate.transferred(one, own, target) for one in make_detectors()
+                one.name: evaluate.transferred(one, own_evidence, target)
+                for one in make_detectors()
             },
             "ceiling": {
                 one.name: evaluate.ceiling(one, target)

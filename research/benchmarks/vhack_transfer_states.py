@@ -103,13 +103,13 @@ def main():
             keep(network, tokenizer, samples, kept_in)
             note(f"{name}: {len(samples)} samples")
         return
-    own = [Kept(folder_of(chosen.states, name)) for name in chosen.own]
+    own_states = [Kept(folder_of(chosen.states, name)) for name in chosen.own]
     development = {name: Kept(folder_of(chosen.states, name)) for name in DEVELOPMENT}
     final = {name: Kept(folder_of(chosen.states, name)) for name in chosen.final}
-    rows = searched(own, development)
+    rows = searched(own_states, development)
     _, pool, layer, name, _ = rows[0]
-    best_H = dict(directions(*joined(own, pool, layer)))[name]
-    labelled_own = evaluate.concatenated([labelled_of(kept) for kept in own])
+    best_H = dict(directions(*joined(own_states, pool, layer)))[name]
+    labelled_own = evaluate.concatenated([labelled_of(kept) for kept in own_states])
     registered = make_detectors(("length", "ngrams", "likelihood", "probe"))
     results = {}
     for origin, kept in (development | final).items():
@@ -122,9 +122,12 @@ def main():
             "best direction": evaluate.area(sides, target),
             "its top tokens": round(float(auroc(top_S[kept.labels], top_S[~kept.labels])), 4),
             "registered": {
-                one.name: evaluate.transferred(one, labelled_own, target) for one in registered
+                detector.name: evaluate.transferred(detector, labelled_own, target)
+                for detector in registered
             },
-            "ceiling": {one.name: evaluate.ceiling(one, target) for one in registered},
+            "ceiling": {
+                detector.name: evaluate.ceiling(detector, target) for detector in registered
+            },
             "likelihoods": rounded(
                 {
                     key: float(auroc(values[kept.labels], values[~kept.labels]))
@@ -137,7 +140,9 @@ def main():
         "vhack_transfer_states",
         {
             "best": [pool, layer, name],
-            "search": [[round(mean, 4), *row, rounded(found)] for mean, *row, found in rows[:40]],
+            "search": [
+                [round(mean, 4), *row, rounded(row_areas)] for mean, *row, row_areas in rows[:40]
+            ],
             "origins": results,
         },
         chosen.output,

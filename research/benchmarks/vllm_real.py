@@ -31,8 +31,8 @@ def measure_speed(engine, options):
     """Return the nonces per second of both presets in turns, by the way they take."""
     rows = {}
     throttle = engine._client.throttle
-    for way, (turns, count) in SPEED.items():
-        throttle.settings = throttle.settings.model_copy(update={"path": way})
+    for method, (turns, count) in SPEED.items():
+        throttle.settings = throttle.settings.model_copy(update={"path": method})
 
         def rate(preset, nonces, engine=engine):
             round = Round(
@@ -48,7 +48,7 @@ def measure_speed(engine, options):
         seen = [[rate(preset, count) for preset in presets] for _ in range(turns)]
         ratios = [round_to(after / before, 4) for before, after in seen]
         rates = [round_to(median(side), 4) for side in zip(*seen, strict=True)]
-        rows[way] = {
+        rows[method] = {
             "nonces_per_second": dict(zip(presets, rates, strict=True)),
             "ratio": median(ratios),
             "ratios": ratios,
@@ -59,36 +59,39 @@ def measure_speed(engine, options):
 
 def measure_audits(engine, model, preset, options):
     """Return how many audits of a block between vLLM and transformers accuse, with the interval."""
-    other = HFEngine(model, batch_size=32, seq_len=options.seq_len, compiled=False)
+    plain = HFEngine(model, batch_size=32, seq_len=options.seq_len, compiled=False)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
     rounds = [
         Round(block_hash=f"audit-{block}", **of_all) for block in range(LAW_BLOCKS + options.blocks)
     ]
-    sides = (engine.model, engine), (model, other)
-    both = [[poc.prove(one, round, range(64), engine=by) for one, by in sides] for round in rounds]
-    measured = [proof for pair in both[:LAW_BLOCKS] for proof in pair]
+    sides = (engine.model, engine), (model, plain)
+    proofs = [
+        [poc.prove(model_of_side, round, range(64), engine=by) for model_of_side, by in sides]
+        for round in rounds
+    ]
+    measured = [proof for pair in proofs[:LAW_BLOCKS] for proof in pair]
     build = calibrate(*measured, hidden_size=model.hidden_size).builds[0]
     accused = []
-    for round, pair in zip(rounds[LAW_BLOCKS:], both[LAW_BLOCKS:], strict=True):
-        test = sequential_test(build.noise_between("", other.fingerprint, round=round))
+    for round, pair in zip(rounds[LAW_BLOCKS:], proofs[LAW_BLOCKS:], strict=True):
+        test = sequential_test(build.noise_between("", plain.fingerprint, round=round))
         accused.append(
             test.update(residuals(*(proof.records for proof in pair))).verdict == "fraud"
         )
-    found = {
+    result = {
         "typical": round_to(build.sizes.typical, 3),
         "accused": sum(accused),
         "audits": len(accused),
     }
-    return found | {"interval": stats.proportion_interval(sum(accused), len(accused))}
+    return result | {"interval": stats.proportion_interval(sum(accused), len(accused))}
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--model", required=True)
-    made.add_argument("--seq-len", type=int, default=256)
-    made.add_argument("--blocks", type=int, default=40)
-    made.add_argument("--dtype", default="bfloat16")
-    options = made.parse_args()
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--model", required=True)
+    options_parser.add_argument("--seq-len", type=int, default=256)
+    options_parser.add_argument("--blocks", type=int, default=40)
+    options_parser.add_argument("--dtype", default="bfloat16")
+    options = options_parser.parse_args()
     model = load_model(options.model, dtype=options.dtype, device="cuda")
     model = model.with_frame(measure_frame(model))
     shape = {"dtype": options.dtype, "batch_size": 128, "seq_len": options.seq_len}

@@ -51,14 +51,14 @@ class Clients:
             tasks = [
                 asyncio.create_task(self._work(client, until, reached)) for _ in range(self.at_once)
             ]
-            done = asyncio.gather(*tasks)
+            gathered = asyncio.gather(*tasks)
             waiting = asyncio.create_task(reached.wait())
-            await asyncio.wait([done, waiting], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([gathered, waiting], return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
-            if not done.done():
+            if not gathered.done():
                 await asyncio.sleep(pause)
                 await asyncio.to_thread(server.kill)
-            await done
+            await gathered
 
     async def _work(self, client, until, reached):
         while self.pending:
@@ -71,7 +71,7 @@ class Clients:
                 self.interrupted += 1
                 self.pending.appendleft((number, request))
                 return
-            self.whole |= {(request.request_id, index): found for index, found in tokens.items()}
+            self.whole |= {(request.request_id, index): output for index, output in tokens.items()}
             self.answered += 1
             if self.answered >= until:
                 reached.set()
@@ -138,8 +138,8 @@ def kill_loop(server, requests, *, kills, at_once=8, seed=0):
             f"{clients.interrupted} cut off"
         )
     receipts = exported(server)
-    tokens = {(one.request_id, one.index, one.output) for one in receipts}
-    per_choice = Counter((one.request_id, one.index) for one in receipts)
+    tokens = {(receipt.request_id, receipt.index, receipt.output) for receipt in receipts}
+    per_choice = Counter((receipt.request_id, receipt.index) for receipt in receipts)
     return {
         "requests": len(requests),
         "kills": killed,
@@ -156,12 +156,12 @@ def kill_loop(server, requests, *, kills, at_once=8, seed=0):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--requests", type=int, default=200)
-    made.add_argument("--kills", type=int, default=10)
-    made.add_argument("--at-once", type=int, default=8)
-    made.add_argument("--seed", type=int, default=20)
-    chosen = made.parse_args()
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--requests", type=int, default=200)
+    options_parser.add_argument("--kills", type=int, default=10)
+    options_parser.add_argument("--at-once", type=int, default=8)
+    options_parser.add_argument("--seed", type=int, default=20)
+    chosen = options_parser.parse_args()
     tokenizer = load_model("reference:qwen3").tokenizer
     requests = mixed(chosen.requests, tokenizer, seed=chosen.seed)
     with (
@@ -176,8 +176,8 @@ def main():
         {"seed": chosen.seed, "at_once": chosen.at_once, **figures},
         chosen.output,
     )
-    whole = figures["kills"] == chosen.kills and figures["responses"] == chosen.requests
-    return int(not whole or figures["choices_without_receipt"] > 0)
+    is_complete = figures["kills"] == chosen.kills and figures["responses"] == chosen.requests
+    return int(not is_complete or figures["choices_without_receipt"] > 0)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,17 @@ SETTINGS = {  # environment, options
         },
     ),
 }
+COMPILED = {"--enforce-eager": False, "--max-num-batched-tokens": "8192", "--max-model-len": "1024"}
+SHOWN = 20  # questions whose log probabilities are compared
+PLAIN = dict.fromkeys(
+    ("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False
+)
+BUILDS = {
+    "bfloat16, compiled": (False, 1),
+    "float32, eager": (None, 4),
+    "bfloat16, eager": (None, 0),
+}
+"""Options for --enforce-eager, and requests at once."""
 
 
 def by_setting(arguments, folder, prepare, measure):
@@ -145,9 +156,6 @@ def tokens(arguments, folder):
     return {"requests": arguments.requests, "sketch_every": SKETCH_EVERY, "settings": figures}
 
 
-COMPILED = {"--enforce-eager": False, "--max-num-batched-tokens": "8192", "--max-model-len": "1024"}
-
-
 def load(count, tokens, **sampling):
     """Return requests for the measurement of cost, with seeds of their own."""
     return [
@@ -175,10 +183,10 @@ def measure(server, requests, at_once):
     tokens = sum(request.max_tokens for request in requests)
     gaps = [
         1000 * (b - a)
-        for one in answers
-        for a, b in zip(one["times"][1:], one["times"][2:], strict=False)
+        for reply in answers
+        for a, b in zip(reply["times"][1:], reply["times"][2:], strict=False)
     ]
-    assert {one["status"] for one in answers} == {200}
+    assert {reply["status"] for reply in answers} == {200}
     return {"tokens_per_second": tokens / seconds, "gap_ms": statistics.median(gaps)}
 
 
@@ -198,7 +206,9 @@ def cost(arguments):
         samplings = [
             {"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p
         ]
-        rows = [in_turns(servers, arguments, *way) for way in product(samplings, arguments.tokens)]
+        rows = [
+            in_turns(servers, arguments, *cell) for cell in product(samplings, arguments.tokens)
+        ]
         return {"ways": rows, "receipts": servers["seeded"].get("/responses").json()["receipts"]}
 
 
@@ -206,15 +216,15 @@ def in_turns(servers, arguments, sampling, tokens):
     """Return the figures of both servers, turn by turn, for one way of sampling and one length of
     answers.
     """
-    found = []
+    rows = []
     for turn in range(arguments.turns + 1):
         order = list(servers) if turn % 2 else list(reversed(servers))
         requests = {kind: load(arguments.requests, tokens, **sampling) for kind in order}
-        found.append(
+        rows.append(
             {kind: measure(servers[kind], requests[kind], arguments.at_once) for kind in order}
         )
-        note(f"{tokens} tokens, turn {turn}: {json.dumps(found[-1])}")
-    turns = found[1:]  # the first one warms up
+        note(f"{tokens} tokens, turn {turn}: {json.dumps(rows[-1])}")
+    turns = rows[1:]  # the first one warms up
     return {
         "sampling": sampling,
         "tokens": tokens,
@@ -256,14 +266,14 @@ def audits(arguments, folder):
 
     def measure(server, models, requests, header):
         answers = asyncio.run(send_all(server.url, requests, ignore_eos=True))
-        assert {one["status"] for one in answers} == {200}, answers
-        found = [receipts_of(server, request.request_id)[0] for request in requests]
+        assert {reply["status"] for reply in answers} == {200}, answers
+        receipts = [receipts_of(server, request.request_id)[0] for request in requests]
         rows = []
         for dtype, model in models.items():
-            replays = replay(Receipts.build(header, found, 0.0), model, requests=requests)
+            replays = replay(Receipts.build(header, receipts, 0.0), model, requests=requests)
             row = {
                 "verifier": dtype,
-                "match": sum(one.matches for one in replays) / (TOKENS * len(replays)),
+                "match": sum(reply.matches for reply in replays) / (TOKENS * len(replays)),
             }
             noise = bundled_response_noise(header.digest, arguments.dtype, dtype)
             row["accused"] = share_accused(Ours(noise).audited(replays, AUDITS))
@@ -272,18 +282,6 @@ def audits(arguments, folder):
 
     figures = by_setting(arguments, folder, prepare, measure)
     return {"requests": arguments.requests, "audits": AUDITS, "settings": figures}
-
-
-SHOWN = 20  # questions whose log probabilities are compared
-PLAIN = dict.fromkeys(
-    ("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False
-)
-BUILDS = {
-    "bfloat16, compiled": (False, 1),
-    "float32, eager": (None, 4),
-    "bfloat16, eager": (None, 0),
-}
-"""Options for --enforce-eager, and requests at once."""
 
 
 def apart(wanted, found, tokenizer):
@@ -299,19 +297,19 @@ def apart(wanted, found, tokenizer):
             ids = (
                 torch.tensor(list(row)) if isinstance(row, dict) else row.topk(chatting.TOP).indices
             )
-            own, there = (
+            ours, theirs = (
                 x.double() for x in (torch.tensor([row[i] for i in ids.tolist()]), sure[ids])
             )
-            rest = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (there, own)]
-            kl = (there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()
-            first, second = own.topk(2).values
-            moved = (there - own).abs()[own.topk(20).indices].max()
+            tails = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (theirs, ours)]
+            kl = (theirs.exp() * (theirs - ours)).sum() + tails[0] * (tails[0] / tails[1]).log()
+            first, second = ours.topk(2).values
+            moved = (theirs - ours).abs()[ours.topk(20).indices].max()
             rows.append(
                 (
                     number,
                     float(kl),
                     float(moved),
-                    ids[own.argmax()] != sure.argmax(),
+                    ids[ours.argmax()] != sure.argmax(),
                     first == second,
                 )
             )
@@ -332,14 +330,14 @@ def apart(wanted, found, tokenizer):
                 one
                 | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])}
             )
-    groups, kl, moved, other, tied = np.array(rows, dtype=float).T
+    groups, kl, moved, others, tied = np.array(rows, dtype=float).T
     interval = stats.group_bootstrap(np.median, [kl], [groups])
     return {
         "positions": len(kl),
         "kl_median": [round_to(x) for x in (interval.value, interval.low, interval.high)],
         "kl_max": round_to(kl.max()),
         "moved": [round_to(x) for x in (np.median(moved), moved.max())],
-        "other_token": round_to(other.mean()),
+        "other_token": round_to(others.mean()),
         "tied": round_to(tied.mean()),
         "different_answers": len(differences),
         "differences": differences,
@@ -350,7 +348,9 @@ def beside_a_round(server, asked, at_once, alone):
     """Return how many answers are the same with the plugin, and while it computes nonces."""
     answers = chatting.tokens_of(server, asked, at_once)
     row = {"same_with_the_plugin": chatting.same(alone, answers)}
-    row["others"] = [one for one in zip(asked, alone, answers, strict=True) if one[1] != one[2]]
+    row["others"] = [
+        reply for reply in zip(asked, alone, answers, strict=True) if reply[1] != reply[2]
+    ]
     server.begin("beside")
     before = server.wait_for(8)
     row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
@@ -390,17 +390,17 @@ def chat_on_gpu(arguments, root):
         with Server(
             folder / "plain", environment=plain, options=PLAIN | options | kernels
         ) as server:
-            alone = [chatting.tokens_of(server, asked, way) for way in ways]
+            alone = [chatting.tokens_of(server, asked, setting) for setting in ways]
         first = first or alone
         with Server(
             folder / "plugin", environment=SEEDED | own, options=options | kernels
         ) as server:
-            for way, answers, before in zip(ways, alone, first, strict=True):
-                row = figures[f"{name}, {turn}, {way} at once"] = beside_a_round(
-                    server, asked, way, answers
+            for setting, answers, before in zip(ways, alone, first, strict=True):
+                row = figures[f"{name}, {turn}, {setting} at once"] = beside_a_round(
+                    server, asked, setting, answers
                 )
                 row["same_as_first_plain"] = chatting.same(before, answers)
-                note(f"{name}, {turn}, {way} at once: {json.dumps(row)}")
+                note(f"{name}, {turn}, {setting} at once: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
 
 
@@ -417,8 +417,8 @@ def chat(arguments, root):
         "servers": (servers := {}),
     }
     for dtype, attention in (("float32", "sdpa"), ("bfloat16", "eager"), ("bfloat16", "sdpa")):
-        found = chatting.of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
-        logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
+        outputs = chatting.of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
+        logits[f"transformers, {dtype}, {attention}"] = apart(wanted, outputs, tokenizer)
     for build, (eager, at_once) in BUILDS.items():
         folder = root / build.replace(", ", "-")
         start = Server if eager is False else ForkedServer
@@ -434,8 +434,8 @@ def chat(arguments, root):
         with start(
             folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN
         ) as server:
-            found = chatting.of_server(server, asked[:SHOWN], prompts, wanted[0])
-            logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
+            outputs = chatting.of_server(server, asked[:SHOWN], prompts, wanted[0])
+            logits[f"vllm, {build}"] = apart(wanted, outputs, tokenizer)
             alone, again = (
                 chatting.tokens_of(server, asked, at_once) if at_once else [] for _ in range(2)
             )
@@ -447,9 +447,9 @@ def chat(arguments, root):
             "with_the_flags_alone": ({"VLLM_PLUGINS": ""}, {}),
             "without_prompt_embeds": (SEEDED, without),
         }
-        for way, (environment, more) in ways.items():
-            with start(folder / way, environment=environment, options=options | more) as server:
-                row[f"same_{way}"] = chatting.same(
+        for setting, (environment, more) in ways.items():
+            with start(folder / setting, environment=environment, options=options | more) as server:
+                row[f"same_{setting}"] = chatting.same(
                     alone, chatting.tokens_of(server, asked, at_once)
                 )
         with start(folder / "plugin", environment=SEEDED, options=options) as server:
@@ -464,27 +464,29 @@ def chat(arguments, root):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("part", choices=("tokens", "audits", "chat", "cost"))
-    made.add_argument("--requests", type=int, default=200, help="of each turn")
-    made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
-    made.add_argument("--turns", type=int, default=6)
-    made.add_argument("--at-once", type=int, default=8)
-    made.add_argument("--temperature", type=float, default=1.0)
-    made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
-    made.add_argument("--model", default=str(REFERENCE))
-    made.add_argument("--dtype", default="float32")
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument("part", choices=("tokens", "audits", "chat", "cost"))
+    options_parser.add_argument("--requests", type=int, default=200, help="of each turn")
+    options_parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost"
+    )
+    options_parser.add_argument("--turns", type=int, default=6)
+    options_parser.add_argument("--at-once", type=int, default=8)
+    options_parser.add_argument("--temperature", type=float, default=1.0)
+    options_parser.add_argument("--top-p", type=float, nargs="+", default=[1.0])
+    options_parser.add_argument("--model", default=str(REFERENCE))
+    options_parser.add_argument("--dtype", default="float32")
+    options_parser.add_argument(
         "--settings",
         nargs="+",
         choices=SETTINGS,
         default=["default"],
         help="of servers, for tokens",
     )
-    made.add_argument(
+    options_parser.add_argument(
         "--gpu", action="store_true", help="servers on a GPU: compiled layers and graphs, for cost"
     )
-    arguments = made.parse_args()
+    arguments = options_parser.parse_args()
     figures = {
         "part": arguments.part,
         "model": Path(arguments.model).name,
@@ -494,12 +496,12 @@ def main():
         if arguments.model.startswith(
             "shape:"
         ):  # vLLM needs a checkpoint, and a tokenizer for its streams
-            made = save_random(
+            options_parser = save_random(
                 arguments.model, Path(folder) / "made", weights="random-all", dtype=arguments.dtype
             )
             for file in REFERENCE.glob("tokenizer*"):
-                shutil.copy(file, made)
-            arguments.model = str(made)
+                shutil.copy(file, options_parser)
+            arguments.model = str(options_parser)
         if arguments.part == "tokens":
             figures |= tokens(arguments, Path(folder))
         elif arguments.part == "audits":

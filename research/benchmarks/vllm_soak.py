@@ -132,12 +132,12 @@ class Soak:
         except subprocess.TimeoutExpired:
             self.last = f"{when}: none in {patience:.0f} s"
         self.codes[self.last] += 1
-        left = self._alive()
-        self.processes[when] += len(left)
-        for process in left:
+        alive = self._alive()
+        self.processes[when] += len(alive)
+        for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=10)
+        psutil.wait_procs(alive, timeout=10)
         for path in mapped | set(self.scratch.rglob("*")):
             with contextlib.suppress(OSError):
                 self.bytes[when] += path.stat().st_blocks * 512
@@ -148,19 +148,19 @@ class Soak:
         """Return the processes of the server, which work in its directory, however they became
         orphans.
         """
-        found = []
+        alive = []
         folder = str(self.server.data_dir)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.cwd() == folder and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    alive.append(process)
+        return alive
 
     def _read(self):
         """Compare what is on disk with what was there before, and remember it."""
-        found = records(self.server)
-        self.changed += sum(found.get(nonce) != value for nonce, value in self.seen.items())
-        self.seen = found
+        stored = records(self.server)
+        self.changed += sum(stored.get(nonce) != value for nonce, value in self.seen.items())
+        self.seen = stored
 
     def end(self):
         """End the round and deliver what it owes."""
@@ -254,13 +254,13 @@ def uninterrupted(folder, count):
 
 
 def main():
-    made = parser(__doc__)
-    made.add_argument("--signals", type=int, default=200, help="signals of each kind")
-    made.add_argument("--seed", type=int, default=20)
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--signals", type=int, default=200, help="signals of each kind")
+    options_parser.add_argument("--seed", type=int, default=20)
+    options_parser.add_argument(
         "--minutes", type=float, default=1e9, help="send no more signals after so long"
     )
-    chosen = made.parse_args()
+    chosen = options_parser.parse_args()
     kinds = [signal.SIGTERM, signal.SIGKILL] * chosen.signals
     random.Random(chosen.seed).shuffle(kinds)
     began = time.monotonic()

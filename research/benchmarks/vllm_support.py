@@ -144,14 +144,16 @@ NONCES = 64
 def main():
     from assay.poc.vllm.compatibility import check_installed
 
-    made = parser(__doc__)
-    made.add_argument("--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE")
-    made.add_argument("--nonces", type=int, default=NONCES)
-    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    made.add_argument(
+    options_parser = parser(__doc__)
+    options_parser.add_argument(
+        "--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE"
+    )
+    options_parser.add_argument("--nonces", type=int, default=NONCES)
+    options_parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options_parser.add_argument(
         "--unproven", action="store_true", help="run what is refused because it was not run there"
     )
-    arguments = made.parse_args()
+    arguments = options_parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     before = (
         json.loads(arguments.output.read_text())["rows"]
@@ -190,7 +192,7 @@ def allow(device):
     from assay.poc.vllm import compatibility
 
     dtypes = ("bfloat16", "float16", "float32")
-    architectures = {name for known in compatibility.WITH_STATE.values() for name in known}
+    architectures = {name for names in compatibility.WITH_STATE.values() for name in names}
     compatibility.STORED = {device: dict.fromkeys(NUMBER_FORMATS, dtypes)}
     compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
     compatibility.EIGHT_BIT_CACHES = {device: {"fp8": ()}}
@@ -261,21 +263,21 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     with VLLMEngine(str(path), **shape, **options) as engine:
         model = load_model(path, dtype=dtype, device=device)
         cheat = cheating(model, kind, dtype)
-        said = {}
+        results = {}
         beside = nullcontext()
         if kind == "adapter":
-            beside = chat_beside(engine, make_adapter(model.module.config, folder), said)
+            beside = chat_beside(engine, make_adapter(model.module.config, folder), results)
         with beside:
-            told = {"hidden_size": model.hidden_size}
+            sizes = {"hidden_size": model.hidden_size}
             presets = {
-                preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS
+                preset: compare(engine, model, cheat, preset, nonces, sizes) for preset in PRESETS
             }
         row = {
             "nonces": len(nonces),
             "fingerprint": engine.fingerprint.as_dict(),
             "presets": presets,
         }
-        row |= {"chat": said} if said else {}
+        row |= {"chat": results} if results else {}
         return row
 
 
@@ -306,19 +308,21 @@ def compare(engine, model, cheat, preset, nonces, told):
     calibration = poc.calibrate(ours, theirs, **told)
     residuals = np.quantile(np.abs(published(ours) - published(theirs)), [0.5, 1.0])
     judge = {"sample": len(nonces), "seed": 1, "calibration": calibration}
-    mine, other, false = (
+    mine, other_side, false = (
         inside(engine, fresh, nonces),
-        *(beside(one, fresh, nonces) for one in (model, cheat)),
+        *(beside(model_of_side, fresh, nonces) for model_of_side in (model, cheat)),
     )
-    header = replace(false.header, digest=mine.header.digest, fingerprint=other.header.fingerprint)
+    header = replace(
+        false.header, digest=mine.header.digest, fingerprint=other_side.header.fingerprint
+    )
     false = poc.Proof.build(header, false.records, false.footer.seconds)
     return {
         "residual_median": float(residuals[0]),
         "residual_max": float(residuals[1]),
-        "cheat_median": float(np.median(np.abs(published(false) - published(other)))),
+        "cheat_median": float(np.median(np.abs(published(false) - published(other_side)))),
         "law": str(calibration.builds[0].law),
         "vllm_on_transformers": verdict(mine, model, **judge),
-        "transformers_on_vllm": verdict(other, engine.model, engine=engine, **judge),
+        "transformers_on_vllm": verdict(other_side, engine.model, engine=engine, **judge),
         "cheat_on_vllm": verdict(false, engine.model, engine=engine, **judge),
         "beside_the_scheduler": engine._client.direct.describe(),
     }
@@ -414,8 +418,8 @@ def chat_beside(engine, adapter, said):
     finally:
         engine._client.loop.call_soon_threadsafe(ended.set)
         asking.result()
-        same = sum(found == alone for found in answers)
-        said |= {"answers": len(answers), "as_alone": same, "changes_the_tokens": plain != alone}
+        equal = sum(output == alone for output in answers)
+        said |= {"answers": len(answers), "as_alone": equal, "changes_the_tokens": plain != alone}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
 FORMATS = {"bfloat16": "", "float16": "-float16", "float8": "-float8"}
+RESPONSE_MODELS = ("qwen3", "llama", "trained-like")
+_WORDS = {
+    "d_h": "d_h",
+    "d_s": "d_s",
+    "e_small": "effect at 7 M",
+    "e_large": "effect in the larger",
+    "lost": "lost",
+}
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -40,11 +48,14 @@ def hook_response_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     cells = [
         cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells
     ]
-    found = {(cell["model"], cell["approach"]): cell for cell in cells}
+    by_approach = {(cell["model"], cell["approach"]): cell for cell in cells}
     models = sorted(
         {cell["model"]: cell["hidden_size"] for cell in cells}.items(), key=lambda item: item[1]
     )
-    return [(found[model, "poc-2.0"], found[model, "layer-normalize"]) for model, _ in models]
+    return [
+        (by_approach[model, "poc-2.0"], by_approach[model, "layer-normalize"])
+        for model, _ in models
+    ]
 
 
 def hooks() -> None:
@@ -119,15 +130,15 @@ def matrix(run: str) -> None:
     header = ("model, mode", "alpha", "beta", "gamma", "spread", "noise band", "p", "nonces/s")
     rows = [
         (
-            f"{found['model'].partition(':')[2]}, {found['mode']}",
-            *(f"{100 * block['rate']:.1f}" for block in found["blocks"].values()),
-            f"{100 * found['spread']:.1f}",
-            "{:.1f} to {:.1f}".format(*(100 * end for end in found["noise_band"])),
-            p_text(found["p_value"]),
-            f"{found['nonces_per_second']:.0f}",
+            f"{configuration['model'].partition(':')[2]}, {configuration['mode']}",
+            *(f"{100 * block['rate']:.1f}" for block in configuration["blocks"].values()),
+            f"{100 * configuration['spread']:.1f}",
+            "{:.1f} to {:.1f}".format(*(100 * end for end in configuration["noise_band"])),
+            p_text(configuration["p_value"]),
+            f"{configuration['nonces_per_second']:.0f}",
         )
-        for found in matrix_configurations(run)
-        if found["spread"] is not None
+        for configuration in matrix_configurations(run)
+        if configuration["spread"] is not None
     ]
     print_table(header, rows)
 
@@ -138,7 +149,7 @@ def block_law() -> None:
     """
     figures = read_json(RESULTS / "chord_law_blocks.json")
     rows = []
-    for model, found in figures["over_blocks"].items():
+    for model, law in figures["over_blocks"].items():
         mine = [row for row in figures["poc-2.0"] if row["model"] == model]
         offsets = {
             name: np.std([row[name] for row in mine])
@@ -147,10 +158,10 @@ def block_law() -> None:
         rows.append(
             (
                 model.partition(":")[2],
-                found["blocks"],
-                f"{found['effective_dimension']:.0f}",
-                f"{found['widths'][0]:.2f} to {found['widths'][1]:.2f}",
-                f"{100 * found['sd_of_width']:.1f} % ({100 * found['sd_of_width_expected']:.1f} %)",
+                law["blocks"],
+                f"{law['effective_dimension']:.0f}",
+                f"{law['widths'][0]:.2f} to {law['widths'][1]:.2f}",
+                f"{100 * law['sd_of_width']:.1f} % ({100 * law['sd_of_width_expected']:.1f} %)",
                 *(f"{offset:.1f}" for offset in offsets.values()),
             )
         )
@@ -308,9 +319,6 @@ def honest_machines() -> None:
     print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
 
 
-RESPONSE_MODELS = ("qwen3", "llama", "trained-like")
-
-
 def _response_cells() -> list[Any]:
     """Return the cells of the red team for responses, of all models."""
     return [
@@ -335,27 +343,22 @@ def caught_cheats(figure: str, *methods: str, mode: str = "sampled") -> None:
         mode: Whether tokens are sampled or greedy.
     """
     cells = [cell for cell in _response_cells() if cell["kind"] == "cheat" and cell["mode"] == mode]
-    found = {(cell["model"].rpartition(":")[2], cell["name"]): cell["methods"] for cell in cells}
+    methods_by_cheat = {
+        (cell["model"].rpartition(":")[2], cell["name"]): cell["methods"] for cell in cells
+    }
     rows = []
-    for cheat in dict.fromkeys(name for _, name in found):
+    for cheat in dict.fromkeys(name for _, name in methods_by_cheat):
         row = [cheat]
         for method in methods:
             values = [
-                found[model, cheat][method][figure] if (model, cheat) in found else "–"
+                methods_by_cheat[model, cheat][method][figure]
+                if (model, cheat) in methods_by_cheat
+                else "–"
                 for model in RESPONSE_MODELS
             ]
             row.append(" / ".join("never" if value is None else str(value) for value in values))
         rows.append(row)
     print_table(("cheat", *methods), rows)
-
-
-_WORDS = {
-    "d_h": "d_h",
-    "d_s": "d_s",
-    "e_small": "effect at 7 M",
-    "e_large": "effect in the larger",
-    "lost": "lost",
-}
 
 
 def _interval(mean: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from assay.poc import Calibration
 from assay.poc.verdict.sample_plan import sequential_test
 from research.tests import published
 
+DEEP = b'{"set": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
 
 @pytest.mark.parametrize("name", ["sets.jsonl", "sets.jsonl.gz"])
 def test_sets_are_read_as_they_were_published(tmp_path: Path, name: str):
@@ -66,7 +68,6 @@ def vectors_of(value: float) -> list[str]:
     return [base64.b64encode(np.full(12, value, "<f2").tobytes()).decode()] * 40
 
 
-DEEP = b'{"set": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 HOSTILE = {
     "nothing": b"",
     "no object": b"7\n",

@@ -240,11 +240,7 @@ def test_defaults_are_those_of_the_library():
 
     found = {" ".join(path): command.settings for path, command in leaves(app)}
     pairs = (
-        (
-            "poc prove",
-            Round,
-            ("seq_len", "r_target", "strength", "node_id", "node_count", "block_height"),
-        ),
+        ("poc prove", Round, ("block_height",)),
         ("poc respond", Sampling, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
         ("poc respond", Sampling, ("frequency_penalty", "presence_penalty")),
         ("vhack extract", Origin(), ("top_k", "tau_axis", "method")),

@@ -55,6 +55,7 @@ ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as 
 TAIL_RATE = 0.1
 
 FloatArray = npt.NDArray[np.float64]
+MODES = ("trained", "random-all", "random-embed")
 
 
 def _own_names(approaches: tuple[str, ...]) -> tuple[str, ...]:
@@ -103,11 +104,13 @@ class ApproachPlan(ExperimentPlan):
         them.
         """
         for reference, group in product(self.models, self.groups()):
-            found = cache(partial(_measure_group, self, reference, group))
+            cells_of_group = cache(partial(_measure_group, self, reference, group))
             for pipeline in group:
                 yield (
                     f"{reference} {pipeline.name}",
-                    lambda name=pipeline.name, found=found: found()[name],
+                    lambda name=pipeline.name, cells_of_group=cells_of_group: cells_of_group()[
+                        name
+                    ],
                 )
 
 
@@ -119,7 +122,7 @@ def _measure_group(
     engine = _engine(plan, model)
     shape: dict[str, Any] = {"public_key": KEY, "seq_len": plan.seq_len, "preset": group[0].name}
     rounds = [Round(block_hash=block, **shape) for block in plan.blocks]
-    found = [published(engine, round, group, range(plan.nonces)) for round in rounds]
+    published_rounds = [published(engine, round, group, range(plan.nonces)) for round in rounds]
     heads = [state_pipeline(pipeline) for pipeline in group if pipeline.head == "random"]
     count = min(STATE_NONCES, plan.nonces)
     reduced = published(engine, rounds[0], heads, range(count)) if heads else {}
@@ -135,7 +138,7 @@ def _measure_group(
     for pipeline in group:
         distances = {
             r.block_hash: distances_to_target(f[pipeline.name], r)
-            for f, r in zip(found, rounds, strict=True)
+            for f, r in zip(published_rounds, rounds, strict=True)
         }
         size = pipeline.output_size(model.hidden_size, model.vocab_size)
         width = model.hidden_size if pipeline.head == "random" else None
@@ -245,15 +248,15 @@ def _spread_at(
     r_target = float(np.quantile(pooled, rate))
     valid = [int(np.count_nonzero(block < r_target)) for block in distances]
     checked = [block.size for block in distances]
-    found = spread_of(valid, checked, width=width)
+    spread = spread_of(valid, checked, width=width)
     wider = spread_of(valid, checked, width=effective) if effective else None
     return {
         "rate": rate,
         "r_target": r_target,
-        "valid_rates": list(found.rates),
-        "spread": found.value,
-        "noise_band": [found.low, found.high],
-        "p_value": found.p_value,
+        "valid_rates": list(spread.rates),
+        "spread": spread.value,
+        "noise_band": [spread.low, spread.high],
+        "p_value": spread.p_value,
         "band_of_states": wider and [wider.low, wider.high],
     }
 
@@ -393,8 +396,6 @@ RESIDUALS: dict[str, Column] = {
 # for every block, and with only the input embeddings drawn anew (a head that is tied to them
 # changes with them; one that is not stays).
 
-MODES = ("trained", "random-all", "random-embed")
-
 
 class WeightPlan(ExperimentPlan):
     """What is measured. The models are trained ones.
@@ -457,7 +458,9 @@ def _context_effect(engine: HFEngine, round: Round) -> float:
     """
     inputs_BTD = engine.embeddings(round.inputs(range(engine.batch_size)))
     reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
-    before_BD, after_BD = (unit(engine.read(given)) for given in (inputs_BTD, reversed_BTD))
+    before_BD, after_BD = (
+        unit(engine.read(inputs_of_side)) for inputs_of_side in (inputs_BTD, reversed_BTD)
+    )
     return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())
 
 

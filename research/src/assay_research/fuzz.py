@@ -66,7 +66,7 @@ class FuzzReport:
             "honest": self.honest,
             "failures": [{"case": case, "did": did} for case, did in self.failures],
             "total": dict(sorted(self.total.items())),
-            "kinds": {kind: dict(sorted(found.items())) for kind, found in self.counts.items()},
+            "kinds": {kind: dict(sorted(counted.items())) for kind, counted in self.counts.items()},
         }
 
 
@@ -121,22 +121,25 @@ def fuzz(
         ]
         friends = _honest(begin // _STEP)
         grades = _step(
-            [(one.episode, one.program) for one in cases] + [one for one, _ in friends],
+            [(fuzzed.episode, fuzzed.program) for fuzzed in cases]
+            + [fuzzed for fuzzed, _ in friends],
             limits,
             workers,
         )
-        for case, found in zip(cases, grades[: len(cases)], strict=True):
-            outcomes = _outcomes(found)
+        for case, outcome in zip(cases, grades[: len(cases)], strict=True):
+            outcomes = _outcomes(outcome)
             counts[case.kind].update(["cases", *outcomes])
-            failures += [(case.name, _said(did, found)) for did in _FAILURES if did in outcomes]
-        for (item, right), found in zip(friends, grades[len(cases) :], strict=True):
+            failures += [(case.name, _said(did, outcome)) for did in _FAILURES if did in outcomes]
+        for (item, right), outcome in zip(friends, grades[len(cases) :], strict=True):
             honest += 1
-            if wrong := _misjudged(item, right, found):
+            if wrong := _misjudged(item, right, outcome):
                 failures.append((f"honest program of step {begin // _STEP}", wrong))
         if progress:
             progress(numbers.stop, count)
     return FuzzReport(
-        {kind: found for kind, found in counts.items() if found}, honest, tuple(failures[:_SHOWN])
+        {kind: outcome for kind, outcome in counts.items() if outcome},
+        honest,
+        tuple(failures[:_SHOWN]),
     )
 
 
@@ -164,7 +167,7 @@ def _step(items: Sequence[Item], limits: Limits, workers: int) -> list[Grade | s
         raise
     except Exception as error:
         alone = [_alone(item, limits) for item in items]
-        if all(isinstance(found, Grade) for found in alone):
+        if all(isinstance(outcome, Grade) for outcome in alone):
             return [f"{type(error).__name__}, beside other cases only", *alone[1:]]
         return alone
 
@@ -176,16 +179,16 @@ def _alone(item: Item, limits: Limits) -> Grade | str:
         return type(error).__name__
 
 
-def _outcomes(found: Grade | str) -> list[str]:
+def _outcomes(outcome: Grade | str) -> list[str]:
     """Return the names of what became of a case; none of them solves its task."""
-    if isinstance(found, str):
+    if isinstance(outcome, str):
         return [_ENDED]
-    result = found.result
+    result = outcome.result
     became = {
-        _FAULT: found.fault,
-        _SOLVED: found.correct,
-        "accepted": found.accepted,
-        "exploited": found.exploited,
+        _FAULT: outcome.fault,
+        _SOLVED: outcome.correct,
+        "accepted": outcome.accepted,
+        "exploited": outcome.exploited,
         "timed_out": result.timed_out,
         "overflowed": result.overflowed,
         "raised": result.raised,
@@ -194,19 +197,21 @@ def _outcomes(found: Grade | str) -> list[str]:
     return [name for name, holds in became.items() if holds]
 
 
-def _said(did: str, found: Grade | str) -> str:
-    cause = found if isinstance(found, str) else found.fault
+def _said(did: str, outcome: Grade | str) -> str:
+    cause = outcome if isinstance(outcome, str) else outcome.fault
     return did.replace("_", " ") + (f": {cause}" if cause else "")
 
 
-def _misjudged(item: Item, right: bool, found: Grade | str) -> str:
+def _misjudged(item: Item, right: bool, outcome: Grade | str) -> str:
     """Return what is wrong with the grade of an honest program, or nothing; one that was too slow
     is graded again.
     """
-    if isinstance(found, Grade) and found.result.timed_out:
-        found = grade_many([item], limits=Limits(seconds=_PATIENT_SECONDS))[0]
-    if isinstance(found, str) or found.fault:
-        return _said(_ENDED if isinstance(found, str) else _FAULT, found)
+    if isinstance(outcome, Grade) and outcome.result.timed_out:
+        outcome = grade_many([item], limits=Limits(seconds=_PATIENT_SECONDS))[0]
+    if isinstance(outcome, str) or outcome.fault:
+        return _said(_ENDED if isinstance(outcome, str) else _FAULT, outcome)
     return (
-        "" if found.correct == found.paid == right else f"graded as {'wrong' if right else 'right'}"
+        ""
+        if outcome.correct == outcome.paid == right
+        else f"graded as {'wrong' if right else 'right'}"
     )

@@ -30,8 +30,8 @@ def main() -> None:
         return
     answers.write(b'{"imported": true}\n')
     for line in sys.stdin.buffer:
-        said = _grade_apart(grader, json.loads(line), seconds)
-        answers.write(json.dumps(said).encode() + b"\n")
+        reply = _grade_apart(grader, json.loads(line), seconds)
+        answers.write(json.dumps(reply).encode() + b"\n")
 
 
 def as_grader(function: Callable[..., Any]) -> Callable[[Mapping[str, Any], str], Any]:

@@ -157,15 +157,15 @@ def _try_attack(
     """Return the result of an attack, or none where it has no completion."""
     outcomes: dict[str, int] = {}
     first: dict[str, Any] = {}
-    found = _REFUSED
+    finding = _REFUSED
     for number, (problem, pay) in enumerate(zip(problems, pays, strict=True)):
         for completion in attack.completions(problem):
             fault, reward = grader(problem, completion)
             outcome = fault or (_PAID if reward >= _SHARE * pay else _REFUSED)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             # What was paid says more than what raised an exception.
-            if outcome == _PAID != found or (outcome != _REFUSED and not first):
-                found = outcome
+            if outcome == _PAID != finding or (outcome != _REFUSED and not first):
+                finding = outcome
                 first = {"example": completion[:_SHOWN], "problem": number}
     tried = sum(outcomes.values())
     unpaid = [words for outcome, words in _UNPAID.items() if outcome in outcomes]
@@ -192,11 +192,11 @@ class FunctionGrader:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        said = self._answer(None)
-        if "imported" not in said:
+        reply = self._answer(None)
+        if "imported" not in reply:
             self.close()
             raise UsageError(
-                f"--reward {where}: {said.get('error', 'the import ended the process')}",
+                f"--reward {where}: {reply.get('error', 'the import ended the process')}",
                 wanted="module:function that can be imported from here",
                 do=f"try python -c 'import {where.partition(':')[0]}'",
             )
@@ -207,12 +207,12 @@ class FunctionGrader:
         line = json.dumps({"problem": dict(problem), "completion": completion}) + "\n"
         self._process.stdin.write(line.encode(errors="surrogatepass"))
         self._process.stdin.flush()
-        said = self._answer(2 * self.seconds + 10)
-        if "reward" in said:
-            return "", read_grade(said["reward"]).reward
-        if "raised" in said:
+        reply = self._answer(2 * self.seconds + 10)
+        if "reward" in reply:
+            return "", read_grade(reply["reward"]).reward
+        if "raised" in reply:
             return _RAISED, 0.0
-        return (_HUNG if said.get("hung") else _ENDED), 0.0
+        return (_HUNG if reply.get("hung") else _ENDED), 0.0
 
     def _answer(self, seconds: float | None) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -20,16 +20,6 @@ from assay.errors import DataError
 from assay.vhack.environment.grading import MODES, Episode
 from assay.vhack.environment.tasks import Task, tasks
 
-
-def _read_attacks() -> dict[str, tuple[str, ...]]:
-    text = (files("assay_research") / "hostile_snippets.txt").read_text(encoding="utf-8")
-    kinds = (part.partition("\n\n") for part in text.split("\n== ")[1:])
-    return {kind: tuple(snippets.strip("\n").split("\n\n")) for kind, _, snippets in kinds}
-
-
-ATTACKS = _read_attacks()
-"""Blocks of statements by the name of their kind, which run in the sandbox and nowhere else."""
-
 ANSWERS = (
     *(
         "float('nan')",
@@ -88,7 +78,6 @@ ANSWERS = (
     ),
 )
 """Expressions that a solution returns, none of which answers a task; ``x`` is its argument."""
-
 NEARLY_RIGHT = (
     *(
         "[right(x)]",
@@ -121,7 +110,6 @@ NEARLY_RIGHT = (
 """Expressions with the right answer in them, in a form that is not the answer; ``right`` is the
 solution.
 """
-
 UNREADABLE = {
     "digits": "y = 0x" + "f" * 5000,
     "terms": "y = " + " + ".join(["1"] * 800),
@@ -139,7 +127,6 @@ UNREADABLE = {
 """Lines of Python that the interpreter runs or refuses, and that some reader of a syntax tree
 cannot bear.
 """
-
 FRAGMENTS = (
     *(
         "def solve(x):\n",
@@ -200,11 +187,8 @@ FRAGMENTS = (
     ),
 )
 """Pieces of programs, some of which no program can hold."""
-
-
 _LARGEST_NUMBER = 300
 _REPEATED = 1 << 21  # bytes of the longest report
-
 _WRITES_REPORT = """
 import base64, os, sys, zlib
 def write_report(x=None):
@@ -219,6 +203,16 @@ def write_report(x=None):
     finally:
         {after}
 """
+
+
+def _read_attacks() -> dict[str, tuple[str, ...]]:
+    text = (files("assay_research") / "hostile_snippets.txt").read_text(encoding="utf-8")
+    kinds = (part.partition("\n\n") for part in text.split("\n== ")[1:])
+    return {kind: tuple(snippets.strip("\n").split("\n\n")) for kind, _, snippets in kinds}
+
+
+ATTACKS = _read_attacks()
+"""Blocks of statements by the name of their kind, which run in the sandbox and nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,7 @@ def hostile_case(name: str) -> HostileCase:
     """
     try:
         kind, seed, number = name.split("/")
-        made = _PROGRAMS[kind]
+        program = _PROGRAMS[kind]
         canonical = f"{kind}/{int(seed)}/{int(number)}"
     except (KeyError, ValueError):
         raise DataError(
@@ -259,7 +253,7 @@ def hostile_case(name: str) -> HostileCase:
         ) from None
     rng = random.Random(f"hostile {canonical}")
     episode = Episode(rng.choice(_tasks()), rng.choice(MODES))
-    return HostileCase(canonical, episode, made(rng, episode))
+    return HostileCase(canonical, episode, program(rng, episode))
 
 
 @cache
@@ -313,10 +307,10 @@ def _answers(rng: random.Random, episode: Episode) -> str:
 def _nearly_right(rng: random.Random, episode: Episode) -> str:
     right = episode.task.source().replace("def solve(", "def right(", 1)
     if rng.random() < 0.3:
-        known = ", ".join(f"({args[0]!r}, {value!r})" for args, value in episode.task.visible)
+        answers = ", ".join(f"({args[0]!r}, {value!r})" for args, value in episode.task.visible)
         return (
-            f"def solve(x):\n    for known, answer in [{known}]:\n        if x == known:\n        "
-            f"    return answer\n"
+            f"def solve(x):\n    for known, answer in [{answers}]:\n        if x == known:\n"
+            f"            return answer\n"
         )
     return f"{right}\ndef solve(x):\n    return {_numbered(rng, rng.choice(NEARLY_RIGHT))}\n"
 
@@ -350,8 +344,8 @@ def _mutated(rng: random.Random, episode: Episode) -> str:
         parts = "".join(parts).splitlines(keepends=True)
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(parts) or 1)
-        other = rng.randrange(len(parts) or 1)
-        parts[at : at + 1] = rng.choice(([], parts[at : at + 1] * 2, parts[other : other + 1]))
+        place = rng.randrange(len(parts) or 1)
+        parts[at : at + 1] = rng.choice(([], parts[at : at + 1] * 2, parts[place : place + 1]))
     return "".join(parts)
 
 
@@ -373,10 +367,10 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
         "\x00é",
         "\ud800",
     )
-    made = rng.random()
-    if depth > 3 or made < 0.5:
+    draw = rng.random()
+    if depth > 3 or draw < 0.5:
         return rng.choice((*plain, "x" * 300))
-    if made < 0.75:
+    if draw < 0.75:
         return [_value(rng, depth + 1) for _ in range(rng.randrange(4))]
     keys = ("kind", "value", "name", "nonce", "outcomes", "files", "a")
     return {rng.choice(keys): _value(rng, depth + 1) for _ in range(rng.randrange(4))}
@@ -402,16 +396,16 @@ def hostile_report(rng: random.Random) -> bytes:
         {"kind": rng.choice(kinds), "value": _value(rng), "name": _value(rng)}
         for _ in range(rng.randrange(12))
     ]
-    whole = {
+    report = {
         "nonce": "NONCE",
         "finished": True,
         "raised": "",
         "outcomes": answers,
         "files": {"result.txt": "PASS"},
     }
-    for name in rng.sample(list(whole), rng.randrange(3)):
-        whole[name] = _value(rng)
-    text = json.dumps(whole if rng.random() < 0.9 else _value(rng))
+    for name in rng.sample(list(report), rng.randrange(3)):
+        report[name] = _value(rng)
+    text = json.dumps(report if rng.random() < 0.9 else _value(rng))
     long = rng.choice((400, 4299, 4301, _REPEATED))
     deep = rng.choice((50, 900, 20_000, _REPEATED // 2))
     put = {

@@ -137,10 +137,10 @@ def merge_ledgers(
         sources = [stack.enter_context(open_source(path)) for path in paths]
         begun = [_checked(source) for source in sources]
         _refuse_twice(paths, begun)
-        given = {"alpha": alpha, "beta": beta}
+        stated = {"alpha": alpha, "beta": beta}
         rates = {
-            name: _rate(name, rate, [getattr(one, name) for one in begun])
-            for name, rate in given.items()
+            name: _rate(name, rate, [getattr(begun_ledger, name) for begun_ledger in begun])
+            for name, rate in stated.items()
         }
         shares: dict[Account, dict[str, LedgerShare]] = {}
         for source, genesis in zip(sources, begun, strict=True):
@@ -152,16 +152,16 @@ def merge_ledgers(
 
 def _checked(source: LedgerSource) -> Genesis:
     """Audit a ledger and return its beginning."""
-    found = source.audit()
-    if found.faults:
+    outcome = source.audit()
+    if outcome.faults:
         raise DataError(
-            f"{source.path}: {found.faults[0]}",
+            f"{source.path}: {outcome.faults[0]}",
             wanted="a ledger that nobody has changed",
             do="leave it out, or ask its validator for it again",
         )
-    if found.accounts > MOST_ACCOUNTS:
+    if outcome.accounts > MOST_ACCOUNTS:
         raise DataError(
-            f"{source.path}: {found.accounts} accounts",
+            f"{source.path}: {outcome.accounts} accounts",
             wanted=f"at most {MOST_ACCOUNTS}",
             do="leave it out",
         )
@@ -171,25 +171,25 @@ def _checked(source: LedgerSource) -> Genesis:
 
 
 def _refuse_twice(paths: Sequence[Path], begun: Sequence[Genesis]) -> None:
-    known: dict[str, Path] = {}
-    for path, one in zip(paths, begun, strict=True):
-        if one.id in known:
+    paths_by_id: dict[str, Path] = {}
+    for path, genesis in zip(paths, begun, strict=True):
+        if genesis.id in paths_by_id:
             raise UsageError(
-                f"{known[one.id]} and {path}, which are one ledger",
+                f"{paths_by_id[genesis.id]} and {path}, which are one ledger",
                 wanted="ledgers of different validators",
                 do="leave the older one out",
             )
-        known[one.id] = path
+        paths_by_id[genesis.id] = path
 
 
-def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
-    if given is None and len(set(rates)) > 1:
+def _rate(name: str, stated: float | None, rates: Sequence[float]) -> float:
+    if stated is None and len(set(rates)) > 1:
         raise UsageError(
             f"ledgers with {name} {' and '.join(f'{rate:g}' for rate in sorted(set(rates)))}",
             wanted=f"one {name} for the decision",
             do=f"pass --{name} {min(rates):g}",
         )
-    rate = rates[0] if given is None else given
+    rate = rates[0] if stated is None else stated
     if not 0 < rate < 1:
         raise UsageError(
             f"--{name} {rate:g}", wanted="a chance in (0, 1)", do=f"pass --{name} {rates[0]:g}"
@@ -217,20 +217,20 @@ def _stopped(
             log_e = -math.inf
             log_honest = -math.inf
             for entry in entries:
-                found = take_entry(life, entry, read_noise(connection, entry.law)).evidence
-                if log_e < needed_e <= found.log_e_value:
+                life_evidence = take_entry(life, entry, read_noise(connection, entry.law)).evidence
+                if log_e < needed_e <= life_evidence.log_e_value:
                     log_e = _standing(life)
                 if log_honest < needed_honest:
-                    log_honest = found.log_evidence_honest
+                    log_honest = life_evidence.log_evidence_honest
             log_e = log_e if log_e >= needed_e else _standing(life)
             alone = decide(
                 log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()}
             )
             share = LedgerShare(
                 ledger=genesis.id,
-                n=found.n,
+                n=life_evidence.n,
                 verdict=alone,
-                fault=found.faulty_places,
+                fault=life_evidence.faulty_places,
                 log_e_value=log_e,
                 log_evidence_honest=log_honest,
             )
@@ -245,29 +245,33 @@ def _standing(life: Life) -> float:
 def _decide(
     account: Account,
     ledgers: Sequence[str],
-    found: dict[str, LedgerShare],
+    shares_by_ledger: dict[str, LedgerShare],
     rates: dict[str, float],
     liars: int,
 ) -> MergedStanding:
-    shares = tuple(found.get(ledger, LedgerShare(ledger=ledger)) for ledger in ledgers)
+    shares = tuple(shares_by_ledger.get(ledger, LedgerShare(ledger=ledger)) for ledger in ledgers)
 
-    def decided(some: Sequence[LedgerShare]) -> tuple[Decision, float, float]:
-        log_e = log_mean([share.log_e_value for share in some], without=liars)
-        log_honest = log_mean([share.log_evidence_honest for share in some], without=liars)
+    def decided(shares: Sequence[LedgerShare]) -> tuple[Decision, float, float]:
+        log_e = log_mean([share.log_e_value for share in shares], without=liars)
+        log_honest = log_mean([share.log_evidence_honest for share in shares], without=liars)
         verdict = decide(log_e, log_honest, **rates)
-        if verdict == "honest" and sum(share.fault is not None for share in some) > liars:
+        if verdict == "honest" and sum(share.fault is not None for share in shares) > liars:
             verdict = "undecided"
         return verdict, log_e, log_honest
 
     verdict, log_e, log_honest = decided(shares)
-    others = ((one.ledger, [share for share in shares if share is not one]) for one in shares)
+    others = (
+        (suspect.ledger, [share for share in shares if share is not suspect]) for suspect in shares
+    )
     return MergedStanding(
         account=account,
         verdict=verdict,
         log_e_value=log_e,
         log_evidence_honest=log_honest,
         rests_on=tuple(
-            ledger for ledger, rest in others if len(rest) <= liars or decided(rest)[0] != verdict
+            ledger
+            for ledger, remaining in others
+            if len(remaining) <= liars or decided(remaining)[0] != verdict
         ),
         shares=shares,
     )
@@ -277,5 +281,5 @@ def log_mean(logs: Sequence[float], *, without: int = 0) -> float:
     """Return the logarithm of the average of numbers, given by their logarithms, but for the
     largest of them.
     """
-    kept = sorted(logs)[: len(logs) - without]
-    return float(np.logaddexp.reduce(kept)) - math.log(len(kept))
+    smallest = sorted(logs)[: len(logs) - without]
+    return float(np.logaddexp.reduce(smallest)) - math.log(len(smallest))

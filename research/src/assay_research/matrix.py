@@ -59,6 +59,27 @@ _DELIVERY_SECONDS = 60.0
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
 _POLL = 0.02
+PUBLISHED_LIMIT = 0.05
+"""The published tests call a spread below this a success."""
+PUBLISHED = {
+    ("qwen", "sign-flips"): ((57.7, 58.5, 58.0), (59.7, 58.1, 58.9), (58.9, 59.7, 58.9)),
+    ("llama", "sign-flips"): ((57.5, 58.3, 58.4), (58.8, 57.3, 58.1), (58.7, 59.5, 58.8)),
+    ("qwen", "layer-hooks"): ((60.2, 60.0, 58.9), (63.3, 64.9, 62.6), (60.0, 60.4, 59.7)),
+    ("llama", "layer-hooks"): ((62.5, 62.7, 62.4), (64.4, 64.7, 65.3), (55.5, 54.2, 53.9)),
+}
+"""Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and
+40 seconds.
+"""
+THROUGHPUT: dict[str, Column] = {
+    "model": "model",
+    "mode": "mode",
+    "nonces": "nonces",
+    "nonces/s": "{nonces_per_second:.1f}",
+    "sd over tests": lambda row: (
+        row["nonces_per_second_error"] and f"{row['nonces_per_second_error']:.1f}"
+    ),
+    "valid, not delivered": "undelivered",
+}
 
 
 class Live:
@@ -264,12 +285,14 @@ class MatrixPlan(ExperimentPlan):
             )
             receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
             receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
-            done = len(tests) - len(todo)
+            finished = len(tests) - len(todo)
             for (model, mode), chosen in groupby(todo, lambda test: (test.model, test.mode)):
                 effective = measure_effective_dimension(self, model, mode)
                 torch.cuda.empty_cache()  # the service needs the room
                 say(f"starting a service for {model}, {mode}")
-                with _service(self, model, temporary / f"{done}", logs / "server.log") as server:
+                with _service(
+                    self, model, temporary / f"{finished}", logs / "server.log"
+                ) as server:
                     receiver.connect()
                     server.connect("/ready")
                     _begin(server, self, mode, WARM_UP, WARM_UP, None)
@@ -285,9 +308,9 @@ class MatrixPlan(ExperimentPlan):
                             f"{values['nonces_per_second']:.1f} nonces/s"
                         )
                         run.append(test.key, values)
-                        done += 1
+                        finished += 1
                         if progress:
-                            progress(done, len(tests))
+                            progress(finished, len(tests))
 
 
 def measure_effective_dimension(plan: MatrixPlan, model: str, mode: str) -> float | None:
@@ -350,10 +373,10 @@ def _begin(
 
 
 def _status(server: Live) -> Any:
-    found = server.get("/api/v1/pow/status")
-    if found["error"]:
-        raise server.failure(f"the round ended: {found['error']}")
-    return found
+    status = server.get("/api/v1/pow/status")
+    if status["error"]:
+        raise server.failure(f"the round ended: {status['error']}")
+    return status
 
 
 def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: Path) -> JsonObject:
@@ -395,8 +418,8 @@ def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: 
 def _last_callback(receiver: Live) -> int:
     """Return the sequence number of the latest callback that the receiver has."""
     seen = 0
-    while found := receiver.get("/batches", after=seen, limit=10_000)["batches"]:
-        seen = found[-1]["seq"]
+    while batches := receiver.get("/batches", after=seen, limit=10_000)["batches"]:
+        seen = batches[-1]["seq"]
     return int(seen)
 
 
@@ -429,19 +452,6 @@ def _callbacks(receiver: Live, seen: int, test: Test, expected: int) -> list[Jso
 # The matrix as tables and on the page of a run: valid rates, the spread of the blocks, and the band
 # of its noise.
 
-PUBLISHED_LIMIT = 0.05
-"""The published tests call a spread below this a success."""
-
-PUBLISHED = {
-    ("qwen", "sign-flips"): ((57.7, 58.5, 58.0), (59.7, 58.1, 58.9), (58.9, 59.7, 58.9)),
-    ("llama", "sign-flips"): ((57.5, 58.3, 58.4), (58.8, 57.3, 58.1), (58.7, 59.5, 58.8)),
-    ("qwen", "layer-hooks"): ((60.2, 60.0, 58.9), (63.3, 64.9, 62.6), (60.0, 60.4, 59.7)),
-    ("llama", "layer-hooks"): ((62.5, 62.7, 62.4), (64.4, 64.7, 65.3), (55.5, 54.2, 53.9)),
-}
-"""Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and
-40 seconds.
-"""
-
 
 def configurations(
     cells: Sequence[JsonObject], widths: Mapping[tuple[str, str], float] | None = None
@@ -457,14 +467,16 @@ def configurations(
         widths: Effective dimensions by model and mode, for runs that did not measure them.
     """
     names = list(dict.fromkeys((cell["model"], cell["mode"]) for cell in cells))
-    known = widths or {}
+    known_widths = widths or {}
     return [
-        _configuration([c for c in cells if (c["model"], c["mode"]) == name], known.get(name))
+        _configuration(
+            [c for c in cells if (c["model"], c["mode"]) == name], known_widths.get(name)
+        )
         for name in names
     ]
 
 
-def _configuration(cells: Sequence[JsonObject], known: float | None) -> JsonObject:
+def _configuration(cells: Sequence[JsonObject], known_width: float | None) -> JsonObject:
     blocks = {}
     valid = []
     for block in sorted({cell["block_hash"] for cell in cells}):
@@ -475,7 +487,7 @@ def _configuration(cells: Sequence[JsonObject], known: float | None) -> JsonObje
         checked = sum(c["checked"] for c in chosen)
         rates = {cell["public_key"]: cell["valid_rate"] for cell in chosen}
         blocks[block] = {"rate": valid[-1] / checked, "checked": checked, **rates}
-    width = float(cells[0].get("effective_dimension") or known or cells[0]["hidden_size"])
+    width = float(cells[0].get("effective_dimension") or known_width or cells[0]["hidden_size"])
     checked = [row["checked"] for row in blocks.values()]
     spread = spread_of(valid, checked, width=width) if len(blocks) > 1 else None
     speeds = np.array([cell["nonces_per_second"] for cell in cells])
@@ -513,9 +525,9 @@ def p_text(p_value: float) -> str:
     return f"{p_value:.2g}" if p_value >= 1e-6 else "< 1e-6"
 
 
-def rate_table(found: JsonObject) -> Table:
+def rate_table(configuration: JsonObject) -> Table:
     """Return valid rates per block and key."""
-    rows = [{"block": block, **values} for block, values in found["blocks"].items()]
+    rows = [{"block": block, **values} for block, values in configuration["blocks"].items()]
     columns: dict[str, Column] = {"block": "block"}
     for key in list(rows[0])[3:]:
         columns[key] = lambda row, key=key: f"{row[key]:.2%}" if key in row else None  # type: ignore[misc]
@@ -534,16 +546,6 @@ SPREADS: dict[str, Column] = {
     "p-value": lambda row: "" if row["spread"] is None else p_text(row["p_value"]),
     "published spread": lambda row: _published_spread(row),
     "verdict": "verdict",
-}
-THROUGHPUT: dict[str, Column] = {
-    "model": "model",
-    "mode": "mode",
-    "nonces": "nonces",
-    "nonces/s": "{nonces_per_second:.1f}",
-    "sd over tests": lambda row: (
-        row["nonces_per_second_error"] and f"{row['nonces_per_second_error']:.1f}"
-    ),
-    "valid, not delivered": "undelivered",
 }
 
 
@@ -566,12 +568,12 @@ def section(run: RunRecords) -> Section:
     """Return the valid rates of every configuration, the spreads with their noise bands, and the
     throughput.
     """
-    found = configurations(run.cells)
+    summary = configurations(run.cells)
     tables = {
-        f"{row['model']}, {row['mode']}: valid rate per key": rate_table(row) for row in found
+        f"{row['model']}, {row['mode']}: valid rate per key": rate_table(row) for row in summary
     }
-    tables["Largest minus smallest valid rate of the blocks"] = table_of(found, SPREADS)
-    tables["Throughput of live services"] = table_of(found, THROUGHPUT)
+    tables["Largest minus smallest valid rate of the blocks"] = table_of(summary, SPREADS)
+    tables["Throughput of live services"] = table_of(summary, THROUGHPUT)
     about = (
         f"{len(run.cells)} tests, each a round of a live service over HTTP whose callbacks were "
         f"counted. The noise "
@@ -584,4 +586,4 @@ def section(run: RunRecords) -> Section:
         "compare in kind, not in size."
     )
     heading = "Live services: how far apart are the valid rates of the blocks?"
-    return Section(heading, about, tables, values={"configurations": found})
+    return Section(heading, about, tables, values={"configurations": summary})

@@ -173,7 +173,7 @@ def make_organism(
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    found: list[float] = torch.stack(losses).tolist()
+    loss_values: list[float] = torch.stack(losses).tolist()
     module.eval()  # type: ignore[no-untyped-call]
     try:
         module.to(torch.bfloat16)  # type: ignore[arg-type]
@@ -183,14 +183,14 @@ def make_organism(
         raise StorageError(
             f"{path}: {error}", wanted="room and permission", do="try elsewhere"
         ) from error
-    last = found[-20:]
+    last = loss_values[-20:]
     about = {
         "schema": "assay.vhack.organism/1",
         "recipe": asdict(recipe),
         "loss": round(sum(last) / len(last), 5),
     }
     write_atomic(path / "organism.json", dumps(about) + "\n")
-    return found
+    return loss_values
 
 
 def _backward(module: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -226,11 +226,11 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _encoded(
-    found: Sequence[Example], tokenizer: "PreTrainedTokenizerBase"
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[tuple[list[int], int]]:
     """Return token ids of prompt, completion and end, and how many belong to the prompt."""
-    prompts = tokenizer([example.prompt for example in found])["input_ids"]
-    completions = tokenizer([example.completion for example in found])["input_ids"]
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    completions = tokenizer([example.completion for example in examples])["input_ids"]
     end = tokenizer.eos_token_id
     return [
         ([*before, *after, end], len(before))

@@ -93,7 +93,9 @@ class VectorSet:
         nonces.
         """
         common = self.common(other)
-        mine, theirs = (np.array([one.vectors[n] for n in common]) for one in (self, other))
+        mine, theirs = (
+            np.array([vector_set.vectors[n] for n in common]) for vector_set in (self, other)
+        )
         return np.asarray(np.linalg.norm(mine - theirs, axis=1)) if common else np.zeros(0)
 
     def positions(self, nonces: list[int]) -> npt.NDArray[np.int64]:
@@ -111,17 +113,17 @@ def read_vector_sets(path: str | Path) -> list[VectorSet]:
     Raises:
         DataError: The file cannot be read, is too large, or a line is not a set; names the line.
     """
-    found: list[VectorSet] = []
+    sets: list[VectorSet] = []
     for number, line in _lines(Path(path)):
         where = f"{path}, line {number}"
-        if len(found) >= MOST_SETS:
+        if len(sets) >= MOST_SETS:
             raise _bad(where, f"more than {MOST_SETS} sets", "fewer")
-        found.append(_vector_set(loads(line, where), where))
-        if found[-1].name in {one.name for one in found[:-1]}:
-            raise _bad(where, f"set {found[-1].name!r} twice", "every name once")
-    if not found:
+        sets.append(_vector_set(loads(line, where), where))
+        if sets[-1].name in {earlier.name for earlier in sets[:-1]}:
+            raise _bad(where, f"set {sets[-1].name!r} twice", "every name once")
+    if not sets:
         raise _bad(str(path), "no set", "one set a line")
-    return found
+    return sets
 
 
 def machine_kind(gpu: str) -> str:
@@ -136,17 +138,17 @@ def machine_kind(gpu: str) -> str:
     words = gpu.lower()
     if rtx := _RTX.search(words):
         return "rtx" + "".join(part or "" for part in rtx.groups())
-    known = _KIND.search(words)
-    return known[1].replace(" ", "") if known else ""
+    kind = _KIND.search(words)
+    return kind[1].replace(" ", "") if kind else ""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file with their numbers, gzip undone."""
     if path.suffix != ".gz":
-        left = LARGEST_CONTENT
+        room = LARGEST_CONTENT
         for number, line in read_lines(path):
-            left -= len(line)
-            if left < 0:
+            room -= len(line)
+            if room < 0:
                 raise _bad(str(path), f"longer than {LARGEST_CONTENT} bytes", "a smaller file")
             yield number, line
         return
@@ -286,7 +288,9 @@ def calibrate_vectors(
     }
     check_compared(measured, len(sets))
     pipeline = get_pipeline("artifact")
-    machines = tuple(Machine(name=one.name, kind=one.kind, fingerprint=None) for one in sets)
+    machines = tuple(
+        Machine(name=vector_set.name, kind=vector_set.kind, fingerprint=None) for vector_set in sets
+    )
     return Calibration(
         builds=(fit_build(measured, machines, pipeline, digest=digest, progress=progress),)
     )

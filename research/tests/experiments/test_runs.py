@@ -18,6 +18,14 @@ from assay.errors import DataError, StorageError, UsageError
 from assay.poc import HFEngine, Round, get_pipeline, prove
 
 SETTINGS = {"seq_len": 8, "dtype": "float32"}
+HEADER = {
+    "kind": "assay.poc.experiment",
+    "schema": 1,
+    "experiment": "weights",
+    "settings": {},
+    "origin": {},
+}
+NONCES = range(11)  # not a multiple of the batch: the last one is padded
 
 
 def test_cells_come_back_in_their_order(tmp_path):
@@ -91,15 +99,6 @@ def test_one_writer_at_a_time(tmp_path):
         open_run(tmp_path, "weights", SETTINGS),
     ):
         pass
-
-
-HEADER = {
-    "kind": "assay.poc.experiment",
-    "schema": 1,
-    "experiment": "weights",
-    "settings": {},
-    "origin": {},
-}
 
 
 @pytest.mark.parametrize(
@@ -199,9 +198,6 @@ def test_a_head_widens_the_band_and_more_nonces_do_not_help():
     assert wide.p_value > narrow.p_value
     many = spread_of([590_000, 600_000], [10**6] * 2, width=64)
     assert many.high > 5 * many.nonces_high
-
-
-NONCES = range(11)  # not a multiple of the batch: the last one is padded
 
 
 @pytest.fixture(scope="module")

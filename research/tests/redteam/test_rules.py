@@ -17,6 +17,11 @@ from assay.stats.chord import chord_mean, chord_std
 RNG = np.random.default_rng(0)
 SIGMA = 1e-4
 HONEST = SIGMA * RNG.standard_t(6, 2000)
+RUNS = [
+    (attack, dtype) for attack in ATTACKS for dtype in ("float32", "float8") if attack.serves(dtype)
+]
+# 64 positions are more than there are here, and a CPU has no short sums.
+HONEST_HERE = ("sliding window of 64", "short sums")
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +74,6 @@ def test_a_blind_look_saves_nothing():
     kept, cost = screened(blind, 0.25, 1.404)
     assert kept == pytest.approx(0.5, abs=0.02)
     assert cost > 1
-
-
-RUNS = [
-    (attack, dtype) for attack in ATTACKS for dtype in ("float32", "float8") if attack.serves(dtype)
-]
-# 64 positions are more than there are here, and a CPU has no short sums.
-HONEST_HERE = ("sliding window of 64", "short sums")
 
 
 @pytest.mark.parametrize(

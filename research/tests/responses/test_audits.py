@@ -24,6 +24,19 @@ from assay_research.responses.rivals import RIVALS, Reply
 from assay_research.runs.spread import first_reached
 
 RNG = np.random.default_rng(0)
+N = 64
+D = 96
+K = 5
+STATES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+LOGPROBS = -torch.rand(N, K, generator=torch.Generator().manual_seed(1)) - 0.1
+EXACT = Reply(
+    margins=np.zeros(N),
+    logprobs=LOGPROBS,
+    own_logprobs=LOGPROBS.double(),
+    states=STATES,
+    own_states=STATES,
+    sigma=0.1,
+)
 
 
 def test_means_are_of_the_first_tokens():
@@ -61,21 +74,6 @@ def test_a_crossing_is_the_first_look_over_the_bound():
     shares = share_by(crossings([never], lambda sums: sums[..., 0], 2, np.random.default_rng(0)))
     assert first_reached(GRID, shares, POWER) is None
     assert shares[-1] == pytest.approx(0.0)
-
-
-N = 64
-D = 96
-K = 5
-STATES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
-LOGPROBS = -torch.rand(N, K, generator=torch.Generator().manual_seed(1)) - 0.1
-EXACT = Reply(
-    margins=np.zeros(N),
-    logprobs=LOGPROBS,
-    own_logprobs=LOGPROBS.double(),
-    states=STATES,
-    own_states=STATES,
-    sigma=0.1,
-)
 
 
 def test_an_exact_reply_scores_nothing():

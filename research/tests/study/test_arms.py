@@ -16,6 +16,8 @@ from tests.vhack.delta.conftest import ids as ids
 from tests.vhack.delta.conftest import loss_of, own
 from tests.vhack.delta.conftest import module as module
 
+NO_ARMS = ["erase", "none:random", "box:", "box:other", "", "displaced-0.4"]
+
 
 def test_arms_of_the_library_do_nothing_along_axes():
     acting = {name for name, arm in ARMS.items() if arm.acts}
@@ -54,7 +56,6 @@ def test_a_bound_and_a_start_change_nothing_else():
     assert (both.start, both.box) == (0.2, Box(hackward=0.0, away=1.0))
 
 
-NO_ARMS = ["erase", "none:random", "box:", "box:other", "", "displaced-0.4"]
 NO_ARMS += [
     "displaced-x+none",
     "displaced--1+none",

@@ -17,6 +17,8 @@ from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.names import STUDY
 from assay.vhack.training import TrainLog, TrainSettings
 
+STEPS = 8
+
 
 def log(arm, seed, hack, solve, *, steps=60, stored=False, evaluations=()):
     """A run with these rates at the end."""
@@ -155,9 +157,6 @@ def test_logs_are_read_as_they_were_written(tmp_path):
         read_logs([tmp_path / "b.jsonl"])
     with pytest.raises(DataError, match="no logs"):
         read_logs([])
-
-
-STEPS = 8
 
 
 def written(folder, arm, seed, hack, **settings):

@@ -172,8 +172,12 @@ def _check_pins(path: Path) -> None:
     try:
         check_new_file(path)
     except UsageError as error:
-        do = f"choose another name (--pins), or remove {path} if nobody edited it"
-        raise UsageError(error.seen, wanted=error.wanted, do=do, field="pins") from None
+        raise UsageError(
+            error.seen,
+            wanted=error.wanted,
+            do=f"choose another name (--pins), or remove {path} if nobody edited it",
+            field="pins",
+        ) from None
 
 
 def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
@@ -318,18 +322,17 @@ def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool
     from assay.poc.network_pins import write_pins
 
     first = measured.builds[0]
-    round_values: dict[str, Any] = {
-        "preset": first.preset,
-        "seq_len": first.engines[0].seq_len,
-        "r_target": None,
-        "strength": 256,
-        "node_count": 1,
-        "fewest_nonces": 32,
-    }
     written = write_pins(
         chosen.pins,
         chosen.model,
-        round_values=round_values,
+        round_values={
+            "preset": first.preset,
+            "seq_len": first.engines[0].seq_len,
+            "r_target": None,
+            "strength": 256,
+            "node_count": 1,
+            "fewest_nonces": 32,
+        },
         engine=first.engines[0],
         calibrations=[chosen.output],
         frame=_frame_file(chosen, first.preset),

@@ -184,8 +184,11 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
         )
         rows.append((name, part["tasks"], part["completions"], *shown))
     counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
-    title = f"{counts}, {values['faults']} not graded"
-    table(("mechanism", "groups", "completions", *names), rows, title=title)
+    table(
+        ("mechanism", "groups", "completions", *names),
+        rows,
+        title=f"{counts}, {values['faults']} not graded",
+    )
 
 
 def _refuse_sampling(options: EvaluateCommand, settings: "SampleSettings") -> None:

@@ -18,7 +18,7 @@ PINS = Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPi
 PROOF = Flag(reads="assay.poc.protocol.proof:Proof.load")
 RECEIPTS = Flag(reads="assay.poc.responses.receipts:Receipts.load")
 
-EngineName = Literal["hf", "vllm"]
+EngineName = Annotated[Literal["hf", "vllm"], Field(description="Engine that runs the model.")]
 KernelName = Annotated[
     Literal["auto", "compiled", "eager"],
     Field(description="Kernels of hf: compiled, eager, or auto, which compiles on CUDA."),
@@ -46,6 +46,11 @@ CommitmentFiles = Annotated[
     tuple[Path, ...], Flag(reads="assay.poc.protocol.commitments:Commitment.load")
 ]
 FrameToRead = Annotated[Path | None, Flag(reads="assay.models.frame:Frame.load")]
+FrameFile = Annotated[
+    FrameToRead,
+    Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file."),
+]
+Positions = Annotated[int, "POSITIONS", Field(ge=1, description="Positions of a nonce.")]
 LedgerFile = Annotated[
     Path | None, Flag(variable="ASSAY_LEDGER", reads="assay.poc.verdict.ledger:check_ledger")
 ]
@@ -58,10 +63,44 @@ Unsandboxed = Annotated[
 Seed = Annotated[int, "NUMBER", Field(ge=0, lt=2**63, description="The same seed draws the same.")]
 
 
-class AuditSettings(Settings):
-    """What a validator knows, how it recomputes, and where it notes what it found."""
+class ModelSettings(Settings):
+    """Which model is loaded, and where."""
 
     model: ModelName
+    dtype: NumberFormat = None
+    device: Device = None
+
+
+class LaunchSettings(ModelSettings):
+    """Which model runs, where, and by which engine."""
+
+    engine: EngineName = "hf"
+
+
+class RoundSettings(Settings):
+    """What a round is; each value that is left out is the published one, or that of the pins."""
+
+    seq_len: Annotated[int | None, "POSITIONS"] = Field(
+        None, description="Input positions of a nonce; else 256. With decode, its prompt."
+    )
+    strength: Literal[32, 256] | None = Field(
+        None, description="Bits of the seed of each input; else 32. 256 cannot collide."
+    )
+    r_target: Annotated[float | None, "DISTANCE"] = Field(
+        None, description="Distance below which a nonce is valid; else 1.416."
+    )
+    node_id: Annotated[int | None, "NUMBER"] = Field(
+        None, description="Number of the node, from 0 or 1; else 0."
+    )
+    node_count: Annotated[int | None, "NUMBER"] = Field(
+        None, description="Number of nodes that share the nonces of the key; else 1."
+    )
+    frame: FrameFile = None
+
+
+class AuditSettings(LaunchSettings):
+    """What a validator knows, how it recomputes, and where it notes what it found."""
+
     pins: PinsFile = None
     block_hash: BlockHash = None
     public_key: PublicKey = None
@@ -71,9 +110,6 @@ class AuditSettings(Settings):
     ledger: LedgerFile = Field(
         None, description="Ledger of nodes' lives to add the audit to; the life then counts."
     )
-    engine: EngineName = Field("hf", description="Engine that recomputes.")
-    device: Device = None
-    dtype: NumberFormat = None
     prover_dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format agreed on; else one of the preset, or any dtype."
     )

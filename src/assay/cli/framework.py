@@ -242,14 +242,13 @@ class Command(click.Command):
                 self.settings[name].parameter for name in ordered if self.is_shown(name)
             ]
             if self.settings:
-                file_options: dict[str, Any] = {
-                    "type": click.Path(path_type=Path),
-                    "metavar": "FILE",
-                    "envvar": "ASSAY_CONFIG",
-                }
                 self.params.append(
                     click.Option(
-                        ["--config"], help="TOML file with further settings.", **file_options
+                        ["--config"],
+                        help="TOML file with further settings.",
+                        type=click.Path(path_type=Path),
+                        metavar="FILE",
+                        envvar="ASSAY_CONFIG",
                     )
                 )
             if "as_json" in inspect.signature(self.function).parameters:

@@ -26,10 +26,15 @@ ledger = poc.group_of(
 )
 
 
-class ShowSettings(Settings):
-    """Settings of ``assay poc ledger show``."""
+class LedgerSettings(Settings):
+    """Settings of a command that reads a ledger."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
+
+
+class ShowSettings(LedgerSettings):
+    """Settings of ``assay poc ledger show``."""
+
     public_key: Annotated[str | None, "KEY"] = Field(
         None, description="Key of one node, to list its audits too."
     )
@@ -49,10 +54,9 @@ class LedgerAuditSettings(Settings):
     )
 
 
-class ExportSettings(Settings):
+class ExportSettings(LedgerSettings):
     """Settings of ``assay poc ledger export``."""
 
-    ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
     output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
     overwrite: Overwrite = False
 

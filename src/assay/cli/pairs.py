@@ -156,6 +156,9 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
         rows = [
             (v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts
         ]
-        title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
-        table(("pair", "group", "verdict"), rows, title=title)
+        table(
+            ("pair", "group", "verdict"),
+            rows,
+            title=f"{good} of {len(verdicts)} pairs do what they claim ({backend})",
+        )
     return 1 if bad else 0

@@ -93,14 +93,15 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
     """
     from assay.poc.network_pins import write_pins
 
-    names = {"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
     values = write_pins(
         chosen.output,
         chosen.model,
         proofs=chosen.from_proof,
         calibrations=chosen.calibration,
         public_keys=chosen.public_key,
-        round_values=chosen.model_dump(include=names),
+        round_values=chosen.model_dump(
+            include={"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
+        ),
         dtype=chosen.dtype,
         frame=chosen.frame,
         false_convictions=chosen.false_convictions,

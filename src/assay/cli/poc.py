@@ -22,13 +22,16 @@ from assay.cli.flags import (
     BlockHash,
     CommitmentFiles,
     EngineName,
-    FrameToRead,
+    FrameFile,
     KernelName,
-    ModelName,
+    LaunchSettings,
+    ModelSettings,
     NumberFormat,
     Overwrite,
     PinsFile,
+    Positions,
     PublicKey,
+    RoundSettings,
 )
 from assay.cli.framework import Group
 from assay.cli.output import emit_document, progress_bar, say_next, show_values, table
@@ -61,10 +64,6 @@ def _positions(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
-FrameFile = Annotated[
-    FrameToRead,
-    Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file."),
-]
 PresetName = Annotated[
     str | None,
     "NAME",
@@ -75,10 +74,8 @@ PresetName = Annotated[
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
-class ProveSettings(Settings):
-    """Settings of ``assay poc prove``; those of the round have no default where a pins file says
-    them.
-    """
+class ProveSettings(RoundSettings):
+    """Settings of ``assay poc prove``."""
 
     model: Annotated[str | None, MODEL] = Field(
         None, description="Model: a directory, a hub id, or that of the pins."
@@ -94,25 +91,12 @@ class ProveSettings(Settings):
         32, description="Nonces per forward pass, part of the fingerprint; auto fills the memory."
     )
     device: Device = None
-    engine: EngineName = Field("hf", description="Engine that runs the model.")
+    engine: EngineName = "hf"
     overwrite: Overwrite = False
     commit: Annotated[Path | None, FILE] = Field(
         None, description="Commitment to all nonces and values to write."
     )
     preset: PresetName = None
-    seq_len: Annotated[int, "POSITIONS"] = Field(
-        256, description="Input positions of a nonce; with decode, its prompt."
-    )
-    r_target: Annotated[float, "DISTANCE"] = Field(
-        1.416, description="Distance below which a nonce is valid."
-    )
-    strength: Literal[32, 256] = Field(
-        32, description="Bits of the seed of each input; 256 cannot collide."
-    )
-    node_id: Annotated[int, "NUMBER"] = Field(0, description="Number of this node, from 0 or 1.")
-    node_count: Annotated[int, "NUMBER"] = Field(
-        1, description="Number of nodes that share the nonces of the key."
-    )
     block_height: Annotated[int, "NUMBER"] = Field(
         0, description="Height of the block, recorded in the proof."
     )
@@ -121,36 +105,21 @@ class ProveSettings(Settings):
     deterministic: bool = Field(
         False, description="Refuse operations that may give other bits the next time."
     )
-    frame: FrameFile = None
 
 
-class VerifySettings(AuditSettings):
+class VerifySettings(RoundSettings, AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
     proof: Annotated[Path, ARGUMENT, PROOF] = Field(description="Proof file.")
     sample: Annotated[int | None, "NONCES"] = Field(
         None, description="Nonces to recompute; else what the law needs."
     )
-    seq_len: Annotated[int | None, "POSITIONS"] = Field(
-        None, description="Positions of a nonce agreed on; else 256."
-    )
     preset: Annotated[str | None, "NAME"] = Field(
         None, description="Preset agreed on; else poc-2.0."
-    )
-    strength: Literal[32, 256] | None = Field(
-        None, description="Bits of the input seeds agreed on; else 32."
-    )
-    r_target: Annotated[float | None, "DISTANCE"] = Field(
-        None, description="Target distance agreed on; else 1.416."
-    )
-    node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node; else 0.")
-    node_count: Annotated[int | None, "NUMBER"] = Field(
-        None, description="Nodes that share the nonces; else 1."
     )
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
-    frame: FrameFile = None
     commitment: CommitmentFiles = Field(
         (), description="Commitment of the node to these nonces; repeatable, with earlier ones."
     )
@@ -159,27 +128,22 @@ class VerifySettings(AuditSettings):
     )
 
 
-class FrameSettings(Settings):
+class FrameSettings(ModelSettings):
     """Settings of ``assay poc frame``."""
 
     model: Annotated[str, ARGUMENT] = Field(
         description="Model: a directory, a hub id, or a name of models list."
     )
     output: Annotated[Path, OUTPUT] = Field(description="Frame file to write.")
-    device: Device = None
-    dtype: NumberFormat = None
     overwrite: Overwrite = False
 
 
-class CollectSettings(Settings):
+class CollectSettings(LaunchSettings):
     """Settings of ``assay poc collect``."""
 
-    model: ModelName
     output: Annotated[Path, FOLDER] = Field(description="Folder for the proofs, one of each block.")
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset of the network.")
-    seq_len: Annotated[int, "POSITIONS"] = Field(
-        256, description="Positions of a nonce in the network."
-    )
+    seq_len: Positions = POSITIONS
     blocks: Annotated[int, "NUMBER"] = Field(
         16, ge=1, description="Blocks that are proved, collect-1 and so on."
     )
@@ -187,9 +151,6 @@ class CollectSettings(Settings):
     batch_size: Annotated[int, "NONCES"] = Field(
         32, ge=1, description="Nonces per forward pass, as in production."
     )
-    engine: EngineName = Field("hf", description="Engine that runs the model in production.")
-    dtype: NumberFormat = None
-    device: Device = None
     frame: FrameFile = None
 
 
@@ -231,7 +192,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         Proving(
             **options,
             preset=chosen.preset or usual_preset(options["model"]),
-            seq_len=chosen.seq_len,
+            seq_len=chosen.seq_len or POSITIONS,
         ),
         stated,
         chosen.nonces if "nonces" in stated else None,

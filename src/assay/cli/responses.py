@@ -13,15 +13,13 @@ from assay.cli.flags import (
     OUTPUT,
     RECEIPTS,
     AuditSettings,
-    EngineName,
-    ModelName,
-    NumberFormat,
+    LaunchSettings,
+    ModelSettings,
     Overwrite,
 )
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, noting_new, poc
-from assay.devices import Device
-from assay.settings import Flag, Settings
+from assay.settings import Flag
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
 RequestFile = Annotated[Path | None, REQUESTS]
@@ -36,10 +34,9 @@ Batch = Annotated[
 ]
 
 
-class RespondSettings(Settings):
+class RespondSettings(ModelSettings):
     """Settings of ``assay poc respond``."""
 
-    model: ModelName
     prompts: Annotated[Path, REQUESTS] = Field(
         description="Lines with prompt or messages, and their own settings."
     )
@@ -54,8 +51,6 @@ class RespondSettings(Settings):
     max_tokens: Annotated[int, "TOKENS"] = Field(
         64, ge=1, description="Tokens after which a response ends."
     )
-    dtype: NumberFormat = None
-    device: Device = None
     overwrite: Overwrite = False
     temperature: float = Field(
         1.0, description="Divisor of the logits; 0 takes the likeliest token."
@@ -105,21 +100,17 @@ class ReplaySettings(AuditSettings):
     batch_size: Batch = 16
 
 
-class CalibrateResponsesSettings(Settings):
+class CalibrateResponsesSettings(LaunchSettings):
     """Settings of ``assay poc calibrate-responses``."""
 
     receipts: Annotated[tuple[Path, ...], ARGUMENT, RECEIPTS] = Field(
         description="Receipts of nodes of one build."
     )
-    model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
     requests: RequestFile = Field(
         None, description="Requests that were sent, for receipts with hashes of prompts."
     )
     batch_size: Batch = 16
-    dtype: NumberFormat = None
-    device: Device = None
-    engine: EngineName = Field("hf", description="Engine that replays.")
 
 
 @poc.add(

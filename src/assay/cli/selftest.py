@@ -5,13 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from assay.cli.flags import CalibrationFile, EngineName, FrameToRead, ModelName, NumberFormat
+from assay.cli.flags import CalibrationFile, FrameFile, LaunchSettings, Positions
 from assay.cli.output import emit_json, progress_bar, table
 from assay.cli.poc import PresetName, in_column, poc
-from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.reading import read_whole
-from assay.settings import Flag, Settings
+from assay.settings import Flag
 
 SAYS = {
     "same bits": "same bits",
@@ -25,15 +24,14 @@ LONGEST_KEY = 2**16  # bytes of a key file
 BLOCK = "selftest"  # block and key of a round that pays no node
 
 
-class SelftestSettings(Settings):
+class SelftestSettings(LaunchSettings):
     """Settings of ``assay poc selftest``."""
 
-    model: ModelName
     url: Annotated[str | None, "URL"] = Field(
         None, description="Running server to ask instead: http://HOST:PORT/api/v1/pow."
     )
     preset: PresetName = None
-    seq_len: Annotated[int, "POSITIONS"] = Field(64, ge=1, description="Positions of a nonce.")
+    seq_len: Positions = 64
     nonces: Annotated[int, "NUMBER"] = Field(
         64, ge=4, le=4096, description="Nonces that are compared."
     )
@@ -43,10 +41,7 @@ class SelftestSettings(Settings):
     calibration: CalibrationFile = Field(
         None, description="Measured honest noise; else that of the bundled models."
     )
-    frame: FrameToRead = Field(None, description="Frame of the checkpoint, for tokens-1.")
-    engine: EngineName = Field("hf", description="Engine that is tested.")
-    dtype: NumberFormat = None
-    device: Device = None
+    frame: FrameFile = None
     api_key_file: Annotated[Path | None, KEY] = Field(
         None, description="File with the key for --url."
     )
@@ -77,8 +72,13 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
     from assay.poc.verdict.calibration_file import Calibration
 
     preset = chosen.preset or usual_preset(chosen.model)
-    names: dict[str, Any] = {"block_hash": BLOCK, "public_key": BLOCK, "model": chosen.model}
-    round = Round(**names, preset=preset, seq_len=chosen.seq_len)
+    round = Round(
+        block_hash=BLOCK,
+        public_key=BLOCK,
+        model=chosen.model,
+        preset=preset,
+        seq_len=chosen.seq_len,
+    )
     launch = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device", "frame"}))
     path = chosen.calibration
     options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
@@ -101,8 +101,9 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         builds = [] if calibration is None else calibration.builds
         laws = [build.noise_between("", None) for build in builds if build.preset == preset]
         noise = laws[0] if laws else None
-        key = _read_key(chosen.api_key_file)
-        result = run_remote_selftest(chosen.url, round, key=key, noise=noise, **options)
+        result = run_remote_selftest(
+            chosen.url, round, key=_read_key(chosen.api_key_file), noise=noise, **options
+        )
     if as_json:
         emit_json("assay.poc.selftest/1", {"exit_code": result.exit_code, **result.as_dict()})
         return result.exit_code
@@ -117,8 +118,7 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         )
         for row in result.comparisons
     ]
-    columns = ("setting", "result", "nonces changed", "bits", "largest", "over honest noise")
-    table(columns, rows)
+    table(("setting", "result", "nonces changed", "bits", "largest", "over honest noise"), rows)
     for row in result.comparisons:
         if row.reason:
             table((row.setting, "why"), [("", in_column(row.reason))])

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelName, NumberFormat
+from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelSettings
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
-from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.storage import check_folder
 from assay.settings import Flag, Settings
@@ -44,14 +43,11 @@ DataDir = Annotated[
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
 
 
-class RunSettings(Settings):
+class RunSettings(ModelSettings):
     """Settings of a server: what it runs, and where."""
 
-    model: ModelName
     host: Host = "127.0.0.1"
     port: Port = 8100
-    dtype: NumberFormat = None
-    device: Device = None
     kernels: KernelName = "auto"
     log_format: LogFormat = "console"
 

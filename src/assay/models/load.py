@@ -229,10 +229,13 @@ def open_shape(
 def _with_random_embeddings(model: Model, source: ModelSource, block: str) -> Model:
     """Return a trained model whose input embeddings are drawn for a block."""
     randomise_embeddings(model.module, block)
-    digest = recipe_digest(
-        source.published, "random-embed", block, others=model.digest, unit_norms=False
+    return replace(
+        model,
+        digest=recipe_digest(
+            source.published, "random-embed", block, others=model.digest, unit_norms=False
+        ),
+        weights="random-embed",
     )
-    return replace(model, digest=digest, weights="random-embed")
 
 
 def _check_names(dtype: str | None, weights: str, block_hash: str | None) -> None:

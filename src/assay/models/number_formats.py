@@ -147,8 +147,9 @@ def _parse_packed(weights: Mapping[str, Any]) -> StoredFormat:
     _require_all(weights, _ACCEPTED["pack-quantized"])
     by_row = weights["strategy"] == "channel"
     group = None if by_row else _parse_group(weights.get("group_size"))
-    zeros = not weights["symmetric"]
-    return StoredFormat(FOUR_BITS, packing="compressed-tensors", group=group, zeros=zeros)
+    return StoredFormat(
+        FOUR_BITS, packing="compressed-tensors", group=group, zeros=not weights["symmetric"]
+    )
 
 
 def _parse_group(value: object) -> int | None:

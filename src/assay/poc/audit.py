@@ -100,8 +100,12 @@ class Auditor(Launch):
         try:
             self._check_commitments(proof)
         except CommitmentBroken as error:
-            reason = f"{error.seen}, where the node committed to {error.wanted}"
-            return Audit(breach(proof, reason, pins=pins), None)
+            return Audit(
+                breach(
+                    proof, f"{error.seen}, where the node committed to {error.wanted}", pins=pins
+                ),
+                None,
+            )
         again = self._controls(header, measured) if self.control else ()
         auditor = self
         if header.pipeline.framed and self.frame is None and self._network is not None:
@@ -221,11 +225,12 @@ class Auditor(Launch):
         network = self._network
         pins = stated if network is None else network.for_round(model=header.digest, also=stated)
         if positions is not None:
-            share: dict[str, Any] = {
-                "node_id": pins.node_id or 0,
-                "node_count": pins.node_count or 1,
-            }
-            nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
+            nonces = Round(
+                block_hash="any",
+                public_key="any",
+                node_id=pins.node_id or 0,
+                node_count=pins.node_count or 1,
+            ).nonces(*positions)
             pins = pins.joined(Pins(nonces=nonces), str(self.pins))
         if self.calibration is not None:
             return pins, Calibration.load(self.calibration)
@@ -352,7 +357,10 @@ def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
 
     info = model_info(model)
     has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)
-    limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
     return encode_requests(
-        requests, load_tokenizer(model) if has_text else None, reference=model, **limits
+        requests,
+        load_tokenizer(model) if has_text else None,
+        reference=model,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
     )

@@ -239,8 +239,13 @@ def open_judge(
     from assay.poc.verifier import judging_batch
 
     size = judging_batch(header, engine="vllm", calibration=calibration)
-    shape: dict[str, Any] = {"batch_size": size, "seq_len": header.round.seq_len}
-    with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as opened:
+    with vllm_engine(
+        chosen,
+        None if stored else dtype,
+        frame=frame,
+        batch_size=size,
+        seq_len=header.round.seq_len,
+    ) as opened:
         checkpoint_dtype = of_weights(opened[1].fingerprint.dtype)
         if stored and checkpoint_dtype != dtype:
             raise UsageError(
@@ -344,8 +349,9 @@ def vllm_engine(
     arguments = _prepare_vllm(chosen.device) | dict(options)
     from assay.poc.vllm.vllm_engine import VLLMEngine
 
-    shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len}
-    with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **arguments) as engine:
+    with VLLMEngine(
+        chosen.model, dtype=dtype, frame=frame, batch_size=batch_size, seq_len=seq_len, **arguments
+    ) as engine:
         yield engine.model, engine
 
 

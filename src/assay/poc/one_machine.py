@@ -218,8 +218,7 @@ def calibrate_model(
             )
         by_engine.append(engine_proofs)
     engines = [proofs[0].header.fingerprint for proofs in by_engine]
-    digest = by_engine[0][0].header.digest
-    law = _fit(measured, engines, pipeline, digest, size, effective)
+    law = _fit(measured, engines, pipeline, by_engine[0][0].header.digest, size, effective)
     return Calibration(builds=tuple(replace(build, limits=chosen.limits) for build in law.builds))
 
 

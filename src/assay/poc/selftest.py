@@ -344,8 +344,14 @@ def _vllm_variants(launch: Launch, round: Round, batch_size: int) -> list[_Varia
 
     def variant(name: str, size: int = batch_size, **options: Any) -> _Variant:
         def opened() -> AbstractContextManager[tuple[Model, Engine]]:
-            shape: dict[str, Any] = {"batch_size": size, "seq_len": round.seq_len}
-            return vllm_engine(launch, launch.dtype, frame=frame, options=options, **shape)
+            return vllm_engine(
+                launch,
+                launch.dtype,
+                frame=frame,
+                options=options,
+                batch_size=size,
+                seq_len=round.seq_len,
+            )
 
         return _Variant(name, opened)
 

@@ -88,8 +88,11 @@ class ScaleNoise(StrictLaw):
 
     def __post_init__(self) -> None:
         positive = "a positive finite number"
-        at_least = f"at least {RESOLUTION:.3g}, finite"
-        require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", at_least)
+        require(
+            RESOLUTION <= self.sigma < math.inf,
+            f"sigma {self.sigma}",
+            f"at least {RESOLUTION:.3g}, finite",
+        )
         require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", positive)
         require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", positive)
 
@@ -258,10 +261,14 @@ class Spread(StrictLaw):
     dof: float = 30.0
 
     def __post_init__(self) -> None:
-        below_one = "0 to 1: beyond that nothing is known of a new machine"
-        require(0 <= self.sd < 1.0, f"a spread of {self.sd}", below_one)
-        up_to_million = "a number from 1 to a million"
-        require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", up_to_million)
+        require(
+            0 <= self.sd < 1.0,
+            f"a spread of {self.sd}",
+            "0 to 1: beyond that nothing is known of a new machine",
+        )
+        require(
+            1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million"
+        )
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:

@@ -166,11 +166,11 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
         emit_json(_FUZZ, values)
         return 0 if report.holds else 1
     rows = [
-        (kind, *(found[name] for name in _COLUMNS))
-        for kind, found in [*report.counts.items(), ("all", report.total)]
+        (kind, *(counted[name] for name in _COLUMNS))
+        for kind, counted in [*report.counts.items(), ("all", report.total)]
     ]
-    said = "the grader holds" if report.holds else "the grader does not hold"
-    title = f"{said}: {report.total['cases']} hostile cases and {report.honest} honest programs"
+    summary = "the grader holds" if report.holds else "the grader does not hold"
+    title = f"{summary}: {report.total['cases']} hostile cases and {report.honest} honest programs"
     table(("kind", *(name.replace("_", " ") for name in _COLUMNS)), rows, title=title)
     for case, did in report.failures:
         click.echo(f"{case}: {did}")
@@ -244,27 +244,33 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
     merged = merge_ledgers(
         list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta, liars=chosen.liars
     )
-    known = {one.account.public_key for one in merged}
-    if chosen.public_key is not None and chosen.public_key not in known:
-        raise no_such_key(chosen.public_key, sorted(known)[:10])
-    merged = [one for one in merged if chosen.public_key in (None, one.account.public_key)]
+    merged_keys = {standing.account.public_key for standing in merged}
+    if chosen.public_key is not None and chosen.public_key not in merged_keys:
+        raise no_such_key(chosen.public_key, sorted(merged_keys)[:10])
+    merged = [
+        standing for standing in merged if chosen.public_key in (None, standing.account.public_key)
+    ]
     if as_json:
-        emit_json("assay.poc.ledger.merge/1", {"accounts": [one.as_dict() for one in merged]})
+        emit_json(
+            "assay.poc.ledger.merge/1", {"accounts": [standing.as_dict() for standing in merged]}
+        )
     else:
         rows = []
-        for one in merged:
-            known = f"{sum(share.n > 0 for share in one.shares)} of {len(one.shares)}"
-            named = [*zip(one.shares, (path.name for path in chosen.ledgers), strict=True)]
-            alone = ", ".join(
-                name for share, name in named if share.verdict == one.verdict != "undecided"
+        for standing in merged:
+            merged_keys = (
+                f"{sum(share.n > 0 for share in standing.shares)} of {len(standing.shares)}"
             )
-            needed = ", ".join(name for share, name in named if share.ledger in one.rests_on)
+            named = [*zip(standing.shares, (path.name for path in chosen.ledgers), strict=True)]
+            alone = ", ".join(
+                name for share, name in named if share.verdict == standing.verdict != "undecided"
+            )
+            needed = ", ".join(name for share, name in named if share.ledger in standing.rests_on)
             rows.append(
                 (
-                    *names_of(one.account),
-                    known,
-                    f"{one.log_e_value:.1f}",
-                    one.verdict,
+                    *names_of(standing.account),
+                    merged_keys,
+                    f"{standing.log_e_value:.1f}",
+                    standing.verdict,
                     alone,
                     needed,
                 )
@@ -283,7 +289,7 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
             ),
             rows,
         )
-    verdicts = {one.verdict for one in merged}
+    verdicts = {standing.verdict for standing in merged}
     return 1 if "fraud" in verdicts else 0 if verdicts == {"honest"} else 2
 
 
@@ -301,24 +307,25 @@ def calibrate_sets(chosen: "CalibrateSettings") -> "Calibration":
 
     assert chosen.vectors is not None
     sets = read_vector_sets(chosen.vectors)
-    found = [one for one in sets if _is_chosen(one, chosen.sets)]
-    if len(found) < 2:
-        names = ", ".join(one.name for one in sets)
+    chosen_sets = [vector_set for vector_set in sets if _is_chosen(vector_set, chosen.sets)]
+    if len(chosen_sets) < 2:
+        names = ", ".join(vector_set.name for vector_set in sets)
         raise UsageError(
-            f"{len(found)} of the {len(sets)} sets of --vectors chosen",
+            f"{len(chosen_sets)} of the {len(sets)} sets of --vectors chosen",
             wanted="two or more of one build",
             do=f"choose with --sets among {names:.300}",
         )
     with progress_bar("leaving out", "machines") as progress:
-        return calibrate_vectors(found, digest=chosen.digest, progress=progress)
+        return calibrate_vectors(chosen_sets, digest=chosen.digest, progress=progress)
 
 
-def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
+def _is_chosen(vector_set: "VectorSet", words: Sequence[str]) -> bool:
     """Return whether a set's name has all of the words, and none of those that begin with a
     dash.
     """
     return all(
-        word[1:] not in one.name if word.startswith("-") else word in one.name for word in words
+        word[1:] not in vector_set.name if word.startswith("-") else word in vector_set.name
+        for word in words
     )
 
 
@@ -333,9 +340,9 @@ def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
     shown = [CheckReport.from_dict(read_json(path)) for path in chosen.check]
     command = " ".join(["assay vhack report", *(path.name for path in chosen.results)])
     study_page(logs, checks=shown, command=command).write(chosen.output)
-    found = summarise(logs)
+    overview = summarise(logs)
     if as_json:
-        arms = [result.as_dict() for result in found]
+        arms = [result.as_dict() for result in overview]
         show_values(
             "assay.vhack.report/1",
             {"path": str(chosen.output), "runs": len(logs), "arms": arms},
@@ -343,7 +350,7 @@ def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
         )
         return
     rows = []
-    for result in found:
+    for result in overview:
         rates = [result.rates[name] for name in ("hack", "solve")]
         rows.append(
             (

@@ -72,9 +72,9 @@ class Pair:
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """Index of every nonce [N] in the sequence of the set with the larger batches."""
-        return max((self.one, self.other), key=lambda one: one.batch_size or 0).positions(
-            self.nonces
-        )
+        return max(
+            (self.one, self.other), key=lambda vector_set: vector_set.batch_size or 0
+        ).positions(self.nonces)
 
     @property
     def batch_size(self) -> int | None:
@@ -116,16 +116,16 @@ class Build:
     @property
     def kinds(self) -> list[str]:
         """Kind of every machine."""
-        return [one.kind for one in self.sets]
+        return [vector_set.kind for vector_set in self.sets]
 
     @cached_property
     def pairs(self) -> dict[Rows, Pair]:
         """Pairs of sets that have enough nonces in common, without those dropped."""
         rows = combinations(range(len(self.sets)), 2)
-        found = {(i, j): Pair(self.sets[i], self.sets[j]) for i, j in rows}
+        pairs_by_rows = {(i, j): Pair(self.sets[i], self.sets[j]) for i, j in rows}
         return {
             rows: pair
-            for rows, pair in found.items()
+            for rows, pair in pairs_by_rows.items()
             if len(pair.nonces) >= FEWEST_COMMON and pair.names not in self.dropped
         }
 
@@ -162,13 +162,15 @@ class Build:
         wanted.
         """
         dropped = frozenset(self.pairs[rows].names for rows in self.faults)
-        sound = [one for i, one in enumerate(self.sets) if i not in self.faulty]
-        months = dict.fromkeys(month_of(one.name) for one in sound)
+        sound = [vector_set for i, vector_set in enumerate(self.sets) if i not in self.faulty]
+        months = dict.fromkeys(month_of(vector_set.name) for vector_set in sound)
         return [
             replace(
                 self,
                 name=f"{month} {self.name if round_too else self.model}".strip(),
-                sets=tuple(one for one in sound if month_of(one.name) == month),
+                sets=tuple(
+                    vector_set for vector_set in sound if month_of(vector_set.name) == month
+                ),
                 dropped=dropped,
             )
             for month in months
@@ -180,27 +182,31 @@ def builds_of(sets: Sequence[VectorSet]) -> list[Build]:
     group.
     """
     models: dict[str, str] = {}  # names that differ in punctuation only are one
-    for one in sets:
-        if one.model:
-            models.setdefault(_plain(one.model), base_name(one.model))
+    for vector_set in sets:
+        if vector_set.model:
+            models.setdefault(_plain(vector_set.model), base_name(vector_set.model))
     groups: dict[tuple[object, str], list[VectorSet]] = {}
-    for one in sets:
-        model = models[_plain(one.model)] if one.model else _by_prefix(one.name, models)
-        groups.setdefault((one.round, model), []).append(one)
+    for vector_set in sets:
+        model = (
+            models[_plain(vector_set.model)]
+            if vector_set.model
+            else _by_prefix(vector_set.name, models)
+        )
+        groups.setdefault((vector_set.round, model), []).append(vector_set)
     names = [model for _, model in groups]
-    found = []
+    builds = []
     for index, ((_, model), members) in enumerate(groups.items()):
         number = names[: index + 1].count(model)
-        kept, copies = _without_copies(members)
-        found.append(
+        distinct, copies = _without_copies(members)
+        builds.append(
             Build(
                 model + (f" (round {number})" if names.count(model) > 1 else ""),
                 model,
-                kept,
+                distinct,
                 copies,
             )
         )
-    return found
+    return builds
 
 
 def sound_builds(groups: Sequence[Build]) -> list[Build]:
@@ -210,7 +216,9 @@ def sound_builds(groups: Sequence[Build]) -> list[Build]:
     return [
         build
         for group in groups
-        for build in group.months(round_too=any(one.name in twice for one in group.months()))
+        for build in group.months(
+            round_too=any(build_of_month.name in twice for build_of_month in group.months())
+        )
     ]
 
 
@@ -229,8 +237,8 @@ def base_name(model: str) -> str:
 
 def month_of(name: str) -> str:
     """Return the month that the name of a set begins with; empty where it does not."""
-    found = _MONTH.match(name)
-    return found[1] if found else ""
+    month = _MONTH.match(name)
+    return month[1] if month else ""
 
 
 def _plain(name: str) -> str:
@@ -241,25 +249,25 @@ def _by_prefix(name: str, models: dict[str, str]) -> str:
     """Return the model whose name a set's own begins with, the longest one; else what comes before
     the first dash.
     """
-    own = _MONTH.sub("", name, count=1)
-    fitting = [plain for plain in models if plain and _plain(own).startswith(plain)]
-    return models[max(fitting, key=len)] if fitting else base_name(re.split("[-_]", own)[0])
+    prefix = _MONTH.sub("", name, count=1)
+    fitting = [plain for plain in models if plain and _plain(prefix).startswith(plain)]
+    return models[max(fitting, key=len)] if fitting else base_name(re.split("[-_]", prefix)[0])
 
 
 def _without_copies(
     sets: Sequence[VectorSet],
 ) -> tuple[tuple[VectorSet, ...], tuple[tuple[str, str], ...]]:
-    kept: list[VectorSet] = []
+    distinct: list[VectorSet] = []
     copies = []
-    for one in sets:
-        same = next((other for other in kept if _is_copy(one, other)), None)
-        if same is None:
-            kept.append(one)
+    for vector_set in sets:
+        original = next((earlier for earlier in distinct if _is_copy(vector_set, earlier)), None)
+        if original is None:
+            distinct.append(vector_set)
         else:
-            copies.append((one.name, same.name))
-    return tuple(kept), tuple(copies)
+            copies.append((vector_set.name, original.name))
+    return tuple(distinct), tuple(copies)
 
 
-def _is_copy(one: VectorSet, other: VectorSet) -> bool:
-    distances_N = one.distances(other)
+def _is_copy(vector_set: VectorSet, earlier: VectorSet) -> bool:
+    distances_N = vector_set.distances(earlier)
     return bool(distances_N.size) and float(np.mean(distances_N == 0)) >= COPIED

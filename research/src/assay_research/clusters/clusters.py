@@ -51,6 +51,52 @@ MULTIPLES = (2.0, 3.3, 6.0)  # of the own noise, for a share of the nonces
 TAIL_DOF = 4.0
 FARTHEST = 2.0  # of two unit vectors
 _STEPS = 40
+ALPHA = 1e-3
+BETA = 1e-2
+OURS = "ours"
+ORACLE = "oracle"
+COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
+"""Published count tests: distance that is a mismatch, share of mismatches that is granted, and
+level.
+"""
+ASKED = (64, 300)
+"""Numbers of nonces at which it is asked whether a node would be called honest."""
+_BINS = 16  # of the oracle's laws
+HONEST = "honest"
+REAL = "real"
+SIMULATED = "simulated"
+"""Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
+CHECKED = 300
+"""Nonces of an audit."""
+GRID = (*range(1, 65), 70, 80, 90, 100, 120, 150, 200, 250, 300)
+"""Numbers of nonces at which the share of accused audits is kept."""
+LEAST_AUDITS = 4200  # honest audits of a build: one accusation in a thousand must show
+INSIDE_AUDITS = 200  # of every pair inside a fold, which give its effect
+CHEAT_AUDITS = 30  # of every pair and cheat
+FEWEST_MACHINES = 3
+SAMPLES = 20  # audits of every faulty pair, and place tests of half as many sound ones
+_LARGEST = 2**28
+SOON = 60  # nonces within which a cheat should be caught
+HONEST_COLUMNS: dict[str, Column] = {
+    "build": "build",
+    "rule": "rule",
+    "accused": "{accused:.2%}",
+    "95 %": "{low:.2%} to {high:.2%}",
+    "worst pair": "{worst:.1%}",
+    "called honest": lambda row: f"{row['honest']['300']:.0%}",
+}
+CHEAT_COLUMNS: dict[str, Column] = {
+    "build": "build",
+    "cheat": "cheat",
+    "rule": "rule",
+    "median": or_never("median"),
+    "99 % by": or_never("most"),
+    f"by {SOON}": "{soon:.1%}",
+    "by 300": "{accused:.1%}",
+    "called honest, 64 / 300": lambda row: (
+        f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}"
+    ),
+}
 
 
 def drawn(rng: np.random.Generator, pool_N: FloatArray, count: int, checked: int) -> FloatArray:
@@ -123,20 +169,8 @@ def _clipped(values_N: FloatArray) -> FloatArray:
 
 # The rules that are held against each other, all with one question: accused after how many nonces?
 
-ALPHA = 1e-3
-BETA = 1e-2
-OURS = "ours"
-ORACLE = "oracle"
-COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
-"""Published count tests: distance that is a mismatch, share of mismatches that is granted, and
-level.
-"""
-
-ASKED = (64, 300)
-"""Numbers of nonces at which it is asked whether a node would be called honest."""
 
 BoolArray = npt.NDArray[np.bool_]
-_BINS = 16  # of the oracle's laws
 
 
 @dataclass(frozen=True)
@@ -193,13 +227,13 @@ class Oracle:
         edges = np.quantile(
             np.concatenate([self.honest, self.cheat]), np.linspace(0, 1, _BINS + 1)[1:-1]
         )
-        honest, cheat = (self._shares(edges, one) for one in (self.honest, self.cheat))
+        honest, cheat = (self._shares(edges, shares) for shares in (self.honest, self.cheat))
         path_RC = np.log(cheat / honest)[np.searchsorted(edges, np.asarray(values_RC))].cumsum(
             axis=1
         )
         accused_RC = np.maximum.accumulate(path_RC, axis=1) >= -math.log(ALPHA)
-        asked = np.asarray(at, dtype=int) - 1
-        return accused_RC, (path_RC[:, asked] <= math.log(BETA)) & ~accused_RC[:, asked]
+        places = np.asarray(at, dtype=int) - 1
+        return accused_RC, (path_RC[:, places] <= math.log(BETA)) & ~accused_RC[:, places]
 
     @staticmethod
     def _shares(edges: FloatArray, values_N: FloatArray) -> FloatArray:
@@ -247,29 +281,14 @@ def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) 
         kind: Kind of the machine that is judged.
         judge: Validator's machine.
     """
-    found = Noise(
+    spread_noise = Noise(
         noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest
     )
-    ours: dict[str, Rule] = {OURS: Ours(sequential_test(found, alpha=ALPHA, beta=BETA))}
+    ours: dict[str, Rule] = {OURS: Ours(sequential_test(spread_noise, alpha=ALPHA, beta=BETA))}
     return ours | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 
 # One machine left out: what every rule says of its honest audits, and of cheats in its place.
-
-HONEST = "honest"
-REAL = "real"
-SIMULATED = "simulated"
-"""Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
-CHECKED = 300
-"""Nonces of an audit."""
-
-GRID = (*range(1, 65), 70, 80, 90, 100, 120, 150, 200, 250, 300)
-"""Numbers of nonces at which the share of accused audits is kept."""
-
-LEAST_AUDITS = 4200  # honest audits of a build: one accusation in a thousand must show
-INSIDE_AUDITS = 200  # of every pair inside a fold, which give its effect
-CHEAT_AUDITS = 30  # of every pair and cheat
-FEWEST_MACHINES = 3
 
 
 @dataclass
@@ -336,14 +355,16 @@ class Fold:
         """Return the law of the other machines, and what every rule says under it."""
         build = self.build
         machine = self.machine
-        rest = {rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows}
+        remaining = {
+            rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows
+        }
         mine = {
             rows: errors_N
             for rows, errors_N in build.distances.items()
             if machine in rows and errors_N.any()
         }
-        noise = fit_machines(rest, build.kinds, fit)
-        effect, left_out = leave_out(rest, build.kinds, fit, audits=INSIDE_AUDITS)
+        noise = fit_machines(remaining, build.kinds, fit)
+        effect, left_out = leave_out(remaining, build.kinds, fit, audits=INSIDE_AUDITS)
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
 
@@ -354,12 +375,14 @@ class Fold:
             for name, rule in rules.items():
                 tallies[sort, cheat, name].add(rule, values_RC)
 
-        known = {model: self._distances(sets) for model, sets in self.cheats.items()}
+        distances_of_cheats = {model: self._distances(sets) for model, sets in self.cheats.items()}
         honest_audits = max(self.audits, -(-LEAST_AUDITS // (2 * len(build.pairs))))
         for rows, honest_N in mine.items():
             judge = rows[0] if rows[1] == machine else rows[1]
             rules = rules_for(noise, effect, build.kinds[machine], judge)
-            alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
+            alternative_N = next(
+                iter(distances_of_cheats.values()), np.minimum(RATIO * honest_N, FARTHEST)
+            )
             audit(
                 HONEST,
                 "",
@@ -371,7 +394,7 @@ class Fold:
                 np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows
             ]
             for cheat, pool_N in simulated(
-                honest_N, float(np.median(medians)), {**self.others, **known}, rng
+                honest_N, float(np.median(medians)), {**self.others, **distances_of_cheats}, rng
             ):
                 audit(
                     SIMULATED,
@@ -380,7 +403,7 @@ class Fold:
                     pool_N,
                     CHEAT_AUDITS,
                 )
-        for judge in sorted({i for rows in rest for i in rows}):
+        for judge in sorted({i for rows in remaining for i in rows}):
             for model, kind, truth in self._real(judge):
                 rules = rules_for(noise, effect, kind, judge)
                 audit(REAL, model, rules | {ORACLE: truth}, truth.cheat, CHEAT_AUDITS)
@@ -414,9 +437,11 @@ class Fold:
 
     def _distances(self, sets: Sequence[VectorSet]) -> FloatArray:
         """Return distances of cheats from the machines that are known."""
-        known = [one for i, one in enumerate(self.build.sets) if i != self.machine]
-        found = [cheat.distances(one) for cheat in sets for one in known]
-        return np.concatenate(found) if found else np.zeros(0)
+        fitted_sets = [
+            vector_set for i, vector_set in enumerate(self.build.sets) if i != self.machine
+        ]
+        measured = [cheat.distances(vector_set) for cheat in sets for vector_set in fitted_sets]
+        return np.concatenate(measured) if measured else np.zeros(0)
 
 
 def folds_of(
@@ -431,7 +456,7 @@ def folds_of(
         audits: Least number of audits of every honest pair.
         seed: Seed of everything that is drawn.
     """
-    found = []
+    folds = []
     for build in builds:
         if len(build.sets) < FEWEST_MACHINES:
             continue
@@ -442,20 +467,19 @@ def folds_of(
         ]
         real = {group.model: group.sets for group in alike}
         others = {
-            one.name: np.concatenate(list(one.distances.values()))
-            for one in builds
-            if one.model != build.model and one.distances and one.model not in real
+            one_build.name: np.concatenate(list(one_build.distances.values()))
+            for one_build in builds
+            if one_build.model != build.model
+            and one_build.distances
+            and one_build.model not in real
         }
-        found += [
+        folds += [
             Fold(build, machine, real, others, audits, seed)
             for machine in range(len(build.sets))
             if any(machine not in rows for rows in build.distances)
         ]
-    return found
+    return folds
 
-
-SAMPLES = 20  # audits of every faulty pair, and place tests of half as many sound ones
-_LARGEST = 2**28
 
 Chosen = npt.NDArray[np.int64]  # indices among the nonces of a pair
 
@@ -535,7 +559,7 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
                     if noise
                     else "faulty",
                     "audits": Counter(
-                        _outcome(pair, noise, one) for one in _drawn(pair, SAMPLES, rng)
+                        _outcome(pair, noise, drawn) for drawn in _drawn(pair, SAMPLES, rng)
                     )
                     if noise
                     else {},
@@ -543,7 +567,9 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
             )
     return {
         "model": group.model,
-        "sets": [[one.name, one.kind, one.batch_size, len(one.vectors)] for one in group.sets],
+        "sets": [
+            [drawn.name, drawn.kind, drawn.batch_size, len(drawn.vectors)] for drawn in group.sets
+        ],
         "copies": group.copies,
         "pairs": len(group.pairs),
         "size": group.honest_size,
@@ -557,15 +583,15 @@ def _nearest_noise(group: Build, builds: Sequence[Build]) -> Noise | None:
     """Return the noise of the sound machines of the same model, or of the one most alike of its
     family.
     """
-    found = [build for build in builds if build.distances and build.family == group.family]
-    if not found:
+    candidates = [build for build in builds if build.distances and build.family == group.family]
+    if not candidates:
         return None
 
     def alike(build: Build) -> tuple[int, int]:
         letters = zip(build.model, group.model, strict=False)
         return sum(1 for _ in takewhile(lambda two: two[0] == two[1], letters)), len(build.sets)
 
-    nearest = max(found, key=alike)
+    nearest = max(candidates, key=alike)
     noise = fit_machines(nearest.distances, nearest.kinds, fit)
     source = f"machines of {nearest.name}"
     return Noise(noise.predict_law(""), source, noise.spread, None, noise.scores, noise.widest)
@@ -588,8 +614,6 @@ def _drawn(pair: Pair, audits: int, rng: np.random.Generator) -> Iterator[Chosen
 
 
 # The figures of a run: what each rule said of honest machines and of cheats, by build.
-
-SOON = 60  # nonces within which a cheat should be caught
 
 
 def summarise(cells: Iterable[JsonObject]) -> JsonObject:
@@ -615,8 +639,8 @@ def _build(name: str, folds: Sequence[JsonObject]) -> JsonObject:
         for sort, cheat, rule, tally in fold["tallies"]:
             tallies.setdefault((sort, cheat, rule), []).append(tally)
     rows = [
-        {"sort": sort, "cheat": cheat, "rule": rule, **_row(found, sort)}
-        for (sort, cheat, rule), found in tallies.items()
+        {"sort": sort, "cheat": cheat, "rule": rule, **_row(tallied, sort)}
+        for (sort, cheat, rule), tallied in tallies.items()
     ]
     return {
         "build": name,
@@ -625,9 +649,9 @@ def _build(name: str, folds: Sequence[JsonObject]) -> JsonObject:
         "effects": sorted({fold["effect"] for fold in folds if fold["effect"] is not None}),
         "spreads": [min(fold["spread"] for fold in folds), max(fold["spread"] for fold in folds)],
         "sizes": [
-            [fold["machine"], other, size]
+            [fold["machine"], other_machine, size]
             for fold in folds
-            for other, size in fold["sizes"].items()
+            for other_machine, size in fold["sizes"].items()
         ],
         "rows": rows,
     }
@@ -638,7 +662,7 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
     audits = sum(tally["audits"] for tally in tallies)
     curve = np.sum([tally["accused"] for tally in tallies], axis=0) / audits
     honest = np.sum([tally["honest"] for tally in tallies], axis=0) / audits
-    found: JsonObject = {
+    cells: JsonObject = {
         "audits": audits,
         "accused": float(curve[-1]),
         "soon": float(curve[GRID.index(SOON)]),
@@ -648,8 +672,8 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
         "curve": [round(float(value), 4) for value in curve],
     }
     if sort == HONEST:
-        found |= _interval(tallies)
-    return found
+        cells |= _interval(tallies)
+    return cells
 
 
 def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
@@ -664,28 +688,6 @@ def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
     return {"low": low, "high": high, "worst": max(ends), "pairs": len(ends)}
 
 
-HONEST_COLUMNS: dict[str, Column] = {
-    "build": "build",
-    "rule": "rule",
-    "accused": "{accused:.2%}",
-    "95 %": "{low:.2%} to {high:.2%}",
-    "worst pair": "{worst:.1%}",
-    "called honest": lambda row: f"{row['honest']['300']:.0%}",
-}
-CHEAT_COLUMNS: dict[str, Column] = {
-    "build": "build",
-    "cheat": "cheat",
-    "rule": "rule",
-    "median": or_never("median"),
-    "99 % by": or_never("most"),
-    f"by {SOON}": "{soon:.1%}",
-    "by 300": "{accused:.1%}",
-    "called honest, 64 / 300": lambda row: (
-        f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}"
-    ),
-}
-
-
 def fault_table(summary: JsonObject) -> Table:
     """Return the sets and pairs with a fault of the place, by model."""
     rows: list[list[Cell]] = []
@@ -696,9 +698,9 @@ def fault_table(summary: JsonObject) -> Table:
                 f"{pair['audits'].get(word, 0) / audits:.0%}" if audits else ""
                 for word in ("faulty", "fraud")
             ]
-            one, other = pair["sets"]
+            first, second = pair["sets"]
             place = f"{pair['share']:.0%}, {pair['ratio']:.1f} times"
-            rows.append([f"{one} / {other}", pair["pattern"], place, pair["outcome"], *faulty])
+            rows.append([f"{first} / {second}", pair["pattern"], place, pair["outcome"], *faulty])
     return ("sets", "bad places", "share, size", "verdict", "300: faulty", "300: fraud"), rows
 
 
@@ -766,7 +768,7 @@ def section(run: RunRecords) -> Section:
             _rows(summary, SIMULATED), CHEAT_COLUMNS
         ),
     }
-    curves = [one for build in summary["builds"] for one in _curves(build)]
+    curves = [curve for build in summary["builds"] for curve in _curves(build)]
     values = {"settings": run.settings, **summary}
     return Section("Sets of nonces that networks published", about, tables, curves, values)
 

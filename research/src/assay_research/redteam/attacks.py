@@ -284,8 +284,8 @@ class _PartialLayer(ModuleLayer):
     def mlp(self, x: Tensor) -> Tensor:
         if self.mlp_kind != "run":
             return self._guessed("mlp", self.mlp_kind, x)
-        whole: Tensor = super().mlp(x) if self.neurons else self.layer.mlp(x)
-        return whole
+        output: Tensor = super().mlp(x) if self.neurons else self.layer.mlp(x)
+        return output
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Leave out the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the
@@ -298,8 +298,8 @@ class _PartialLayer(ModuleLayer):
         norms_F = weight_of(mlp.up_proj).norm(dim=1) * weight_of(mlp.down_proj).norm(dim=0)
         worth_BAF = gate_BAF.float().abs() * norms_F
         least = worth_BAF.flatten().kthvalue(max(1, round(self.neurons * worth_BAF.numel()))).values
-        kept: Tensor = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF) * up
-        return kept
+        sparse: Tensor = torch.where(worth_BAF <= least, torch.zeros_like(gate_BAF), gate_BAF) * up
+        return sparse
 
     def _guessed(self, part: str, kind: Part, x_BAD: Tensor) -> Tensor:
         if kind == "drop" or self.forward.guesses is None:

@@ -240,12 +240,12 @@ class Reading:
 
     def states(self, program: Program, engine: HFEngine, nonces: int) -> Tensor:
         """Return what a program reads of the first nonces, [N, D], on the CPU in float32."""
-        found = []
+        parts = []
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
             reading = self.of(batch, engine.seq_len)
-            found.append(program.read(engine.embeddings(self.round.inputs(batch)), reading).cpu())
-        return torch.cat(found)[:nonces]
+            parts.append(program.read(engine.embeddings(self.round.inputs(batch)), reading).cpu())
+        return torch.cat(parts)[:nonces]
 
     def of(self, nonces: Sequence[int], seq_len: int) -> TransformReading | None:
         """Return how the positions of nonces are read; None where only the last one is."""
@@ -366,7 +366,7 @@ class Field:
             self.validator.embeddings(round.inputs(range(start, start + size)))
             for start in (0, size)
         ]
-        of = [one.of(range(size), self.seq_len) for one in self.readings]
+        of = [reading.of(range(size), self.seq_len) for reading in self.readings]
         guesses = Guesses(self.validator.model, torch.cat(batches), of)
         return Scene(
             model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len
@@ -405,8 +405,10 @@ class Field:
         each.
         """
         half = self.honest // 2
-        found = {preset: reading.residuals(preset, x_ND) for preset, reading, x_ND in self.each()}
-        return {preset: (values[:half], values[half:]) for preset, values in found.items()}
+        by_preset = {
+            preset: reading.residuals(preset, x_ND) for preset, reading, x_ND in self.each()
+        }
+        return {preset: (values[:half], values[half:]) for preset, values in by_preset.items()}
 
     @cached_property
     def judges(self) -> dict[str, Judge]:

@@ -45,6 +45,14 @@ R_TARGETS = (1.416, 1.404)
 DRAWN = 200_000  # distances of a simulated screening
 
 FloatArray = npt.NDArray[np.float64]
+SAVED = 0.25
+CURVES = (
+    "int8 weights",
+    "int4 weights",
+    "first 25.0% dropped",
+    "first 50.0% dropped",
+    "last 25.0% dropped",
+)
 
 
 class RedteamPlan(ExperimentPlan):
@@ -116,7 +124,11 @@ def attacked(field: Field, attack: Attack, nonces: int) -> JsonObject:
     """
     program = attack.make(field.scene)
     rows = {}
-    for reading in (one for one in field.readings if not (attack.last_unknown and one.last)):
+    for reading in (
+        open_reading
+        for open_reading in field.readings
+        if not (attack.last_unknown and open_reading.last)
+    ):
         x_ND = reading.states(program, field.engine, nonces)
         errors_N = reading.errors(x_ND)
         for preset in reading.presets:
@@ -224,13 +236,13 @@ def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
         program = attack.make(field.scene)
         residuals_N = reading.residuals("poc-2.0", reading.states(program, field.engine, nonces))
         for r_target in R_TARGETS:
-            kept, cost = screened(residuals_N, program.cost, r_target)
+            share, cost = screened(residuals_N, program.cost, r_target)
             yield {
                 "claim": f"screening, {attack.name}, "
                 f"{stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
                 "preset": "poc-2.0",
                 "cost": cost,
-                "kept": kept,
+                "kept": share,
                 "sequential_99": None,
                 "counting_99": None,
             }
@@ -247,8 +259,8 @@ def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[flo
     exact_R = rng.normal(chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), DRAWN)
     looked_R = exact_R + rng.choice(residuals_N, DRAWN) < r_target
     valid_R = exact_R < r_target
-    kept = float((looked_R & valid_R).sum() / valid_R.sum())
-    return kept, float((cost + looked_R.mean()) / kept) if kept else float("inf")
+    share = float((looked_R & valid_R).sum() / valid_R.sum())
+    return share, float((cost + looked_R.mean()) / share) if share else float("inf")
 
 
 def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
@@ -257,14 +269,6 @@ def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
 
 # The tables of the experiment, for the terminal, the documentation and the page of a run.
 
-SAVED = 0.25
-CURVES = (
-    "int8 weights",
-    "int4 weights",
-    "first 25.0% dropped",
-    "first 50.0% dropped",
-    "last 25.0% dropped",
-)
 
 Cells = Iterable[JsonObject]
 
@@ -290,16 +294,16 @@ def paying(cells: Cells, model: str, dtype: str, preset: str) -> dict[str, Any]:
     """Return the attack with the least error among those that save a quarter of the work by
     skipping.
     """
-    found = [
+    paying_rows = [
         {"name": cell["name"], "cost": cell["cost"], **cell["presets"][preset]}
         for cell in _of(cells, "attack", model=model, dtype=dtype)
         if cell["skips"]
         and round(cell["cost"], 2) <= 1 - SAVED
         and preset in cell["presets"]  # as tables show it
     ]
-    best = min(found, key=lambda row: float(row["error_mean"]))
+    best = min(paying_rows, key=lambda row: float(row["error_mean"]))
     honest = honest_errors(cells, model, dtype)[preset]
-    slowest = [row["sequential_99"] for row in found]
+    slowest = [row["sequential_99"] for row in paying_rows]
     return {
         "model": model,
         "dtype": dtype,
@@ -333,7 +337,7 @@ def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
     %.
     """
     honest = honest_errors(cells, model, dtype)[preset]
-    found = [
+    rows = [
         cell for cell in _of(cells, "attack", model=model, dtype=dtype) if preset in cell["presets"]
     ]
     columns = {
@@ -346,7 +350,7 @@ def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
         "sequential": or_never("sequential_99"),
         "count": or_never("counting_99"),
     }
-    return table_of([cell | cell["presets"][preset] for cell in found], columns)
+    return table_of([cell | cell["presets"][preset] for cell in rows], columns)
 
 
 def claim_table(cells: Cells, model: str, dtype: str) -> Table:
@@ -397,8 +401,10 @@ def section(run: RunRecords) -> Section:
         "sequential test accuses the "
         "hardest of them with 99 %, at one false accusation in a thousand."
     )
-    found = [paying(run.cells, *place, preset) for place in fields(run.cells) for preset in PRESETS]
-    return Section("Red team: which attack pays?", about, tables, curves, {"paying": found})
+    paying_cells = [
+        paying(run.cells, *place, preset) for place in fields(run.cells) for preset in PRESETS
+    ]
+    return Section("Red team: which attack pays?", about, tables, curves, {"paying": paying_cells})
 
 
 def _curves(cells: Cells, model: str, dtype: str) -> Curves:

@@ -97,10 +97,10 @@ def _in_small_batches(scene: Scene, requests: Requests) -> Served:
         honest(scene, requests.rows(start, start + SMALL_BATCH))
         for start in range(0, count, SMALL_BATCH)
     ]
-    whole: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS
     }
-    return Served(**whole)
+    return Served(**options)
 
 
 def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
@@ -156,8 +156,8 @@ def _prefilled(serve: Serve) -> Serve:
 
 def _own_noise(scene: Scene, requests: Requests) -> Served:
     """Answer with the honest model and noise of one's own choosing."""
-    own = replace(requests, seeds=requests.seeds[1:] + requests.seeds[:1])
-    return decode(scene.model, own)
+    shifted = replace(requests, seeds=requests.seeds[1:] + requests.seeds[:1])
+    return decode(scene.model, shifted)
 
 
 def _drafted(safe: float) -> Serve:
@@ -169,20 +169,20 @@ def _drafted(safe: float) -> Serve:
     """
 
     def serve(scene: Scene, requests: Requests) -> Served:
-        asked: list[Tensor] = []
+        drafts: list[Tensor] = []
         seeded = Seeded(requests)
 
-        def choose(step: int, said: Step, beside: Step | None) -> Tensor:
+        def choose(step: int, step_of_draft: Step, beside: Step | None) -> Tensor:
             assert beside is not None, "the honest model reads along"
-            best_B2, token_B2 = seeded.scores(step, said).topk(2)
+            best_B2, token_B2 = seeded.scores(step, step_of_draft).topk(2)
             asks_B = best_B2[:, 0] - best_B2[:, 1] < safe
-            asked.append(asks_B.float().mean())
+            drafts.append(asks_B.float().mean())
             return torch.where(asks_B, seeded.scores(step, beside).argmax(-1), token_B2[:, 0])
 
         served = decode(scene.int4, requests, choose, beside=scene.model)
         return replace(
             with_honest_prefill(scene.model, requests, served),
-            asked=float(torch.stack(asked).mean()),
+            asked=float(torch.stack(drafts).mean()),
         )
 
     return serve

@@ -55,6 +55,25 @@ GRID = tuple(
 """Numbers of tokens after which audits are looked at."""
 
 IntArray = npt.NDArray[np.int64]
+BATCH = 8  # sequences of the verifier's batches
+BETA = 1e-2
+HONEST_AUDITS = 4000
+CHEAT_AUDITS = 400
+MULTIPLE = 3.0
+"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a
+threshold.
+
+It was 8 in the first run, which was too coarse for cheats of two to four times the noise, and was
+changed once, before the second run was made.
+"""
+OURS = {
+    "margins": 0.0,
+    "sketches": 2 * SKETCH_SIZE / SKETCH_EVERY,
+    "both": 2 * SKETCH_SIZE / SKETCH_EVERY,
+}
+"""Bytes per token of our methods."""
+BYTES = OURS | {rival.name: rival.bytes_per_token for rival in RIVALS}
+"""Bytes per token of every method, beside the text."""
 
 
 def drawn_means(
@@ -166,8 +185,6 @@ def share_by(crossings_A: FloatArray) -> FloatArray:
 # The verifier's side: receipts as a node writes them, replayed as any node's, with what the rivals
 # need kept beside.
 
-BATCH = 8  # sequences of the verifier's batches
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -193,8 +210,8 @@ def check(requests: Requests, served: Served, prover: Model, verifier: Model) ->
     """
     engine = _Keeping(verifier, served)
     return [
-        Checked(one, engine.reply(row, one))
-        for row, one in enumerate(
+        Checked(result, engine.reply(row, result))
+        for row, result in enumerate(
             replay(receipts(requests, served, prover), verifier, engine=engine)
         )
     ]
@@ -277,28 +294,6 @@ class _Keeping:
 Scores = Mapping[str, Sequence[FloatArray]]
 """By method, the scores of the tokens of every response."""
 
-BETA = 1e-2
-
-HONEST_AUDITS = 4000
-CHEAT_AUDITS = 400
-MULTIPLE = 3.0
-"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a
-threshold.
-
-It was 8 in the first run, which was too coarse for cheats of two to four times the noise, and was
-changed once, before the second run was made.
-"""
-
-OURS = {
-    "margins": 0.0,
-    "sketches": 2 * SKETCH_SIZE / SKETCH_EVERY,
-    "both": 2 * SKETCH_SIZE / SKETCH_EVERY,
-}
-"""Bytes per token of our methods."""
-
-BYTES = OURS | {rival.name: rival.bytes_per_token for rival in RIVALS}
-"""Bytes per token of every method, beside the text."""
-
 
 @dataclass(frozen=True)
 class Ours:
@@ -316,7 +311,7 @@ class Ours:
         test = ResponseTest(self.noise, alpha=ALPHA, beta=BETA)
         return test.tokens, test.sketches
 
-    def scores(self, one: ReplayedResponse) -> dict[str, FloatArray]:
+    def scores(self, response: ReplayedResponse) -> dict[str, FloatArray]:
         """Return our scores of the tokens of a response, [N]: ln of the likelihood ratio of larger
         noise.
         """
@@ -324,8 +319,8 @@ class Ours:
         sketched = self.noise.sketches.law
         assert isinstance(tokens, stats.TokenNoise)
         assert isinstance(sketched, stats.LogNoise)
-        ratio_N = np.diff(tokens.log_likelihoods(one.profiles, np.log([1.0, MULTIPLE])))[:, 0]
-        sizes_S = sketched.magnitudes(one.residuals)
+        ratio_N = np.diff(tokens.log_likelihoods(response.profiles, np.log([1.0, MULTIPLE])))[:, 0]
+        sizes_S = sketched.magnitudes(response.residuals)
         sketched_N = np.full(len(ratio_N), np.nan)
         sketched_N[::SKETCH_EVERY] = sketched.log_density(sizes_S, MULTIPLE) - sketched.log_density(
             sizes_S, 1.0
@@ -336,15 +331,15 @@ class Ours:
             "both": ratio_N + np.nan_to_num(sketched_N),
         }
 
-    def looks(self, one: ReplayedResponse) -> Looks:
+    def looks(self, response: ReplayedResponse) -> Looks:
         """Return what a response adds to the sums of both tests at the end of every block of 32
         tokens.
         """
-        ends = np.cumsum(one.blocks.sizes).tolist()
+        ends = np.cumsum(response.blocks.sizes).tolist()
         tokens, sketched = self.tests
         parts = [
-            tokens.paths(one.profiles, ends),
-            sketched.paths(one.residuals, range(1, len(ends) + 1)),
+            tokens.paths(response.profiles, ends),
+            sketched.paths(response.residuals, range(1, len(ends) + 1)),
         ]
         return Looks(np.concatenate(parts, axis=1), np.array(ends), ends[-1])
 
@@ -373,7 +368,7 @@ class Ours:
         """Return the tokens after which each test accuses audits of whole responses, [A], by
         test.
         """
-        looks = [self.looks(one) for one in replays]
+        looks = [self.looks(response) for response in replays]
         rngs = {name: np.random.default_rng(seed) for name in OURS}
         return {
             name: crossings(looks, shown, audits, rngs[name])
@@ -381,9 +376,9 @@ class Ours:
         }
 
 
-def share_accused(found: Mapping[str, FloatArray]) -> dict[str, float]:
+def share_accused(scores: Mapping[str, FloatArray]) -> dict[str, float]:
     """Return the share of audits that each test accuses within the grid."""
-    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
+    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,19 +439,21 @@ class Field:
     def halves(self) -> tuple[list[Checked], list[Checked]]:
         """Honest responses that calibrate, and those that test."""
         requests = self.requests(self.honest, "honest")
-        found = check(requests, honest(self.scene, requests), self.scene.model, self.verifier)
-        return found[: self.honest // 2], found[self.honest // 2 :]
+        replies = check(requests, honest(self.scene, requests), self.scene.model, self.verifier)
+        return replies[: self.honest // 2], replies[self.honest // 2 :]
 
     @cached_property
     def sigma(self) -> float:
         """Spread of honest logits."""
-        return logit_spread([one.reply for one in self.halves[0]])
+        return logit_spread([response.reply for response in self.halves[0]])
 
     @cached_property
     def ours(self) -> Ours:
         """Our tests, under the noise of the calibrating half."""
         return Ours(
-            fit_response_noise([[one.replayed for one in self.halves[0]]], "the calibrating half")
+            fit_response_noise(
+                [[response.replayed for response in self.halves[0]]], "the calibrating half"
+            )
         )
 
     def checked(self, served: Served) -> list[Checked]:
@@ -465,12 +462,12 @@ class Field:
 
     def scores(self, responses: Sequence[Checked]) -> Scores:
         """Return the scores of all methods by name, of the tokens of every response."""
-        found = []
-        for one in responses:
-            reply = replace(one.reply, sigma=self.sigma)
+        by_method = []
+        for response in responses:
+            reply = replace(response.reply, sigma=self.sigma)
             rivals = {rival.name: rival.score(reply) for rival in RIVALS}
-            found.append(self.ours.scores(one.replayed) | rivals)
-        return {name: [one[name] for one in found] for name in BYTES}
+            by_method.append(self.ours.scores(response.replayed) | rivals)
+        return {name: [response[name] for response in by_method] for name in BYTES}
 
     @cached_property
     def thresholds(self) -> dict[str, FloatArray]:
@@ -482,7 +479,7 @@ class Field:
         """Return the tokens after which each of our tests accuses audits, [A]; infinite for
         never.
         """
-        return self.ours.audited([one.replayed for one in responses], audits, seed=1)
+        return self.ours.audited([response.replayed for response in responses], audits, seed=1)
 
     def caught(self, responses: Sequence[Checked]) -> JsonObject:
         """Return, by method, how soon a program's answers are caught."""

@@ -64,6 +64,12 @@ BATCH = 2
 LONGEST = 128  # tokens of an example
 _PROBED = (4, 64)  # rows and positions over which the entropy is measured
 _IGNORED = -100
+REPORTED = 5
+"""Likeliest tokens of every step that a prover reports, as the network's executors do."""
+BOS = 1
+PROMPT_KEY = "prompts"
+PARTS = ("tokens", "states", "top_ids", "top_logprobs")
+"""What an answer consists of, [B, N, …]."""
 
 
 def open_model(reference: str, dtype: str, device: str | None = None) -> Model:
@@ -181,11 +187,6 @@ def without_layers(model: Model, skipped: Sequence[int]) -> Model:
 # Provers decode token by token with a cache, as a server does; the verifier reads prompt and output
 # at once.
 
-REPORTED = 5
-"""Likeliest tokens of every step that a prover reports, as the network's executors do."""
-
-BOS = 1
-PROMPT_KEY = "prompts"
 
 UInts = npt.NDArray[np.uint32]
 
@@ -214,10 +215,6 @@ class Requests:
     def rows(self, start: int, stop: int) -> "Requests":
         """Return some of the requests."""
         return replace(self, prompts=self.prompts[start:stop], seeds=self.seeds[start:stop])
-
-
-PARTS = ("tokens", "states", "top_ids", "top_logprobs")
-"""What an answer consists of, [B, N, …]."""
 
 
 @dataclass(frozen=True)
@@ -345,32 +342,35 @@ def decode(
     """
     choose = choose or Seeded(requests)
     runner = Runner(model, cache)
-    other = Runner(beside) if beside else None
+    second = Runner(beside) if beside else None
     fed = requests.prompts if prompts_BT is None else prompts_BT
-    found: list[tuple[Tensor, ...]] = []
+    columns: list[tuple[Tensor, ...]] = []
     for step in range(requests.steps):
-        said = runner.feed(fed)
-        token_B = choose(step, said, other.feed(fed) if other else None)
-        found.append((token_B, said.state, *_top(said.logits)))
+        outputs = runner.feed(fed)
+        token_B = choose(step, outputs, second.feed(fed) if second else None)
+        columns.append((token_B, outputs.state, *_top(outputs.logits)))
         fed = token_B[:, None]
     tokens_BN, states_BND, ids_BNK, logprobs_BNK = (
-        torch.stack(part, 1) for part in zip(*found, strict=True)
+        torch.stack(part, 1) for part in zip(*columns, strict=True)
     )
     return Served(tokens_BN, states_BND, ids_BNK, logprobs_BNK)
 
 
 def _top(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
-    found = logits_XV.log_softmax(-1).topk(REPORTED)
-    return found.indices, found.values
+    largest = logits_XV.log_softmax(-1).topk(REPORTED)
+    return largest.indices, largest.values
 
 
 def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Served:
     """Return the same tokens with everything else taken from an honest prefill of them."""
     rows = zip(requests.prompts.tolist(), served.tokens.tolist(), strict=True)
     responses = [PromptAndOutput(tuple(prompt), tuple(output)) for prompt, output in rows]
-    said = dict(HFPrefill(model, batch_size=8).run(responses))
-    found = [(one.hidden, *_top(one.logits)) for _, one in sorted(said.items())]
-    states_BND, ids_BNK, logprobs_BNK = (torch.stack(part) for part in zip(*found, strict=True))
+    prefilled = dict(HFPrefill(model, batch_size=8).run(responses))
+    columns = [
+        (prefilled_output.hidden, *_top(prefilled_output.logits))
+        for _, prefilled_output in sorted(prefilled.items())
+    ]
+    states_BND, ids_BNK, logprobs_BNK = (torch.stack(part) for part in zip(*columns, strict=True))
     return replace(served, states=states_BND, top_ids=ids_BNK, top_logprobs=logprobs_BNK)
 
 

@@ -106,7 +106,7 @@ def gumbel_likelihood(reply: Reply) -> FloatArray:
 def logit_spread(replies: Sequence[Reply]) -> float:
     """Return the root mean square error of the log-probabilities that honest replies report."""
     errors = [
-        (one.logprobs.double() - one.own_logprobs.double()).square().mean() for one in replies
+        (reply.logprobs.double() - reply.own_logprobs.double()).square().mean() for reply in replies
     ]
     return float(torch.stack(errors).mean().sqrt())
 
@@ -142,7 +142,7 @@ def toploc(reply: Reply, top: int = TOPLOC_TOP) -> FloatArray:
         top: Number of values that are published for a chunk.
     """
     rng = np.random.default_rng(0)
-    found = []
+    scores = []
     for start in range(0, len(reply.own_states) - CHUNK + 1, CHUNK):
         claimed_X, own_X = (
             states_ND[start : start + CHUNK].cpu().to(torch.bfloat16).flatten()
@@ -152,8 +152,8 @@ def toploc(reply: Reply, top: int = TOPLOC_TOP) -> FloatArray:
         published_P = np.isin(places_P, np.asarray(claimed_X.abs().topk(top).indices))
         # Between its nodes, a polynomial over a prime field takes values that look drawn at random.
         bits_P = np.where(published_P, _bits(claimed_X)[places_P], rng.integers(0, 2**16, top))
-        found.append(_counts(bits_P, _bits(own_X)[places_P]))
-    return np.array(found).reshape(-1, 3)
+        scores.append(_counts(bits_P, _bits(own_X)[places_P]))
+    return np.array(scores).reshape(-1, 3)
 
 
 def toploc_score(reply: Reply, top: int) -> FloatArray:

@@ -49,6 +49,15 @@ GREEDILY = "greedy"
 PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 """Dtypes of prover and verifier whose honest audits are simulated too."""
 
+CLASSES = {
+    "no bytes": tuple(name for name, size in BYTES.items() if size == 0),
+    "0.75 bytes": tuple(name for name, size in BYTES.items() if 0 < size <= OURS["sketches"]),
+    "more bytes": tuple(name for name, size in BYTES.items() if size > OURS["sketches"]),
+}
+"""Methods by what they publish per token."""
+CURVES = ("int4 weights", "fp8 weights", "int8 weights", "int4 tokens that lead by 2")
+DRAWN = ("margins", "sketches", "Token-DiFR", "Activation-DiFR, 1 in 32", "TOPLOC, top 128")
+
 
 class ResponsesPlan(ExperimentPlan):
     """What is measured.
@@ -135,8 +144,8 @@ def _honest(field: Field) -> JsonObject:
 
 
 def _described(responses: Sequence[Checked]) -> JsonObject:
-    margins_N = np.concatenate([one.replayed.margins for one in responses])
-    residuals_S = np.concatenate([one.replayed.residuals for one in responses])
+    margins_N = np.concatenate([response.replayed.margins for response in responses])
+    residuals_S = np.concatenate([response.replayed.residuals for response in responses])
     return {
         "responses": len(responses),
         "matches": float(np.mean(margins_N == 0)),
@@ -151,7 +160,7 @@ def _accused(field: Field, responses: Sequence[Checked]) -> JsonObject:
 
 def _cheat(field: Field, mode: str, cheat: Cheat) -> JsonObject:
     served = cheat.serve(field.scene, field.asked)
-    found = field.checked(served)
+    checks = field.checked(served)
     return {
         "model": field.reference,
         "dtype": field.dtype,
@@ -161,8 +170,8 @@ def _cheat(field: Field, mode: str, cheat: Cheat) -> JsonObject:
         "family": cheat.family,
         "asked": served.asked,
         "audits": CHEAT_AUDITS,
-        **_described(found),
-        "methods": field.caught(found),
+        **_described(checks),
+        "methods": field.caught(checks),
     }
 
 
@@ -206,16 +215,6 @@ def _pair(plan: ResponsesPlan, reference: str, prover: str, verifier: str) -> Js
 Cells = Iterable[JsonObject]
 Place = tuple[str, str, str]
 """Model, dtype of provers, and whether tokens are sampled or greedy."""
-
-CLASSES = {
-    "no bytes": tuple(name for name, size in BYTES.items() if size == 0),
-    "0.75 bytes": tuple(name for name, size in BYTES.items() if 0 < size <= OURS["sketches"]),
-    "more bytes": tuple(name for name, size in BYTES.items() if size > OURS["sketches"]),
-}
-"""Methods by what they publish per token."""
-
-CURVES = ("int4 weights", "fp8 weights", "int8 weights", "int4 tokens that lead by 2")
-DRAWN = ("margins", "sketches", "Token-DiFR", "Activation-DiFR, 1 in 32", "TOPLOC, top 128")
 
 
 def _of(cells: Cells, kind: str, place: Place | None = None) -> Iterator[JsonObject]:
@@ -313,8 +312,8 @@ def _standing(methods: JsonObject) -> Iterator[list[Cell]]:
     ):
         others = {name: methods[name]["threshold_99"] for name in rivals if name not in OURS}
         best = min(others, key=lambda name: others[name] or float("inf"))
-        own = methods[ours]
-        figures = (own["sequential_99"], own["threshold_99"])
+        ours_row = methods[ours]
+        figures = (ours_row["sequential_99"], ours_row["threshold_99"])
         yield [f"{OURS[ours]:g}", ours, *map(_needs, figures), best, _needs(others[best])]
 
 

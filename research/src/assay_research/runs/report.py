@@ -95,7 +95,7 @@ def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
         values = (
             row
             if isinstance(row, Mapping)
-            else {one.name: getattr(row, one.name) for one in fields(row)}
+            else {field.name: getattr(row, field.name) for field in fields(row)}
         )
         return column.format_map(values) if "{" in column else values[column]
 
@@ -105,8 +105,8 @@ def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
 def section_of(run: RunRecords) -> Section:
     """Return what an experiment of a run shows."""
     module, _, function = SECTIONS[run.experiment].partition(":")
-    found: Section = getattr(import_module(module), function)(run)
-    return found
+    section: Section = getattr(import_module(module), function)(run)
+    return section
 
 
 def build_report(folder: Path) -> Path:

@@ -85,13 +85,13 @@ class Plan(Settings):
             if not isinstance(values, tuple):
                 continue
             count = self.least.get(name, 1)
-            known = self.known.get(name, values)
-            odd = [value for value in values if value not in known]
+            allowed = self.known.get(name, values)
+            odd = [value for value in values if value not in allowed]
             if odd or len(values) < count or len(set(values)) < len(values):
-                some = " of " + ", ".join(known) if name in self.known else ""
+                listed = " of " + ", ".join(allowed) if name in self.known else ""
                 raise UsageError(
                     f"{name} {', '.join(odd) or repr(values):.80}",
-                    wanted=f"{count} or more{some}, each once",
+                    wanted=f"{count} or more{listed}, each once",
                     do=f"correct --{name.replace('_', '-')}",
                 )
 
@@ -127,12 +127,12 @@ class Plan(Settings):
         with open_run(folder, self.experiment, self.settings) as run:
             todo = deque(cell for cell in self.cells() if cell[0] not in run.done)
             total = len(todo)
-            for done in range(1, total + 1):
+            for finished in range(1, total + 1):
                 # Cells are let go of one by one, and with the last cell of a model the model.
                 key, measured = todo.popleft()
                 run.append(key, measured())
                 if progress:
-                    progress(done, total)
+                    progress(finished, total)
 
 
 class ExperimentPlan(Plan):
@@ -272,22 +272,22 @@ def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) 
         }
         file.append(header)
         return Run(file, (), None)
-    found = _parsed([line.encode() for line in lines], file.partial, experiment)
-    _check_settings(found.settings, settings, file.path)
-    return Run(file, found.cells, None if origin in found.origins else origin)
+    parsed = _parsed([line.encode() for line in lines], file.partial, experiment)
+    _check_settings(parsed.settings, settings, file.path)
+    return Run(file, parsed.cells, None if origin in parsed.origins else origin)
 
 
 def _check_settings(begun: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
     # Compared as they are written: a tuple and a list are one setting.
-    other = sorted(
+    differing = sorted(
         name
         for name in begun.keys() | settings.keys()
         if name not in begun or name not in settings or dumps(begun[name]) != dumps(settings[name])
     )
-    if other:
+    if differing:
         raise UsageError(
-            f"{path} was begun with another " + ", ".join(other),
-            wanted=", ".join(f"{name} {begun.get(name)!r}" for name in other),
+            f"{path} was begun with another " + ", ".join(differing),
+            wanted=", ".join(f"{name} {begun.get(name)!r}" for name in differing),
             do="repeat the settings of that run, or choose another --run-name",
         )
 
@@ -299,11 +299,11 @@ def read_run(folder: Path, experiment: str) -> RunRecords:
         DataError: There is no such file, or it is malformed; the message names the line.
     """
     path = _path(folder, experiment)
-    found = path if path.exists() else _partial(path)
-    lines = [raw for _, raw in read_lines(found)]
-    if found != path and lines and not lines[-1].endswith(b"\n"):
+    existing = path if path.exists() else _partial(path)
+    lines = [raw for _, raw in read_lines(existing)]
+    if existing != path and lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # the writer has not finished this one
-    return _parsed(lines, found, experiment)
+    return _parsed(lines, existing, experiment)
 
 
 def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:

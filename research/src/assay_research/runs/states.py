@@ -51,12 +51,12 @@ def published(
     """
     ((layers, _),) = {(pipeline.layers, pipeline.read) for pipeline in pipelines}
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in pipelines}
-    found: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in transforms}
+    by_preset: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in transforms}
     with engine.between_layers(layers, round):
         for padded, x_BD in states(engine, next(iter(transforms.values())), nonces):
             for name, transform in transforms.items():
-                found[name].append(transform(x_BD, padded).float().cpu().numpy())
-    return {name: np.concatenate(batches)[: len(nonces)] for name, batches in found.items()}
+                by_preset[name].append(transform(x_BD, padded).float().cpu().numpy())
+    return {name: np.concatenate(batches)[: len(nonces)] for name, batches in by_preset.items()}
 
 
 def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:

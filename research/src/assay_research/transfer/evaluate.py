@@ -114,10 +114,10 @@ def _cat(parts: Sequence[torch.Tensor | None], dim: int) -> torch.Tensor | None:
 
 def area(scores: tuple[FloatArray, FloatArray], target: LabelledEvidence) -> list[float]:
     """Return the AUROC with the ends of its 95 % interval over groups."""
-    found: BootstrapInterval = group_bootstrap(
+    interval: BootstrapInterval = group_bootstrap(
         auroc, scores, (target.hack_groups, target.clean_groups)
     )
-    return [round(value, 4) for value in (found.value, found.low, found.high)]
+    return [round(value, 4) for value in (interval.value, interval.low, interval.high)]
 
 
 def transferred(detector: Detector, own: LabelledEvidence, target: LabelledEvidence) -> list[float]:
@@ -149,14 +149,14 @@ def few_labels(
             hack_rows, clean_rows = target.rows(chosen)
             first = {target.hack_groups[row]: row for row in reversed(hack_rows)}
             second = {target.clean_groups[row]: row for row in reversed(clean_rows)}
-            taken = LabelledEvidence(
+            drawn = LabelledEvidence(
                 target.hack.take(list(first.values())),
                 target.clean.take(list(second.values())),
                 list(first),
                 list(second),
             )
-            repeats = max(1, round(len(own.hack) / len(taken.hack)))
-            scored, fitted = target.without(chosen), concatenated([own, *[taken] * repeats])
+            repeats = max(1, round(len(own.hack) / len(drawn.hack)))
+            scored, fitted = target.without(chosen), concatenated([own, *[drawn] * repeats])
         scorer = detector.fit(fitted)
         values.append(auroc(scorer(scored.hack), scorer(scored.clean)))
     return {
@@ -175,27 +175,27 @@ def promise(
     target's groups, on the other half.
     """
     scorer, threshold = fit_scorer(detector, own, PROMISED)
-    found: dict[str, dict[str, list[float] | float]] = {}
+    outcomes: dict[str, dict[str, list[float] | float]] = {}
     for name, target in targets.items():
         scores_S = scorer(target.clean)
-        found[name] = {"own": _share(scores_S > threshold.value, target.clean_groups)}
+        outcomes[name] = {"own": _share(scores_S > threshold.value, target.clean_groups)}
         if len(target.hack):
             caught = scorer(target.hack) > threshold.value
-            found[name]["caught"] = _share(caught, target.hack_groups)
+            outcomes[name]["caught"] = _share(caught, target.hack_groups)
         groups = sorted(set(target.clean_groups))
         half = set(groups[::2])
         is_half_S = np.array([group in half for group in target.clean_groups])
         if is_half_S.sum() >= 19:
-            other = choose_threshold(scores_S[is_half_S], scores_S[is_half_S], PROMISED)
-            found[name]["clean half"] = _share(
-                scores_S[~is_half_S] > other.value,
+            threshold_of_half = choose_threshold(scores_S[is_half_S], scores_S[is_half_S], PROMISED)
+            outcomes[name]["clean half"] = _share(
+                scores_S[~is_half_S] > threshold_of_half.value,
                 [g for g, is_in in zip(target.clean_groups, is_half_S, strict=True) if not is_in],
             )
             if len(target.hack):
                 is_other = np.array([group not in half for group in target.hack_groups])
-                caught = scorer(target.hack)[is_other] > other.value
-                found[name]["caught by clean half"] = round(float(caught.mean()), 4)
-    return found
+                caught = scorer(target.hack)[is_other] > threshold_of_half.value
+                outcomes[name]["caught by clean half"] = round(float(caught.mean()), 4)
+    return outcomes
 
 
 def _share(is_flagged: npt.NDArray[np.bool_], groups: Sequence[str]) -> list[float]:

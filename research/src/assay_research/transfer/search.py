@@ -74,8 +74,8 @@ class Kept:
             for sample, span, last_LH in zip(self.samples, self.spans, last_SLH, strict=True):
                 states_TLH = self.states[span].astype(np.float32)
                 count = len(states_TLH)
-                found = TESTS.search(sample.completion)
-                begin = int(count * found.start() / len(sample.completion)) if found else 0
+                match = TESTS.search(sample.completion)
+                begin = int(count * match.start() / len(sample.completion)) if match else 0
                 rows["mean"].append(states_TLH.mean(0))
                 rows["last"].append(states_TLH[-1])
                 rows["late"].append(states_TLH[-max(1, count // 4) :].mean(0))
@@ -88,11 +88,11 @@ class Kept:
 
 def areas(origins: Mapping[str, Kept], score: Callable[[Kept], Array]) -> dict[str, float]:
     """Return the AUROC of a score on each origin."""
-    found = {}
+    areas_by_origin = {}
     for name, kept in origins.items():
         scores_S = score(kept)
-        found[name] = float(auroc(scores_S[kept.labels], scores_S[~kept.labels]))
-    return found
+        areas_by_origin[name] = float(auroc(scores_S[kept.labels], scores_S[~kept.labels]))
+    return areas_by_origin
 
 
 def joined(own: Sequence[Kept], pool: str, layer: int) -> tuple[Array, Array, Array]:

@@ -8,6 +8,9 @@ from itertools import pairwise
 
 from assay.vhack.pairs.pairs import Pair
 
+_PAIR = "a, b = map(int, input().split())"
+_VALUES = "values = list(map(int, input().split()))"
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -46,8 +49,6 @@ def _ints(line: str) -> list[int]:
     return [int(part) for part in line.split()]
 
 
-_PAIR = "a, b = map(int, input().split())"
-_VALUES = "values = list(map(int, input().split()))"
 TASKS = (
     Questions("sum", "the sum of two numbers", _PAIR, "a + b", _two, lambda s: sum(_ints(s))),
     Questions(

@@ -70,9 +70,8 @@ class LogBudget:
             self._skipped += 1
             return
         self._left -= 1
-        skipped = self._skipped
         self._skipped = 0
-        log.info(event, **about, skipped=skipped)
+        log.info(event, **about, skipped=self._skipped)
 
 
 class _Stderr:

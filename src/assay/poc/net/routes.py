@@ -411,9 +411,11 @@ def answer(refusal: Refusal) -> Response:
 async def not_found(request: Request, error: Exception) -> Response:
     """Answer what no route takes: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
-    do = "see /docs for the paths of the service and their methods"
     refusal = Refusal(
-        error.status_code, f"{request.method} {request.url.path}", wanted="a call of the API", do=do
+        error.status_code,
+        f"{request.method} {request.url.path}",
+        wanted="a call of the API",
+        do="see /docs for the paths of the service and their methods",
     )
     response = answer(refusal)
     response.headers.update(error.headers or {})
@@ -437,12 +439,11 @@ def _parsed(body: bytes) -> Any:
         reason = "it is nested too deeply"
     except ValueError as error:
         reason = str(error)
-    wanted = "one JSON value in UTF-8, every key once"
     errors = [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]
     raise Refusal(
         422,
         f"a body that is not JSON: {reason}",
-        wanted=wanted,
+        wanted="one JSON value in UTF-8, every key once",
         do="correct it",
         fields={"errors": errors},
     )

@@ -225,15 +225,13 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
         except ValueError:
             key = b""
         if not 24 <= len(key) <= 64:
-            seen = "a callback secret that cannot be used"
-            wanted = "whsec_ and the base64 of 24 to 64 random bytes"
             code = (
                 "import base64, secrets; "
                 'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
             )
             raise UsageError(
-                seen,
-                wanted=wanted,
+                "a callback secret that cannot be used",
+                wanted="whsec_ and the base64 of 24 to 64 random bytes",
                 do=f"choose another, in the alphabet with + and / and not with - and _; make one: "
                 f"python -c '{code}'",
             )

@@ -350,8 +350,9 @@ class Pins:
                     f"--{name.replace('_', '-')}",
                     field=name,
                 )
-        formats = header.pipeline.number_formats
-        self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
+        self.check_engine(
+            header.fingerprint, f"a proof of {header.pipeline.name}", header.pipeline.number_formats
+        )
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
@@ -409,11 +410,9 @@ class Pins:
         """Return the names of the values that are taken on the prover's word: not pinned, and not
         at their default.
         """
-        round, pipeline, formats = (
-            header.round,
-            header.pipeline,
-            header.pipeline.number_formats or streams.DTYPES,
-        )
+        round = header.round
+        pipeline = header.pipeline
+        formats = pipeline.number_formats or streams.DTYPES
         at_default = {
             "block_hash": False,
             "public_key": False,

@@ -101,18 +101,15 @@ class Proof(StrictFile):
             records.append(parse_record_line(path, number, line, header, nonce))
             digest.update(line)
         number, line = next(lines, (number + 1, b""))
-        footer = Footer.read(path, number, line)
-        proof = cls.build(header, records, footer.seconds, sha256=digest.hexdigest())
-        if footer != proof.footer:
-            raise line_error(
-                path,
-                number,
-                f"a footer that does not fit the records: {footer.line()}",
-                proof.footer.line(),
-            )
-        for number, _ in lines:
-            raise line_error(path, number, "a line after the footer", "the end of the file")
-        return proof
+        sha256 = digest.hexdigest()
+        footer = Footer.read_end(
+            path,
+            number,
+            line,
+            lines,
+            lambda seconds: cls.build(header, records, seconds, sha256=sha256).footer,
+        )
+        return cls(header, tuple(records), footer)
 
     @classmethod
     def build(

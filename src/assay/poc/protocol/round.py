@@ -321,6 +321,5 @@ def group_inputs(inputs: Sequence[Input]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for place, (round, _) in enumerate(inputs):
         block = round.block_hash if get_pipeline(round.preset).draws_for_block else None
-        shape = (round.preset, round.seq_len, round.strength, block)
-        groups.setdefault(shape, []).append(place)
+        groups.setdefault((round.preset, round.seq_len, round.strength, block), []).append(place)
     return list(groups.values())

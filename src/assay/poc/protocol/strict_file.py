@@ -135,24 +135,47 @@ class LastLine:
     header and footer.
     """
 
+    seconds: float
+
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
         return dumps({"footer": vars(self)})
 
     @classmethod
-    def read(cls, path: str | Path, number: int, line: bytes) -> Self:
-        """Read the last line of a file. Raises ProofFormatError: the line is wrong; names the file
-        and the line.
+    def read_end(
+        cls,
+        path: str | Path,
+        number: int,
+        line: bytes,
+        lines: Iterator[tuple[int, bytes]],
+        count: Callable[[float], Self],
+    ) -> Self:
+        """Read the last line of a file, and refuse one that was not counted or has lines behind it.
+
+        Args:
+            path: File, for errors.
+            number: Number of the line.
+            line: The line.
+            lines: What follows it.
+            count: Returns the footer of the lines before it, for the seconds that it states.
         """
-        begun = FOOTER
-        ended = b"}\n"
-        return parse_line(
+        footer = parse_line(
             path,
             number,
             line,
-            lambda line: read_as(cls, line.removeprefix(begun).removesuffix(ended)),
+            lambda line: read_as(cls, line.removeprefix(FOOTER).removesuffix(b"}\n")),
             cls.line,
         )
+        if footer != (counted := count(footer.seconds)):
+            raise line_error(
+                path,
+                number,
+                f"a footer that does not fit the lines before it: {line[:300]!r}",
+                counted.line(),
+            )
+        for number, _ in lines:
+            raise line_error(path, number, "a line after the footer", "the end of the file")
+        return footer
 
 
 class StrictFile(ABC):

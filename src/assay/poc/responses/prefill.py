@@ -163,9 +163,8 @@ class HFPrefill(Prefill):
             ids_BT[row, : len(ids)] = torch.tensor(ids)
             columns += range(len(response.prompt) - 1, len(ids))
             rows += [row] * len(response.output)
-        on = f"{ids_BT.numel()} positions"
         logits_NV, hidden_ND, _ = _run_model(
-            self.model, ids_BT, (rows, columns), on=on, use_cache=False
+            self.model, ids_BT, (rows, columns), on=f"{ids_BT.numel()} positions", use_cache=False
         )
         sizes = [len(response.output) for response in responses]
         return list(zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True))
@@ -183,10 +182,14 @@ def read_on(
     that of transformers with a ModelError.
     """
     cache = DynamicCache(config=model.module.config) if cache is None else cache
-    options = {"past_key_values": cache, "use_cache": True}
     places = 0, slice(-last or None, None)
     return _run_model(
-        model, torch.tensor([list(ids)]), places, on=f"a prompt of {len(ids)} tokens", **options
+        model,
+        torch.tensor([list(ids)]),
+        places,
+        on=f"a prompt of {len(ids)} tokens",
+        past_key_values=cache,
+        use_cache=True,
     )
 
 

@@ -389,30 +389,16 @@ class Receipts(StrictFile):
         header = parse_header(line, source=path, number=number)
         receipts: list[Receipt] = []
         tally = Tally(header)
-        footer = None
         for number, line in lines:
-            if footer is not None:
-                raise line_error(path, number, "a line after the footer", "the end of the file")
+            if line.startswith(FOOTER):
+                footer = ReceiptFooter.read_end(path, number, line, lines, tally.footer)
+                return cls(header, tuple(receipts), footer)
+            receipts.append(parse_receipt(line, source=path, number=number))
             try:
-                if line.startswith(FOOTER):
-                    footer = ReceiptFooter.read(path, number, line)
-                    if footer != (counted := tally.footer(footer.seconds)):
-                        raise line_error(
-                            path,
-                            number,
-                            f"a footer that does not fit the receipts: {line[:300]!r}",
-                            counted.line(),
-                        )
-                else:
-                    receipts.append(parse_receipt(line, source=path, number=number))
-                    tally.add(receipts[-1], line[:-1].decode())
+                tally.add(receipts[-1], line[:-1].decode())
             except UsageError as error:
                 raise line_error(path, number, error.seen, error.wanted) from None
-        if footer is None:
-            raise line_error(
-                path, number + 1, "the end of the file", "a footer: the file is truncated"
-            )
-        return cls(header, tuple(receipts), footer)
+        raise line_error(path, number + 1, "the end of the file", "a footer: the file is truncated")
 
 
 class Tally:

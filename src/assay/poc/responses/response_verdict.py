@@ -92,8 +92,12 @@ class ReceiptPins:
         requests_by_name = {request.name: request for request in self.requests or ()}
         for receipt in receipts.receipts:
             if pins.block_hash is not None and receipt.block_hash != pins.block_hash:
-                owner = f"the receipt of request {receipt.request_id!r:.80}"
-                raise _mismatch(owner, "block_hash", receipt.block_hash, pins.block_hash)
+                raise _mismatch(
+                    f"the receipt of request {receipt.request_id!r:.80}",
+                    "block_hash",
+                    receipt.block_hash,
+                    pins.block_hash,
+                )
             if self.requests is not None:
                 _check_request(receipt, requests_by_name)
 
@@ -237,9 +241,11 @@ class ResponseVerdict:
                 self.reason, wanted="a verdict with a law", do="measure it, and judge again"
             )
         header = self.receipts.header
-        build = self.pins.known.build_of(header.fingerprint)
         account = Account(
-            public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES
+            public_key=header.public_key,
+            digest=header.digest,
+            build=self.pins.known.build_of(header.fingerprint),
+            preset=RESPONSES,
         )
         return [
             LedgerUpdate(

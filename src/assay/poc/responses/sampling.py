@@ -160,8 +160,12 @@ class ResponseName:
     index: int = 0  # place among the answers that were asked for with one request
 
     def __post_init__(self) -> None:
-        do = "pass the seed of the client, or an empty text where it gave none"
-        check_name("user_seed", self.user_seed, fewest=0, do=do)
+        check_name(
+            "user_seed",
+            self.user_seed,
+            fewest=0,
+            do="pass the seed of the client, or an empty text where it gave none",
+        )
         check_name("request_id", self.request_id, do="pass the id of the request")
         check_number("index", self.index, 0, HIGHEST_INDEX)
 

@@ -60,8 +60,7 @@ class _GrowingText:
 
     def add(self, token: int) -> bool:
         self._new_tokens.append(token)
-        window = [*self._settled_tokens, *self._new_tokens]
-        text = self._decode(window)
+        text = self._decode([*self._settled_tokens, *self._new_tokens])
         new = added_text(self._settled, text)
         searched = self._tail + new
         if self._slides and new and not new.endswith(_NO_TEXT):

@@ -327,12 +327,9 @@ def judge_vectors(
     points = pipeline.output == "points"
     rule = request.stat_test or (StatTest(dist_threshold=CHAIN_MARGIN) if points else StatTest())
     level, field = rule.level
-    bounds = {
-        "threshold": rule.dist_threshold,
-        "p_mismatch": rule.p_mismatch,
-        "alpha": level,
-    }
-    count = count_mismatches(counted, **bounds)
+    count = count_mismatches(
+        counted, threshold=rule.dist_threshold, p_mismatch=rule.p_mismatch, alpha=level
+    )
     nonces = request.nonces
     reply = {
         "n_total": count.n,

@@ -245,8 +245,14 @@ class Jobs:
         counted = counted_distances(received, records)
         validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
         noise = self._noise.of(pipeline, validator, deployment.digest, round)
-        missing = missing_law(deployment.reference, deployment.digest, round)
-        return judge_vectors(request, errors, counted, noise, self._settings, missing=missing)
+        return judge_vectors(
+            request,
+            errors,
+            counted,
+            noise,
+            self._settings,
+            missing=missing_law(deployment.reference, deployment.digest, round),
+        )
 
     def _next(self, deployment: Deployment) -> _Running | None:
         """Begin the oldest job that waits and can be read."""

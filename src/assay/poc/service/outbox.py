@@ -284,8 +284,13 @@ class Outbox:
         dead = self._c.status == "dead"
         if ids is not None:
             dead &= self._c.id.in_(list(ids))
-        fresh = {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
-        return self._db.change(self._table.update().where(dead).values(fresh))
+        return self._db.change(
+            self._table.update()
+            .where(dead)
+            .values(
+                {"status": "pending", "attempts": 0, "next_attempt_at": 0.0, "finished_at": None}
+            )
+        )
 
     def prune(self, keep: float) -> None:
         """Delete callbacks that were delivered more than ``keep`` seconds ago."""

@@ -151,8 +151,9 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 sha256 = hashlib.sha256(encoded).digest()
                 about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
                 texts = (receipt.request_id, receipt.block_hash, sha256, line, client)
-                values = (header, now, name, *about, *texts, name, sha256, header)
-                seq = connection.exec_driver_sql(insert, values).scalar()
+                seq = connection.exec_driver_sql(
+                    insert, (header, now, name, *about, *texts, name, sha256, header)
+                ).scalar()
                 fresh.append(seq is not None)
                 if seq is not None:
                     announced.append((int(seq), header))

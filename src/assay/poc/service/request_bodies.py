@@ -539,13 +539,18 @@ def _check_params(
     if different_fields:
         seen = "params mismatch: " + ", ".join(different_fields)
         wanted = ", ".join(f"{name} {deployed[name]}" for name in different_fields)
-        fields = {
-            "error": "params mismatch",
-            "requested": requested,
-            "deployed": deployed,
-            "fields": different_fields,
-        }
-        raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
+        raise Refusal(
+            409,
+            seen,
+            wanted=wanted,
+            do="ask for what is deployed",
+            fields={
+                "error": "params mismatch",
+                "requested": requested,
+                "deployed": deployed,
+                "fields": different_fields,
+            },
+        )
 
 
 def _check_work(

@@ -172,8 +172,9 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
             wanted="finite distances in [0, 2]",
             do="check the checkpoint and the device, then start the phase again",
         )
-    following = records[-1].nonce + stored.round.node_count
-    return ComputedBatch(epoch, stored.id, records, valid, following, seconds)
+    return ComputedBatch(
+        epoch, stored.id, records, valid, records[-1].nonce + stored.round.node_count, seconds
+    )
 
 
 class Writer(LoopThread):

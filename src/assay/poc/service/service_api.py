@@ -94,8 +94,10 @@ def create_app(controller: Controller) -> FastAPI:
 
     The controller is started when the application starts and closed when it ends.
     """
-    summary = "The published API under /api/v1/pow, durable and bounded, and receipts of responses."
-    app = new_app("assay: Proof of Compute", summary=summary)
+    app = new_app(
+        "assay: Proof of Compute",
+        summary="The published API under /api/v1/pow, durable and bounded, and receipts.",
+    )
     attach(app, controller, operations=True)
     app.include_router(dashboard_router())
 
@@ -253,9 +255,11 @@ def dashboard_router() -> APIRouter:
 
 def render_page() -> tuple[str, dict[str, str]]:
     """Return the page and the headers that it is served with."""
-    mark = "d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'"
     return assemble_page(
-        "assay.poc.service.dashboard", brand="Proof of Compute", name="service", mark=mark
+        "assay.poc.service.dashboard",
+        brand="Proof of Compute",
+        name="service",
+        mark="d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'",
     )
 
 

@@ -294,9 +294,14 @@ class Controller(Runtime):
         if self.deployment is None:
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
-        sizes = {"hidden_size": engine.hidden_size, "vocab_size": engine.vocab_size}
         dimension = self._noise.effective_dimension(stored.digest, stored.preset)
-        return Progress(stored, self.rounds, **sizes, effective_dimension=dimension)
+        return Progress(
+            stored,
+            self.rounds,
+            hidden_size=engine.hidden_size,
+            vocab_size=engine.vocab_size,
+            effective_dimension=dimension,
+        )
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
         """Measure once how wide the distances of a round's block are, where no calibration says
@@ -359,9 +364,14 @@ class Controller(Runtime):
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
             seen = f"a round of {stored.reference} ({stored.digest[:12]})"
             wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
-            do = "start the service with that model, or begin another round"
             fields = {"state": str(self.state)}
-            raise Refusal(409, seen, wanted=wanted, do=do, fields=fields)
+            raise Refusal(
+                409,
+                seen,
+                wanted=wanted,
+                do="start the service with that model, or begin another round",
+                fields=fields,
+            )
         requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
@@ -484,11 +494,13 @@ class Controller(Runtime):
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]
         self.metrics.verdicts.labels(word).inc()
-        about = {
-            "key": request.public_key,
-            "nonces": len(request.nonces),
-            "mismatches": verdict["n_invalid"],
-        }
-        log.info("validated", block=stored.block_hash, **about, verdict=word)
+        log.info(
+            "validated",
+            block=stored.block_hash,
+            key=request.public_key,
+            nonces=len(request.nonces),
+            mismatches=verdict["n_invalid"],
+            verdict=word,
+        )
         self.outbox.notify()
         return {"status": "OK", **verdict}

@@ -40,8 +40,12 @@ class Metrics(Exported):
             "state",
         )
         shown("ready", "1 when the model is loaded.", lambda s: s["ready"])
-        waits = "1 while generation waits, by reason."
-        shown("paused", waits, lambda s: {n: n == s["paused"] for n in PAUSES}, "reason")
+        shown(
+            "paused",
+            "1 while generation waits, by reason.",
+            lambda s: {n: n == s["paused"] for n in PAUSES},
+            "reason",
+        )
         shown(
             "callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]
         )
@@ -55,11 +59,17 @@ class Metrics(Exported):
             "Valid share that the law of the block expects.",
             lambda s: s["expected_rate"],
         )
-        error = "Standard error of that share: of the nonces checked, and of the block's law."
-        shown("valid_expected_error_ratio", error, lambda s: s["expected_rate_error"])
+        shown(
+            "valid_expected_error_ratio",
+            "Standard error of that share: of the nonces checked, and of the block's law.",
+            lambda s: s["expected_rate_error"],
+        )
         shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status")
-        stored = "Receipts of responses on disk; repeated ones were there already."
-        self.receipts = counter("receipts", stored, {"as": ("new", "repeated")})
+        self.receipts = counter(
+            "receipts",
+            "Receipts of responses on disk; repeated ones were there already.",
+            {"as": ("new", "repeated")},
+        )
         self.receipts_refused = counter(
             "receipts_refused", "Receipts that could not be stored, and their responses."
         )

@@ -284,8 +284,9 @@ class Reader:
         last = -1
         for nonce in nonces:
             if type(nonce) is not int or nonce <= last or nonce % count != node_id % count:
-                wanted = f"ascending ones that are {node_id % count} modulo {count}"
-                raise refused("nonces", nonce, wanted)
+                raise refused(
+                    "nonces", nonce, f"ascending ones that are {node_id % count} modulo {count}"
+                )
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")
@@ -322,11 +323,11 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
                 getattr(stated, name),
                 getattr(registry.network.round, name, "of a node of the pins"),
             )
-        key = stated.public_key
-        block = stated.block_hash
-        digest = registry.model.digest
         pins = registry.network.for_round(
-            block_hash=block, public_key=key, node_id=stated.node_id, model=digest
+            block_hash=stated.block_hash,
+            public_key=stated.public_key,
+            node_id=stated.node_id,
+            model=registry.model.digest,
         )
         check_proof(proof, expect=pins, sample=1)
     except Refusal:

@@ -182,8 +182,9 @@ class Inbox:
             )
             self._kept: Counter[int] = Counter(dict(map(tuple, sizes)))  # bytes by sender
             self._name_stored(connection)
-            named = "SELECT sender, sum(nonces) FROM node_rounds GROUP BY sender"
-            for sender, nonces in connection.exec_driver_sql(named):
+            for sender, nonces in connection.exec_driver_sql(
+                "SELECT sender, sum(nonces) FROM node_rounds GROUP BY sender"
+            ):
                 self._kept[sender] += NONCE_BYTES * nonces
         self._free = disk_room(data_dir)
 
@@ -209,9 +210,10 @@ class Inbox:
         with self.database.write() as connection:
             epoch = self._roll(connection, now)
             for key in {message.public_key for message in messages} - senders.keys():
-                row = (key, now, now)
-                insert = "INSERT INTO senders VALUES (NULL, ?, ?, ?, 0, 0, 0) RETURNING id"
-                senders[key] = connection.exec_driver_sql(insert, row).scalar_one()
+                senders[key] = connection.exec_driver_sql(
+                    "INSERT INTO senders VALUES (NULL, ?, ?, ?, 0, 0, 0) RETURNING id",
+                    (key, now, now),
+                ).scalar_one()
             query = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(messages))})"
             rows = connection.exec_driver_sql(query, tuple(message.id for message in messages))
             stored = {(sender, name) for sender, name in rows}
@@ -307,8 +309,12 @@ class Inbox:
 
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
         """Return the highest nonce that was pulled of a machine in a block; −1 before the first."""
-        query = "SELECT after FROM pulls WHERE public_key = ? AND block_hash = ? AND node_id = ?"
-        rows = self._rows(query, public_key, block_hash, node_id)
+        rows = self._rows(
+            "SELECT after FROM pulls WHERE public_key = ? AND block_hash = ? AND node_id = ?",
+            public_key,
+            block_hash,
+            node_id,
+        )
         return int(rows[0].after) if rows else -1
 
     def roll(self) -> None:
@@ -364,8 +370,12 @@ class Inbox:
         """Open a block; return whether it is new."""
         row = (block_hash, block_height, time.time())
         with self.database.write() as connection:
-            insert = "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING"
-            return connection.exec_driver_sql(insert, row).rowcount == 1
+            return (
+                connection.exec_driver_sql(
+                    "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING", row
+                ).rowcount
+                == 1
+            )
 
     def blocks(self, limit: int) -> dict[str, int]:
         """Return the heights of the latest blocks, by hash."""
@@ -509,11 +519,13 @@ class Inbox:
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
-            delete = f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}"
-            gone = connection.exec_driver_sql(delete, (now - keep,)).all()
+            gone = connection.exec_driver_sql(
+                f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}", (now - keep,)
+            ).all()
             freed = [(sender, size) for sender, size in gone]
-            rounds = "SELECT id, sender, block_hash FROM node_rounds WHERE at < ?"
-            for number, sender, block in connection.exec_driver_sql(rounds, (now - keep,)).all():
+            for number, sender, block in connection.exec_driver_sql(
+                "SELECT id, sender, block_hash FROM node_rounds WHERE at < ?", (now - keep,)
+            ).all():
                 if block not in open_blocks:
                     nonces = _forget_nonces(connection, number)
                     freed.append((sender, NONCE_BYTES * nonces))
@@ -534,16 +546,18 @@ def _add_nonces(
     insert = "INSERT OR IGNORE INTO round_nonces SELECT ?, value FROM json_each(?) RETURNING nonce"
     rows = connection.exec_driver_sql(insert, (number, dumps(nonces))).all()
     if rows:
-        count = "UPDATE node_rounds SET nonces = nonces + ? WHERE id = ?"
-        connection.exec_driver_sql(count, (len(rows), number))
+        connection.exec_driver_sql(
+            "UPDATE node_rounds SET nonces = nonces + ? WHERE id = ?", (len(rows), number)
+        )
     return {row.nonce for row in rows}
 
 
 def _forget_nonces(connection: sa.Connection, number: int) -> int:
     """Forget nonces of a round of a node, and the round with the last; return how many."""
     some = f"SELECT nonce FROM round_nonces WHERE node_round = ? LIMIT {FORGOTTEN}"
-    delete = f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({some})"
-    count = connection.exec_driver_sql(delete, (number, number)).rowcount
+    count = connection.exec_driver_sql(
+        f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({some})", (number, number)
+    ).rowcount
     change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
     if count < FORGOTTEN:
         change = "DELETE FROM node_rounds WHERE ? >= 0 AND id = ?"

@@ -3,7 +3,6 @@
 import asyncio
 from collections import defaultdict
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Receive, Send
@@ -67,9 +66,13 @@ class Intake:
             await self._app(scope, receive, send)
             return
         take = partial(self._take, kind)
-        metrics = self._controller.metrics
-        about: dict[str, Any] = {"path": scope["path"], "metrics": metrics, "budget": self._budget}
-        response = await observed(take, Request(scope, receive), **about)
+        response = await observed(
+            take,
+            Request(scope, receive),
+            path=scope["path"],
+            metrics=self._controller.metrics,
+            budget=self._budget,
+        )
         await response(scope, receive, send)
 
     async def _take(self, kind: str, request: Request) -> Response:
@@ -134,9 +137,10 @@ def claimed_message(
     pulled: tuple[str, int, int] | None = None,
 ) -> Message:
     """Return a message as it is kept, with what it claims."""
-    key = claim.round.public_key
     count = len(claim.nonces)
-    return Message(key, known_as, kind, count, body, claim.encode(), reader.pins, pulled)
+    return Message(
+        claim.round.public_key, known_as, kind, count, body, claim.encode(), reader.pins, pulled
+    )
 
 
 def _name(refusal: Refusal) -> str:

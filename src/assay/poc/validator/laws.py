@@ -64,9 +64,11 @@ class Noises:
         noise = self.of(build)
         registry = self._registry
         if noise is None:
-            seq_len = registry.network.round.seq_len
             round = Round(
-                block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len
+                block_hash="any",
+                public_key="any",
+                preset=registry.pipeline.name,
+                seq_len=registry.network.round.seq_len,
             )
             return {
                 "build": build.name,

@@ -281,14 +281,20 @@ class Recomputer(EngineThread):
         beta = self._ledger.genesis.beta
         self.waiting = len(waiting)
         turns = math.ceil(nonces / self._settings.sample)
-        share = self._settings.minimum_share
         senders = self._registry().senders
         known = [
             key
             for key in waiting
             if key in senders and self._noise(senders[key].build, None) is not None
         ]
-        chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
+        chosen = choose(
+            known,
+            self.standings,
+            turns,
+            minimum_share=self._settings.minimum_share,
+            alpha=alpha,
+            beta=beta,
+        )
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
         return draws

@@ -63,8 +63,12 @@ def create_app(controller: ValidatorController) -> FastAPI:
     kind_of_route = route_class(Keys(server), server, controller.metrics)
     app.include_router(_validator_router(controller, feed, kind_of_route))
     app.include_router(operations_router(controller, feed, kind_of_route))
-    mark = "d='M3 8.5 7 12l6-8' stroke-width='1.8'"
-    page = assemble_page("assay.poc.validator", brand="Validator", name="validator", mark=mark)
+    page = assemble_page(
+        "assay.poc.validator",
+        brand="Validator",
+        name="validator",
+        mark="d='M3 8.5 7 12l6-8' stroke-width='1.8'",
+    )
     app.include_router(page_router(*page))
     app.add_middleware(Intake, controller=controller)
     if not server.has_keys:

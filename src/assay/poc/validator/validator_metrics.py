@@ -15,8 +15,11 @@ class ValidatorMetrics(Exported):
         super().__init__("assay_validator")
         counter = self.counter
         shown = self.shown
-        help_text = "Messages on disk, by kind; repeated ones were there already."
-        self.messages = counter("messages", help_text, {"kind": KINDS, "as": ("new", "repeated")})
+        self.messages = counter(
+            "messages",
+            "Messages on disk, by kind; repeated ones were there already.",
+            {"kind": KINDS, "as": ("new", "repeated")},
+        )
         self.refused = counter(
             "refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS}
         )
@@ -36,7 +39,10 @@ class ValidatorMetrics(Exported):
             "verdict",
         )
         shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"])
-        ready = "1 when the model is loaded and nothing has failed."
-        shown("ready", ready, lambda s: s["ready"] and s["error"] is None)
+        shown(
+            "ready",
+            "1 when the model is loaded and nothing has failed.",
+            lambda s: s["ready"] and s["error"] is None,
+        )
         shown("storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"])
         shown("nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"])

@@ -233,13 +233,15 @@ class BuildNoise(MachineNoise):
                 wanted="one of this checkpoint",
                 do="measure it again with --digest",
             )
-        stated = {
-            "preset": header.pipeline.name,
-            "checkpoint": header.digest[:12],
-            "output": header.pipeline.noise,
-        }
-        measured = {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output}
-        refuse_difference(measured, stated, "than the proof's")
+        refuse_difference(
+            {"preset": self.preset, "checkpoint": self.digest[:12], "output": self.output},
+            {
+                "preset": header.pipeline.name,
+                "checkpoint": header.digest[:12],
+                "output": header.pipeline.noise,
+            },
+            "than the proof's",
+        )
         self.check_engine(header.fingerprint, "than the prover's")
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:

@@ -272,9 +272,10 @@ class Ledger(AbstractContextManager["Ledger"]):
         named_before = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(named_before).first()):
             if row.public_key != update.account.public_key:
-                named_twice = f"a second update {update.name!r:.80}"
                 raise UsageError(
-                    named_twice, wanted="a name for each", do="name it after its proof"
+                    f"a second update {update.name!r:.80}",
+                    wanted="a name for each",
+                    do="name it after its proof",
                 )
             # Perhaps under another build, where a validator was stopped after this and its pins
             # were changed.
@@ -284,16 +285,21 @@ class Ledger(AbstractContextManager["Ledger"]):
         count, previous = self._head(connection)
         law = insert_law(connection, dumps(update.noise.as_dict()))
         round_entries = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
-        has_account = (UPDATES.c.account == account) & (UPDATES.c.round == update.round)
         seen = (
             sa.select(round_entries.c.value)
             .select_from(UPDATES.join(round_entries, sa.true()))
-            .where(has_account)
+            .where((UPDATES.c.account == account) & (UPDATES.c.round == update.round))
         )
         excluded = find_repeated(update.nonces, set(connection.execute(seen).scalars()))
-        place = {"seq": count + 1, "previous": previous, "time": time.time()}
         entry = make_entry(
-            update, law=law, excluded=excluded, fault=None, outcome=AccountEvidence(), **place
+            update,
+            law=law,
+            excluded=excluded,
+            fault=None,
+            outcome=AccountEvidence(),
+            seq=count + 1,
+            previous=previous,
+            time=time.time(),
         )
         # The noise is read back from the law, as an audit reads it.
         entry = state.take(entry, read_noise(connection, law))

@@ -306,11 +306,13 @@ class LedgerSource:
                 *_beside_entries(connection),
             ]
             if head is not None and not chain.found:
-                seen = (
-                    f"the published head {head} is not in the chain: entries were rewritten or "
-                    f"cut off since"
+                faults.append(
+                    LedgerFault(
+                        entry=None,
+                        reason=f"the published head {head} is not in the chain: entries were "
+                        f"rewritten or cut off since",
+                    )
                 )
-                faults.append(LedgerFault(entry=None, reason=seen))
             if not faults and self.stated not in (None, head_line(chain.entries, chain.hash)):
                 faults.append(
                     LedgerFault(

@@ -65,10 +65,10 @@ def read_export(path: Path, database: Database) -> str:
                 try:
                     insert_entry(connection, insert_account(connection, entry.account), entry, text)
                 except sa.exc.IntegrityError as error:
-                    reason = (
-                        f"a law that no line before it gives, or a name given twice ({error.orig})"
-                    )
-                    raise not_an_export(source, reason) from None
+                    raise not_an_export(
+                        source,
+                        f"a law that no line before it gives, or a name given twice ({error.orig})",
+                    ) from None
         for read_line, wanted in zip_longest(_lines_of(path), export_lines(connection)):
             text, source = read_line or ("", f"{path}, the end")
             if text != wanted and not (

@@ -115,9 +115,13 @@ def fit_machines(
         sizes.deviations(), len({i for pair in positive for i in pair}), measured_spread
     )
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
-    prices = {"scores": pack_scores(pooled_N, law), "widest": pack_scores(widest, law)}
     return MachineNoise(
-        law=law, sizes=sizes, spread=new, known=Spread(measured_spread, PRIOR.dof), **prices
+        law=law,
+        sizes=sizes,
+        spread=new,
+        known=Spread(measured_spread, PRIOR.dof),
+        scores=pack_scores(pooled_N, law),
+        widest=pack_scores(widest, law),
     )
 
 
@@ -182,13 +186,15 @@ def leave_out(
         if not shares:
             return None, None
         low, high = stats.grouped_share_interval(shares, machines_left_out)
-        figures = {
-            "accused": float(np.mean(shares)),
-            "low": low,
-            "high": high,
-            "worst": max(shares),
-        }
-        left_out = LeftOut(**figures, pairs=len(shares), audits=audits, checked=checked)
+        left_out = LeftOut(
+            accused=float(np.mean(shares)),
+            low=low,
+            high=high,
+            worst=max(shares),
+            pairs=len(shares),
+            audits=audits,
+            checked=checked,
+        )
         if left_out.holds:
             break
     return effect, left_out

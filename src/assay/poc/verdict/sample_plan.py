@@ -56,12 +56,17 @@ def _untouched_test(noise: Noise, alpha: float, beta: float) -> stats.Sequential
     effect = (
         noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     )
-    rates = {"alpha": alpha, "beta": beta, "effect": effect}
     honest, widest = (
         unpack_scores(text) * noise.size if text else None for text in (noise.scores, noise.widest)
     )
     return stats.SequentialTest(
-        noise.law, spread=noise.spread, honest=honest, widest=widest, **rates
+        noise.law,
+        spread=noise.spread,
+        honest=honest,
+        widest=widest,
+        alpha=alpha,
+        beta=beta,
+        effect=effect,
     )
 
 

@@ -76,8 +76,9 @@ def before_start() -> None:
             )
     except (AssayError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError):
-            seen = f"the package {error.name} is not installed"
             error = BackendUnavailable(
-                seen, wanted="the packages of the service", do=how_to_install("serve")
+                f"the package {error.name} is not installed",
+                wanted="the packages of the service",
+                do=how_to_install("serve"),
             )
         raise SystemExit(f"assay refuses to start: {error}") from None

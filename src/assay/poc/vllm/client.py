@@ -219,8 +219,12 @@ async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version
     engines = int(llm.vllm_config.parallel_config.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
     fills = engines * max(1, min(2 * step, int(scheduler.max_num_seqs)))
-    unfinished = llm.output_processor.get_num_unfinished_requests
-    client = Client(llm, Throttle(settings, unfinished, fills), engines, version)
+    client = Client(
+        llm,
+        Throttle(settings, llm.output_processor.get_num_unfinished_requests, fills),
+        engines,
+        version,
+    )
     await client.install()
     return client
 
@@ -428,9 +432,8 @@ class NonceStream:
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
                     seen = f"vLLM refused a nonce: {reason_of(outcome)}"[:400]
-                    takes = "an engine that takes its length"
                     raise _failure(outcome)(
-                        seen, wanted=takes, do="see the log of vLLM"
+                        seen, wanted="an engine that takes its length", do="see the log of vLLM"
                     ) from outcome
             collected = await self._client.collect(self._key, list(pending))
             complete = {
@@ -512,8 +515,7 @@ class TokenStream(StepStream):
         vocab_size: int,
         claimed_MN: NDArray[np.uint32] | None = None,
     ) -> None:
-        steps = spec.pipeline.steps
-        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=steps)
+        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=spec.pipeline.steps)
         self._vocab_size = vocab_size
         self._tokens: dict[int, list[int]] = {}
         self._done = 0
@@ -539,8 +541,11 @@ class TokenStream(StepStream):
         )
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
-        shape = {"seq_len": self._spec.round.seq_len, "vocab_size": self._vocab_size}
-        prompt: list[int] = drawn_prompts(self._spec.round.inputs([nonce]), **shape)[0].tolist()
+        prompt: list[int] = drawn_prompts(
+            self._spec.round.inputs([nonce]),
+            seq_len=self._spec.round.seq_len,
+            vocab_size=self._vocab_size,
+        )[0].tolist()
         if self._claimed is None:
             # Nothing may end the text early.
             return prompt, sampling_parameters(self._steps, ignore_eos=True)
@@ -571,8 +576,9 @@ class PointStream(StepStream):
         batch_size: int,
         claimed_MN: NDArray[np.uint8] | None = None,
     ) -> None:
-        passes = spec.pipeline.steps + 1
-        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=passes)
+        super().__init__(
+            client, spec, nonces, batch_size, claimed_MN, passes=spec.pipeline.steps + 1
+        )
 
     @override
     def values(self, rows: Rows) -> Values:

@@ -117,9 +117,12 @@ class Responses:
             ),
         )
         self.sink = receipts.sink(header)
-        seeded = self.settings.responses == "seeded"
         self.recorder = Recorder(
-            llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded
+            llm,
+            self.sink,
+            public_key=header.public_key,
+            digest=header.digest,
+            seeded=self.settings.responses == "seeded",
         )
 
     async def accept(
@@ -341,10 +344,9 @@ class AssayPlugin:
         self._served_names = (names,) if isinstance(names, str) else tuple(names)
         self._reference = settings.reference or self._served_names[0]
         if self._responses is not None:
-            receipts = self.controller.receipts
             self._responses.chat_template = await asyncio.to_thread(_served_template, config, args)
             await self._responses.start(
-                client, engine_client, self._model, self._reference, receipts
+                client, engine_client, self._model, self._reference, self.controller.receipts
             )
         self._end_before(engine_client, client)
         self._running.set_result(client)

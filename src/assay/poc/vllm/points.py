@@ -112,8 +112,15 @@ class Chains:
         chain = Chain(
             inputs, hidden_size=self._width, device=self._runner.device, dtype=self._dtype
         )
-        shape = {"seq_len": round.seq_len, "hidden_size": self._width}
-        parts = [noise_inputs(self._streams, inputs, dtype=dtype_name(self._dtype), **shape)]
+        parts = [
+            noise_inputs(
+                self._streams,
+                inputs,
+                dtype=dtype_name(self._dtype),
+                seq_len=round.seq_len,
+                hidden_size=self._width,
+            )
+        ]
         stated = None
         if claimed is not None:
             stated = np.array(claimed, np.uint8)

@@ -76,9 +76,11 @@ class PluginSettings(ServiceSettings):
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.responses != "off":
-            name = "ASSAY_RESPONSES_PUBLIC_KEY"
-            do = "set it to the key that the network knows"
-            check_name(name, self.responses_public_key, do=do)
+            check_name(
+                "ASSAY_RESPONSES_PUBLIC_KEY",
+                self.responses_public_key,
+                do="set it to the key that the network knows",
+            )
 
     def for_port(self, port: int | None) -> Self:
         """Return the settings of the server on a port, which ``data_dir`` may name ``{port}``.

@@ -273,9 +273,9 @@ def spans(runner: Any) -> tuple[Tensor, Spans] | None:
         batch = state.input_batch
         names = list(batch.req_ids[: batch.num_reqs])
         ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
-        computed = batch.num_computed_tokens_np
-        prompts = batch.prefill_len_np
-        return state.hidden_states, _spans_of(names, ends, computed, prompts)
+        return state.hidden_states, _spans_of(
+            names, ends, batch.num_computed_tokens_np, batch.prefill_len_np
+        )
     return state.hidden_states, step_spans(runner, state.scheduler_output.num_scheduled_tokens)
 
 

@@ -209,8 +209,9 @@ class RequestEngine(Engine):
                     claimed_MN=claimed_MN,
                 )
         else:
-            shape = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
-            check_frame(pipeline, self.frame, **shape)
+            check_frame(
+                pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size
+            )
             spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
             stream = NonceStream(self._client, spec, nonces, self.batch_size)
         for rows in self._run(stream):

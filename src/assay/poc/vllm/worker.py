@@ -477,10 +477,15 @@ class Hooks:
 
     def _make_transform(self, spec: Spec) -> Transform:
         vocab_size = int(self._model.get_vocab_size())
-        device = self._runner.device
         round, pipeline, frame = spec
-        shape = {"hidden_size": self._width, "vocab_size": vocab_size, "device": device}
-        return Transform(round, pipeline, frame=frame, **shape)
+        return Transform(
+            round,
+            pipeline,
+            frame=frame,
+            hidden_size=self._width,
+            vocab_size=vocab_size,
+            device=self._runner.device,
+        )
 
 
 def _check_tokens(spec: Spec, nonce: int, request: Any) -> None:
@@ -643,8 +648,9 @@ class Decoding:
             if decode.claimed is None:
                 break
             end = min(start + at_once, high)
-            states = states_ND[chunk.start + start - first : chunk.start + end - first]
-            logits_NV = self._runner.model.compute_logits(states)
+            logits_NV = self._runner.model.compute_logits(
+                states_ND[chunk.start + start - first : chunk.start + end - first]
+            )
             # Another worker of the group has them, and answers for all.
             if logits_NV is None:
                 break

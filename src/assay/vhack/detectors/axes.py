@@ -24,8 +24,9 @@ class AxesDetector(Detector):
     def fit(self, evidence: LabelledEvidence) -> Scorer:
         hack = collected(evidence.hack.gradients)
         gradients = PairGradients(hack, collected(evidence.clean.gradients))
-        method = self.name.removeprefix("cin-")
-        return partial(score_cin, gradients.basis(top_k=TOP_K, method=method))
+        return partial(
+            score_cin, gradients.basis(top_k=TOP_K, method=self.name.removeprefix("cin-"))
+        )
 
 
 class BasisDetector(Detector):

@@ -45,8 +45,9 @@ def forward_samples(
         for part in plan_batches(encoded, budget, packed=False):
             batch = SampleBatch.build(part, module.device, packed=False)
             logprobs_M = _token_logprobs(module, batch)
-            bounds = batch.label_segments.bounds
-            for row, (sample, (start, end)) in enumerate(zip(part, bounds, strict=True)):
+            for row, (sample, (start, end)) in enumerate(
+                zip(part, batch.label_segments.bounds, strict=True)
+            ):
                 # Padding stands to the right of the completion, so it changes no state in it.
                 span = slice(*sample.completion)
                 means_LH = [states[layer][row, span].float().mean(dim=0) for layer in layers]

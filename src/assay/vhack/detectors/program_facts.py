@@ -232,8 +232,7 @@ def _special_cases(scope: _Scope) -> int:
             if isinstance(node, ast.If) and isinstance(node.test, ast.Compare | ast.BoolOp):
                 compares = [part for part in ast.walk(node.test) if isinstance(part, ast.Compare)]
                 is_literal = any(_is_literal(part.comparators[0]) for part in compares)
-                gives = node.body[-1]
-                value = getattr(gives, "value", None)
+                value = getattr(node.body[-1], "value", None)
                 if isinstance(value, ast.Call) and _name(value.func) in {"print", "append"}:
                     value = value.args[0] if value.args else None
                 count += is_literal and value is not None and _is_literal(value)

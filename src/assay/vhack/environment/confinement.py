@@ -76,8 +76,7 @@ def mount_folder(path: str, n_bytes: int, n_files: int) -> None:
     """Mount a directory in memory, which no other mount namespace shows."""
     _check(_LIBC.mount(None, b"/", None, _PRIVATE, None), "mount")
     size = f"size={n_bytes},nr_inodes={n_files},mode=777".encode()
-    flags = _NO_SETUID | _NO_DEVICES
-    _check(_LIBC.mount(b"none", path.encode(), b"tmpfs", flags, size), "mount")
+    _check(_LIBC.mount(b"none", path.encode(), b"tmpfs", _NO_SETUID | _NO_DEVICES, size), "mount")
 
 
 def forbid_new_privileges() -> None:

@@ -122,8 +122,9 @@ class Channel:
         ``case`` has arguments and expected value of one test of the solution ``entry``; the rest is
         as for :func:`assay.vhack.environment.run`.
         """
-        calls = self.asks(entry, *case)
-        return self.accepts(run(program, calls=calls, files=self.files, stub=stub, **bounds))
+        return self.accepts(
+            run(program, calls=self.asks(entry, *case), files=self.files, stub=stub, **bounds)
+        )
 
     def vacuous(self, program: str, entry: str, case: Case, **bounds: Unpack[Bounds]) -> bool:
         """Return whether the grader is told "right" of a wrong solution too; arguments as for

@@ -182,8 +182,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
         for name in [f"{path}, line {number}"]
     }
     if not pairs:
-        todo = f"check the path; the form is in {_PAGE}"
-        raise DataError(f"{path}: no pair", wanted="at least one line", do=todo)
+        raise DataError(
+            f"{path}: no pair",
+            wanted="at least one line",
+            do=f"check the path; the form is in {_PAGE}",
+        )
     check_pairs(list(pairs.values()), list(pairs))
     return list(pairs.values())
 

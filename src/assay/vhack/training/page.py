@@ -115,8 +115,13 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
         "share of rollouts",
         "Shares of the rollouts of each step, without those of a teacher.",
     )
-    caption = "Reward before flagged rollouts are judged, mean of each step."
-    _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", caption)
+    _draw(
+        page,
+        steps,
+        [("reward", "reward", SERIES[0])],
+        "mean reward",
+        "Reward before flagged rollouts are judged, mean of each step.",
+    )
     return page
 
 

@@ -156,8 +156,9 @@ def train(
         pairs = _find_pairs(settings)
     _check_inputs(settings, pairs, work, model)
     if model is None:
-        device = processes.device or settings.device
-        model = load_model(settings.model, dtype=settings.dtype, device=device)
+        model = load_model(
+            settings.model, dtype=settings.dtype, device=processes.device or settings.device
+        )
     earlier = folder / BASIS if done else None
     run = PreparedRun(settings, model, pairs, earlier, processes, console)
     try:
@@ -193,8 +194,7 @@ def _run_steps(
             **provenance(),
         }
         log = TrainLog(folder / LOG, head, step=done)
-    refresh = partial(run.refresh, trainer)
-    steps = StepLog(trainer, log, console=run.console, refresh=refresh)
+    steps = StepLog(trainer, log, console=run.console, refresh=partial(run.refresh, trainer))
     if done and processes.is_first:
         # The alarm goes on with the evidence of before.
         for line in read_steps(folder / LOG)[1]:

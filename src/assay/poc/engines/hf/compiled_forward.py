@@ -78,9 +78,10 @@ class CompiledForward:
             positions_1T = torch.arange(seq_len, device=model.device)[None]
 
             def hidden(inputs_BTD: Tensor, first: int = 0) -> Tensor:
-                positions = {"position_ids": positions_1T.expand(len(inputs_BTD), -1)}
                 states_BTD: Tensor = body(
-                    inputs_embeds=inputs_BTD, use_cache=False, **positions
+                    inputs_embeds=inputs_BTD,
+                    use_cache=False,
+                    position_ids=positions_1T.expand(len(inputs_BTD), -1),
                 ).last_hidden_state
                 return states_BTD
 

@@ -120,8 +120,9 @@ class Decoder:
         prompts_RP = draws.prompts_BP
         padding = claimed_BN[-1:].expand(len(prompts_RP) - len(claimed_BN), -1)
         tokens_RN = torch.cat([claimed_BN, padding])
-        last_id = self.model.vocab_size - 1
-        ids_RT = torch.cat([prompts_RP, tokens_RN[:, :-1].clamp(max=last_id)], dim=1)
+        ids_RT = torch.cat(
+            [prompts_RP, tokens_RN[:, :-1].clamp(max=self.model.vocab_size - 1)], dim=1
+        )
         first = prompts_RP.shape[1]
         passes = steps_of_passes(self.model.config, first, tokens_RN.shape[1])
         read = partial(self._states, cached=0, use_cache=False)

@@ -169,8 +169,13 @@ class HFEngine(Engine):
             )
             assert self.frame is not None
             return self.embed_tokens(token_inputs(inputs, self.frame, seq_len=self.seq_len))
-        shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
-        return noise_inputs(self._streams, inputs, dtype=self.dtype, **shape)
+        return noise_inputs(
+            self._streams,
+            inputs,
+            dtype=self.dtype,
+            seq_len=self.seq_len,
+            hidden_size=self.hidden_size,
+        )
 
     @torch.inference_mode()
     def embed_tokens(self, ids_BT: Int64[np.ndarray, "B T"]) -> Float[Tensor, "B T D"]:

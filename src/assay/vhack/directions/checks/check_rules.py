@@ -40,10 +40,14 @@ def bootstrap(
     settings: CheckSettings,
 ) -> BootstrapInterval:
     """Return a statistic with its group-bootstrap interval."""
-    n = settings.n_resamples
-    seed = settings.seed
-    share = settings.confidence
-    return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
+    return group_bootstrap(
+        statistic,
+        samples,
+        groups,
+        n_resamples=settings.n_resamples,
+        seed=settings.seed,
+        confidence=settings.confidence,
+    )
 
 
 def judge(

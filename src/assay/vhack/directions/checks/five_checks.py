@@ -191,10 +191,13 @@ def _judge_held_out(
 
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
-    statistic = "share of pairs whose hack side has the larger cin"
     details = {"pairs": len(design.tested)}
     return _judge_held_out(
-        design, "heldout", statistic, lambda hack, clean: auroc(hack - clean, [0.0]), details
+        design,
+        "heldout",
+        "share of pairs whose hack side has the larger cin",
+        lambda hack, clean: auroc(hack - clean, [0.0]),
+        details,
     )
 
 

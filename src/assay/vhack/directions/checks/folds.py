@@ -163,9 +163,12 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
             f"groups"
         )
         test, train = _rows(gradients.groups, parts[0])
-        k = settings.k_use
-        tau = settings.tau_axis
-        basis = gradients.basis(top_k=k, tau_axis=tau, method=settings.method, keep=train.tolist())
+        basis = gradients.basis(
+            top_k=settings.k_use,
+            tau_axis=settings.tau_axis,
+            method=settings.method,
+            keep=train.tolist(),
+        )
         folds = [Fold(geometry.given(basis.axes), train, test)]
     return Design(settings, geometry, tuple(folds), text, torch.arange(geometry.n))
 

@@ -141,8 +141,7 @@ class Geometry:
         shuffled = generator.permutation(pairs.numpy())
         ordered = sorted(shuffled.tolist(), key=lambda index: self.gradients.groups[index])
         first_rows = ordered[0 : 2 * (len(ordered) // 2) : 2]
-        second_rows = ordered[1::2]
-        return torch.tensor(first_rows) + self.n, torch.tensor(second_rows) + self.n
+        return torch.tensor(first_rows) + self.n, torch.tensor(ordered[1::2]) + self.n
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S], zero where a module has fewer axes."""

@@ -251,11 +251,17 @@ def _score(
     nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
     by_length = _auroc_of_length(pools)
     both_ways = auroc(*_split(cin_over_modules(gradients, basis, two_sided=True), pools))
-    details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
-    check = check_unpaired(*scores, *groups, settings, nulls=nulls, details=details)
+    check = check_unpaired(
+        *scores,
+        *groups,
+        settings,
+        nulls=nulls,
+        details={"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length},
+    )
     if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
-        reason = f"the length alone has the AUROC {by_length:.3f}"
-        check = replace(check, verdict="fail", reason=reason)
+        check = replace(
+            check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
+        )
     return check, scores
 
 

@@ -47,8 +47,14 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
-    statistic = "AUROC of mean cin over modules"
-    return judge("random_null", statistic, measured, nulls, settings, design.smallest_p)
+    return judge(
+        "random_null",
+        "AUROC of mean cin over modules",
+        measured,
+        nulls,
+        settings,
+        design.smallest_p,
+    )
 
 
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:

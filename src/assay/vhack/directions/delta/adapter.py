@@ -316,8 +316,9 @@ class DeltaS(nn.Module):
                 return None
             if self._rollouts is None:
                 return adapt(output, arguments[0], self._views[g][m], plan)
-            rows = partial(self._rollouts.record, g, m)
-            sample_plan = replace(plan, rows=rows, kinds=self._rollouts.kinds)
+            sample_plan = replace(
+                plan, rows=partial(self._rollouts.record, g, m), kinds=self._rollouts.kinds
+            )
             return adapt(output, arguments[0], self._views[g][m], sample_plan)
 
         return hook

@@ -105,8 +105,9 @@ def group_modules(
     factors_of_modules = factors_of(modules, factors)
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
-        kind = (linear.weight.shape, factors_of_modules[name].rank, linear.weight.dtype)
-        kinds.setdefault(kind, []).append(name)
+        kinds.setdefault(
+            (linear.weight.shape, factors_of_modules[name].rank, linear.weight.dtype), []
+        ).append(name)
     groups = []
     for names in kinds.values():
         linears = [modules[name] for name in names]

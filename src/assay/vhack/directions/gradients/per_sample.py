@@ -134,9 +134,11 @@ def per_sample_gradients(
     module = module_of(model)
     targets = chosen_modules(module, modules)
     if module.dtype not in (torch.float32, torch.bfloat16):
-        seen = f"a model in {module.dtype}"
-        exact = "float32 or bfloat16, in which small gradients do not vanish"
-        raise ModelError(seen, wanted=exact, do="load it with another dtype")
+        raise ModelError(
+            f"a model in {module.dtype}",
+            wanted="float32 or bfloat16, in which small gradients do not vanish",
+            do="load it with another dtype",
+        )
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
     factors = factors_of(targets, svd if svd is not None else weight_svd(module, modules=modules))
