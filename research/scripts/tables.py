@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from assay_research.approaches import weight_rows
-from assay_research.clusters.clusters import HONEST, model_table
+from assay_research.clusters.clusters import HONEST
 from assay_research.matrix import configurations, p_text
 from assay_research.redteam.run import attack_table, fields, honest_errors, paying, paying_table
 from assay_research.responses.run import standing_table
@@ -255,51 +255,6 @@ def _rows(sort: str) -> Iterable[tuple[str, dict[str, Any]]]:
         for row in build["rows"]:
             if row["sort"] == sort:
                 yield _short(build["build"]), row
-
-
-def network_sets() -> None:
-    """Print the published sets by model, their copies and their faults."""
-    columns, rows = model_table(_clusters())
-    print_table(columns, [(_short(str(row[0])), *row[1:]) for row in rows])
-
-
-def network_faults() -> None:
-    """Print the bad places that pairs show, by model and pattern, and what audits of 300 nonces
-    say.
-    """
-    rows = []
-    for model in _clusters()["models"]:
-        for pattern in dict.fromkeys(pair["pattern"] for pair in model["faulty_pairs"]):
-            pairs = [pair for pair in model["faulty_pairs"] if pair["pattern"] == pattern]
-            audits = [
-                sum(pair["audits"].get(word, 0) for pair in pairs) for word in ("faulty", "fraud")
-            ]
-            total = sum(sum(pair["audits"].values()) for pair in pairs)
-            ratios = [pair["ratio"] for pair in pairs]
-            outcomes = ", ".join(sorted({pair["outcome"] for pair in pairs}))
-            rows.append(
-                (
-                    _short(model["model"]),
-                    pattern,
-                    len(pairs),
-                    f"{pairs[0]['share']:.0%}",
-                    f"{min(ratios):.1f} to {max(ratios):.1f}",
-                    outcomes,
-                    f"{audits[0]} of {total}",
-                    audits[1],
-                )
-            )
-    header = (
-        "model",
-        "bad places",
-        "pairs",
-        "share",
-        "times the others",
-        "all nonces",
-        "300: faulty",
-        "300: fraud",
-    )
-    print_table(header, rows)
 
 
 def honest_machines() -> None:
