@@ -17,18 +17,14 @@ DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]{1,4})?")
 
 
 def device_name(name: str | None) -> str | None:
-    """Return the name of a device, as a validator of a field; a ValueError says that there is no
-    such one.
-    """
+    """Return a device name as a field validator; a ValueError where there is no such device."""
     if name is not None and not DEVICE_NAME.fullmatch(name):
         raise ValueError("cpu, cuda or cuda:N")
     return name
 
 
 def check_device(name: str, count: int | None = None) -> None:
-    """Refuse a CUDA device that is not among so many; without a count, one where torch could find
-    none.
-    """
+    """Refuse a CUDA device whose number is not below ``count``, or any where torch finds none."""
     kind, _, index = name.partition(":")
     if kind != "cuda":
         return

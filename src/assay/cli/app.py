@@ -1,6 +1,4 @@
-"""The root of the command line: the groups of commands, options of all, and what becomes of
-errors.
-"""
+"""The root of the command line: groups of commands, shared options, and handling of errors."""
 
 import json
 import os

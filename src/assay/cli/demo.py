@@ -1,6 +1,4 @@
-"""``assay demo``: both instruments on a real chat model, or on a bundled one, in under a minute of
-one core.
-"""
+"""``assay demo``: both instruments on a small chat model, in under a minute of one core."""
 
 import copy
 import shlex
@@ -82,9 +80,7 @@ def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def measure_law(model: "Model") -> "Calibration | None":
-    """Measure how far two kinds of kernels differ, in blocks that no node proves; None where assay
-    has the law.
-    """
+    """Measure the noise law between two kinds of kernels; None where assay has a law."""
     from assay import poc
     from assay.poc.verdict.honest_noise import is_bundled
 
@@ -101,18 +97,14 @@ def measure_law(model: "Model") -> "Calibration | None":
 
 
 def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], list[Case]]:
-    """Prove and verify one round of each block, and then let four cheaters claim the first of
-    them.
-    """
+    """Prove and verify one round of each block, then let four cheaters claim the first."""
     from assay import poc
     from assay.poc import cheats
 
     def judge(
         label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]"
     ) -> list[Case]:
-        """Make proofs that are to be of a round, and let a validator with the real model judge
-        them.
-        """
+        """Make proofs of a round and let a validator with the real model judge them."""
         cases = []
         for name, round, prove in followed(label, attempts):
             proof = prove()
@@ -144,9 +136,7 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
 
 def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
-    """Compare detectors, by gradients only on a small model; count what a filter that was fitted to
-    half of the groups does on others.
-    """
+    """Compare detectors on held-out groups, and count the errors of a filter."""
     from assay.vhack.detectors.all_detectors import make_detectors
     from assay.vhack.detectors.comparison import compare_detectors
     from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
@@ -192,9 +182,7 @@ def draw(
     compared: "Comparison",
     did: str,
 ) -> None:
-    """Add what was proved, who was caught and how far off, what the detectors found, and what the
-    filter did.
-    """
+    """Add the proofs, verdicts, detectors and effects of the filter to the page."""
     from assay.pages.figures import SERIES, figure, legend
     from assay.pages.report import Badge
     from assay.stats.noise_laws import RESOLUTION

@@ -1,6 +1,4 @@
-"""``assay models``, ``streams`` and ``doctor``: what can be loaded, portable random numbers, and
-what works here.
-"""
+"""``assay models``, ``streams`` and ``doctor``: loadable models, random numbers, self-checks."""
 
 import importlib.util
 import json

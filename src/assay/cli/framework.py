@@ -1,5 +1,4 @@
-"""Commands that are made from settings classes: options, environment, configuration file, help and
-errors.
+"""Commands made from settings classes: options, environment, configuration file, help, errors.
 
 A command is a function of objects of settings classes. Every field of a class is a key of the
 configuration file, and the fields that the command names are options too. A value comes from the
@@ -144,9 +143,7 @@ class Setting:
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
 
     def check_files(self, value: Any) -> None:
-        """Read what a command will read, no pipe and nothing long, so that a bad file is refused
-        without torch.
-        """
+        """Refuse a file that cannot be read, is a pipe or is too long, before torch is imported."""
         for path in (
             (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ()
         ):
@@ -163,8 +160,7 @@ class Setting:
 
 
 class Command(click.Command):
-    """A command of ``assay``: a function of objects of its settings classes, which returns the exit
-    code or None.
+    """A command of ``assay``: a function of settings objects that returns an exit code or None.
 
     Args:
         name: Name of the command.
@@ -269,9 +265,7 @@ class Command(click.Command):
         formatter.write(f"{self.epilog}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Say which options are given more than once: a script may add one, and who repeats one may
-        not know it.
-        """
+        """Warn of options that are given more than once; the last value counts."""
         order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
         for option in dict.fromkeys(
             option for option in order if order.count(option) > 1 and not option.multiple
@@ -280,9 +274,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command with the values of its settings; name the flag in errors, and exit with
-        its code.
-        """
+        """Run the command with its settings, name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]
         values = self.gather(ctx, words)
         as_json = values.pop("as_json", False)
@@ -507,9 +499,7 @@ def _places(command: click.Command, word: str, path: str = "") -> list[str]:
 
 
 def extension(words: str) -> Any:
-    """Return what another package that is installed has put under some words into the entry-point
-    group of commands.
-    """
+    """Return what an installed package registers as a command under these words."""
     for point in entry_points(group=EXTENSIONS, name=words):
         return point.load()
     raise UsageError(
@@ -520,9 +510,7 @@ def extension(words: str) -> Any:
 
 
 def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:
-    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without
-    a file.
-    """
+    """Return a command's table of a configuration file, such as ``[poc.prove]``; else empty."""
     if path is None:
         return {}
     from assay.files.toml import read_toml

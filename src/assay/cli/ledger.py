@@ -1,6 +1,4 @@
-"""``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says
-it is intact.
-"""
+"""``assay poc ledger``: show the evidence of nodes' lives, audit it, export and merge it."""
 
 from collections import deque
 from collections.abc import Collection

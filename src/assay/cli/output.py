@@ -98,8 +98,7 @@ class _Console(Console):
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """Print a table on stdout: with a box on a terminal, and without one and without line breaks
-    into a file or pipe.
+    """Print a table on stdout: boxed on a terminal, plain lines into a file or pipe.
 
     Columns of numbers are right-aligned, but for the first.
     """
@@ -138,9 +137,7 @@ _bars: list[Progress] = []  # what is on the terminal now
 
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar with rate and time left on stderr; where that is no terminal, a line
-    every few seconds.
-    """
+    """Show a progress bar on stderr; without a terminal, a line every few seconds."""
     if not _is_terminal(sys.stderr):
         # The first update, which may come long after a model loads, and the last.
         marks: list[tuple[float, int]] = []

@@ -1,4 +1,4 @@
-"""``assay vhack pairs``: list, generate, match and verify pairs of a cheat and an honest answer."""
+"""``assay vhack pairs``: list, generate, match and verify pairs of a cheat and honest work."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,6 +1,4 @@
-"""``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run
-again and judged.
-"""
+"""``assay poc respond``, ``replay``, ``calibrate-responses``: seeded answers and their replay."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -77,9 +75,7 @@ class RespondSettings(ModelSettings):
 
 
 class ReplaySettings(AuditSettings):
-    """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses
-    again.
-    """
+    """Settings of ``assay poc replay``: the validator's values, and how it recomputes."""
 
     calibration: NoiseFile = Field(
         None, description="Measured honest noise of responses; else the default."

@@ -1,6 +1,4 @@
-"""``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the service, and its other
-ends.
-"""
+"""``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the servers."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Environment variables that commands and the vLLM plugin read, for warnings of misspelt names.
+"""Environment variables that commands and the vLLM plugin read, to warn of misspelt names.
 
 The settings classes declare them. This copy spares a command the import of all those classes; a
 test compares it with docs/configuration.md, which is generated from them.

@@ -482,9 +482,7 @@ def check_tokenizer(model: str) -> None:
 
 
 def print_checks(result: "CheckReport", *, title: str) -> None:
-    """Print the table of all checks, with the largest p-value of any null, and why those that
-    failed did.
-    """
+    """Print the table of checks with their largest null p-values, and why failed ones failed."""
     rows: list[tuple[str, ...]] = []
     for outcome in result.checks:
         value = outcome.measured

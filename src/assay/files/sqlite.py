@@ -168,8 +168,7 @@ class Database:
                 cursor.close()
 
     def settled_time(self) -> float:
-        """Return the time by which old rows are deleted: that of the last write before the file was
-        opened, and what has passed since.
+        """Return the time that ages count from: the last write before opening, plus the time since.
 
         A clock that is far ahead makes nothing old, whether it jumps or was wrong at the start.
         """

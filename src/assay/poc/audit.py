@@ -1,5 +1,4 @@
-"""Audits: hold a proof or receipts against what was agreed, recompute a sample, judge, and note it
-in a ledger.
+"""Audits: check a proof or receipts against pins, recompute a sample, judge, and record it.
 
 Both go the same way: read, compare with the pins, refuse what can be refused before a model is
 loaded, load, recompute, judge, and add the verdict to the ledger of nodes' lives where there is
@@ -310,17 +309,14 @@ def _check_round(pins: Pins, header: Header) -> None:
 
 @dataclass(frozen=True)
 class Audit(Generic[V]):
-    """The verdict on a proof or on receipts, and what the whole life of the node says; None without
-    a ledger.
-    """
+    """The verdict on a proof or on receipts, and the standing of the node's life with a ledger."""
 
     verdict: V
     standing: Standing | None
 
     @property
     def exit_code(self) -> int:
-        """0 honest, 1 fraud, 2 undecided. With a ledger, fraud and honesty are those of the whole
-        life.
+        """0 honest, 1 fraud, 2 undecided; with a ledger, of the whole life.
 
         A life that is honest does not cover a proof that, taken alone, is not.
         """
@@ -335,9 +331,7 @@ class Audit(Generic[V]):
         return 0 if holds and not unanswered else 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Return values for JSON: those of the verdict, and the life of the node where there is a
-        ledger.
-        """
+        """Return values for JSON: the verdict, and with a ledger the life of the node."""
         return self.verdict.as_dict() | (
             {} if self.standing is None else {"life": self.standing.as_dict()}
         )
@@ -349,9 +343,7 @@ def requests_of(path: Path | None, model: str) -> list[Request] | None:
 
 
 def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
-    """Return requests with token ids for prompts; one that does not fit is refused before the
-    weights are read.
-    """
+    """Return requests with token ids as prompts; one that does not fit is refused first."""
     from assay.models.catalogue import model_info
     from assay.models.load import load_tokenizer
 

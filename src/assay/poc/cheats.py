@@ -27,8 +27,7 @@ GROUP = 32  # weights that share a scale, as in common int4 formats
 
 
 def rounded(model: Model, bits: int = 4) -> Model:
-    """Return the model with the weights of its linear layers rounded to ``bits``, in groups of 32
-    along the input.
+    """Return the model with its linear weights rounded to ``bits``, in groups of 32 inputs.
 
     Rounding is symmetric, to nearest, with the largest magnitude of a group on the last step;
     embeddings and the head stay as they are.
@@ -37,8 +36,7 @@ def rounded(model: Model, bits: int = 4) -> Model:
 
 
 def weight_of(part: Any) -> torch.Tensor:
-    """Return the weight [out, in] of a linear layer in float32; one in eight bits is multiplied by
-    its scales.
+    """Return the weight [out, in] of a linear layer in float32, eight bits times their scales.
 
     Raises:
         UsageError: Blocks of the weight share a scale.
@@ -67,9 +65,7 @@ def without_last_layers(model: Model, count: int) -> Model:
 
 
 def invented(proof: Proof, seed: int = 0) -> Proof:
-    """Return a proof of the same nonces whose distances are drawn from the chord law, without any
-    model.
-    """
+    """Return a proof of the same nonces with distances drawn from the chord law."""
     rng = np.random.default_rng(seed)
     drawn = rng.normal(
         chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), len(proof.records)
@@ -88,8 +84,7 @@ def replayed(proof: Proof, round: Round) -> Proof:
 
 
 def changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Model:
-    """Return a copy of the model whose linear layers have their weights [out, in] changed by a
-    function.
+    """Return a copy of the model with its linear weights [out, in] changed by a function.
 
     Weights in float8 are rounded to it again, by rows, because the products read nothing else.
     """

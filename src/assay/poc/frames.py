@@ -25,8 +25,7 @@ _SMALLEST = 1e-6
 
 
 def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
-    """Measure the frame of a checkpoint, on 64 sequences of 64 random tokens; a network does it
-    once and publishes it.
+    """Measure the frame of a checkpoint on 64 sequences of 64 random tokens.
 
     Any honest machine and number format will do: the frame is the same for all, whatever noise was
     in it.

@@ -1,5 +1,4 @@
-"""Start the engine that proves, judges or replays, and refuse what it cannot do before weights are
-read.
+"""Start the engine that proves, judges or replays; refuse its limits before weights are read.
 
 ``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line, for the engine ``vllm``.
 """
@@ -75,23 +74,17 @@ class Launch:
     frame: Path | None = None
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
-        """Return the frame that a pipeline needs; a UsageError where no file is named for it, or
-        one for nothing.
-        """
+        """Return the frame that a pipeline needs; a UsageError for a missing or an unused file."""
         check_frame_file(pipeline, self.frame)
         return None if self.frame is None else Frame.load(self.frame)
 
     def check_loadable(self, dtype: str | None = None) -> None:
-        """Refuse what :func:`load` refuses in a number format, as far as no weights must be read
-        for it.
-        """
+        """Refuse what :func:`load` refuses in a number format, without reading weights."""
         if self.engine == "hf":
             check_loadable(self.model, self.dtype or dtype, self.device)
 
     def check_engine(self, pipeline: Pipeline | None = None) -> None:
-        """Refuse vLLM for a pipeline that it does not run, or where it cannot start, before torch
-        is imported.
-        """
+        """Refuse vLLM for a pipeline that it does not run, or where it is missing, before torch."""
         if self.engine == "vllm":
             _refuse_for_vllm(None, self.device, pipeline)
 
@@ -217,8 +210,7 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
 def open_judge(
     chosen: Launch, header: Header, calibration: Calibration | None = None
 ) -> Iterator[tuple["Model", "Engine | None"]]:
-    """Yield the model and the engine that recompute a proof; None stands for the transformers
-    engine.
+    """Yield the model and the engine that recompute a proof; None is the transformers engine.
 
     The calibration that will judge the proof says the batch that it was measured with.
 
@@ -264,8 +256,7 @@ def open_prefill(
     batch_size: int = 16,
     adapter: "Lora | None" = None,
 ) -> Iterator[tuple["Model", "Prefill"]]:
-    """Yield the model and the engine that replay receipts, at most ``batch_size`` responses at
-    once.
+    """Yield the model and the engine that replay at most ``batch_size`` responses at once.
 
     The first node's number format is taken where none is chosen. ``adapter`` is that of receipts
     that name one.
@@ -341,8 +332,7 @@ def vllm_engine(
     frame: Frame | None = None,
     options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Iterator[tuple["Model", "Engine"]]:
-    """Start vLLM with a model; yield the model's identity and the engine. It raises what
-    :func:`open_prover` raises.
+    """Start vLLM with a model; yield the model's identity and the engine.
 
     ``options`` are further arguments of the engine, beside those of the operator.
     """

@@ -1,5 +1,4 @@
-"""Measurements from proofs: the honest noise of a build, and the r_target of a wanted rate of valid
-nonces.
+"""Measurements from proofs: the noise law of a build, and the r_target of a valid rate.
 
 The closed form of an r_target is the quantile of the chord law, and holds over blocks. Within one
 block all cosines are wider or narrower by one factor γ (:class:`assay.stats.BlockLaw`). So a
@@ -195,8 +194,7 @@ def compare_r_target(
     dimension: int,
     effective_dimension: float | None,
 ) -> MeasuredTarget:
-    """Compare the quantile of the distances of blocks with the closed form; without a dimension
-    blocks have no factor.
+    """Compare the quantile of the distances of blocks with the closed form.
 
     The interval has two parts. That of the nonces runs between the order statistics whose ranks are
     quantiles of the binomial count of N at the rate. That of the blocks runs between the quantiles
@@ -239,9 +237,7 @@ def compare_r_target(
 
 
 def distances_to_target(values: npt.NDArray[np.floating[Any]], round: Round) -> FloatArray:
-    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's
-    target in R^K.
-    """
+    """Return distances [N], or for vectors [N, K] their distances to the round's target."""
     if values.ndim == 1:
         return values.astype(np.float64)
     unit_NK = values.astype(np.float64)
@@ -259,8 +255,7 @@ def target_for(
     model: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they
-    measure beside it.
+    """Return the r_target of a valid rate in closed form, and the measured one with proofs.
 
     The closed form holds over blocks. Where 95 % of the blocks have their own rate is only said of
     a model whose states were measured: by the ``calibration`` of the preset, or now by the

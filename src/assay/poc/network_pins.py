@@ -1,5 +1,4 @@
-"""Pins files at work: what one says to a node that proves and to a validator that judges, and how
-one is written.
+"""Pins files in use: what they require of a node and a validator, and how one is written.
 
 Values that are given beside a file, by options or a configuration file, must agree with it.
 """
@@ -243,8 +242,7 @@ def write_pins(
     engine: Fingerprint | None = None,
     false_convictions: str | None = None,
 ) -> dict[str, Any]:
-    """Write a pins file for a model, and return what was written. What only a proof can say is left
-    to be filled in.
+    """Write a pins file for a model; values that only a proof can supply are left to fill in.
 
     The model is hashed and not run. ``round_values`` has the values of the round: strength,
     node_count and fewest_nonces, and preset, seq_len and r_target, which are those of the honest
@@ -374,8 +372,7 @@ def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
 
 
 def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
-    """Return the first pinned calibration of the proof's model that was measured with its preset
-    and build.
+    """Return the first pinned calibration measured with the proof's preset and build.
 
     It is None where the network pins none for this model, so that the stated default holds.
 

@@ -1,5 +1,4 @@
-"""Measure the laws of honest noise of a model on one machine: between its number formats, kernels
-and batch shapes.
+"""Measure the noise laws of a model on one machine, over formats, kernels and batch shapes.
 
 Every engine of this machine computes the nonces of the same rounds. A pair of number formats has a
 law of its own, fitted to all pairs of engines in these two formats. So a node that states float32
@@ -472,9 +471,7 @@ def _engines(
 
 @contextmanager
 def threads(*, fewer: bool) -> Iterator[None]:
-    """Compute with half of the threads, so that a law is of no number of them; with one thread,
-    where there is one.
-    """
+    """Compute with half of the threads inside the block, so that a law covers thread counts."""
     usual = torch.get_num_threads()
     torch.set_num_threads(max(1, usual // 2) if fewer else usual)
     try:

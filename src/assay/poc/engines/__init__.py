@@ -1,3 +1,1 @@
-"""Engines, which run the model. The prover, the verifier and the service rely only on
-:class:`Engine`.
-"""
+"""Engines, which run the model. Prover, verifier and service rely only on :class:`Engine`."""

@@ -1,3 +1,1 @@
-"""What every server of assay has: settings, routes, keys, guards, threads, commits, pages and the
-server process.
-"""
+"""What every server has: settings, routes, keys, guards, threads, commits, pages, the process."""

@@ -1,6 +1,4 @@
-"""What every application has: its runtime, the latest snapshot of it, a page, and the routes that
-operators expect.
-"""
+"""What every application has: its runtime, snapshots, a page, and the operators' routes."""
 
 import asyncio
 import base64
@@ -36,9 +34,7 @@ SHARED = ("stream.js", "words.js", "dom.js", "link.js")
 
 
 class Feed:
-    """Makes a snapshot of a runtime every second, for event streams, metrics and pages. Its end
-    ends every stream.
-    """
+    """Takes a snapshot of a runtime every second for event streams, metrics and pages."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -67,9 +63,7 @@ class Feed:
             self._changed.notify_all()
 
     async def stream(self, client: str | None = None) -> AsyncIterator[bytes]:
-        """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are
-        too many.
-        """
+        """Return server-sent events until the reader ``client`` leaves; 429 beyond its limit."""
         events = self._events(client)
         # Counts the stream before another reader is looked at: nothing is waited for here.
         await anext(events)
@@ -129,9 +123,7 @@ def run_with(
 
 
 async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Run a loop until it is cancelled. Without this, one that failed would be missing in
-    silence.
-    """
+    """Run a loop until it is cancelled, and log and repeat it where it fails."""
     while True:
         try:
             await loop()
@@ -166,9 +158,7 @@ def operations_router(
 
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:
-    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a
-    key.
-    """
+    """Return the route ``/``, a page without data: it reads the event stream, which needs a key."""
     router = APIRouter(include_in_schema=False, route_class=HeadRoute)
 
     @router.get("/")

@@ -1,5 +1,4 @@
-"""Callbacks: where they may go, so that no request is forged into private networks, and who signed
-them.
+"""Callback URLs: which addresses are allowed (no forged requests into private networks).
 
 A host is resolved once per delivery, every address it has must be allowed, and the connection goes
 to the address that was checked. Redirects are never followed.
@@ -122,8 +121,7 @@ async def call(
     content: bytes | None = None,
     params: dict[str, int] | None = None,
 ) -> httpx.Response:
-    """Call the path below a URL at an address of it that was checked; return the response, whose
-    body is not read.
+    """Call a path below a URL at one checked address of it; the response body is not read.
 
     Raises:
         Blocked: An address of the host is not public.

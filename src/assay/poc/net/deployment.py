@@ -74,9 +74,7 @@ class Deployment:
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
-        """Deploy a loaded model on transformers; ``compiled`` says whether its kernels are, None
-        does as ``prove``.
-        """
+        """Deploy a loaded model on transformers; ``compiled`` forces the kind of kernels."""
         return cls(
             reference=model.reference,
             digest=model.digest,
@@ -108,9 +106,7 @@ class Deployment:
         yield from compute(engine, get_pipeline(round.preset), inputs, claimed)
 
     def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
-        """Measure how wide the distances of a round's block are; None where the engine's states
-        cannot be read here.
-        """
+        """Measure the factor of a round's block; None where states cannot be read."""
         engine = self.engine(round.seq_len, batch_size)
         return read_block_factor(engine, round, nonces=STATES) if type(engine) is HFEngine else None
 

@@ -1,6 +1,4 @@
-"""Structured logs on stderr, for people or for machines. They hold nothing from a header or a
-callback URL.
-"""
+"""Structured logs on stderr, for people or machines, without headers and callback URLs."""
 
 import logging
 import sys

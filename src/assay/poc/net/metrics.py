@@ -1,6 +1,4 @@
-"""Prometheus metrics that every server of assay has, in base units. Each application has a registry
-of its own.
-"""
+"""Prometheus metrics of every server, in base units. Each application has its registry."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +43,7 @@ class Exported:
     def counter(
         self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None
     ) -> Counter:
-        """Return a counter whose series begin at 0: Prometheus sees no increase in a series that
-        appears.
+        """Return a counter whose series start at 0, so that Prometheus sees the first increase.
 
         ``labels`` has the values that each label is known to have.
         """
@@ -60,15 +57,11 @@ class Exported:
     def shown(
         self, name: str, help: str, read: Callable[[JsonObject], Any], label: str = ""
     ) -> None:
-        """Add a gauge of snapshots: ``read`` takes its number from one, or a number for each value
-        of ``label``.
-        """
+        """Add a gauge of snapshots, read by a function, with one value per ``label`` if given."""
         self._shown.append((self.gauge(name, help, [label] if label else []), label, read))
 
     def text(self, snapshot: JsonObject) -> bytes:
-        """Return the exposition format, with the gauges of a snapshot if it is not empty. What is
-        None there is NaN.
-        """
+        """Return the exposition format with the gauges of a snapshot; None is shown as NaN."""
         for gauge, label, read in self._shown if snapshot else ():
             reading = read(snapshot)
             for value, number in reading.items() if label else [("", reading)]:

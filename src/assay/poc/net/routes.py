@@ -63,9 +63,7 @@ says.
 
 
 class Scope(StrEnum):
-    """The permission that a request needs. ``control`` includes the others, and ``validate``
-    includes ``read``.
-    """
+    """The permission that a request needs: ``control`` includes all, ``validate`` ``read``."""
 
     CONTROL = "control"
     VALIDATE = "validate"
@@ -73,8 +71,7 @@ class Scope(StrEnum):
 
 
 class Keys:
-    """The keys of a server, kept as digests. Without any, every client that reaches the port may do
-    everything.
+    """The keys of a server, stored as digests. Without keys every client may do everything.
 
     ``needed`` says that requests need a key even then, so that all are refused.
     """
@@ -88,8 +85,7 @@ class Keys:
         ]
 
     def check(self, authorization: str | None, scope: Scope) -> str | None:
-        """Return by what the holder of a key is counted, however it is spelled; None where no key
-        is needed.
+        """Return the identity of a key's holder for rate limits; None where no key is needed.
 
         A request whose ``Authorization`` header has no known key is refused (401), or one that may
         do less (403).
@@ -134,8 +130,7 @@ def _digest(key: str) -> bytes:
 
 
 class LocalOnly:
-    """Refuses requests that name another host than this machine, or that a page of another site has
-    caused.
+    """Refuses requests for another host name, and those that a page of another site caused.
 
     Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts
     across sites; either would let a page in the operator's browser use a service that has no keys.
@@ -190,9 +185,7 @@ class Problem(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the ``responses`` of a route: the refusals that it may answer with, those of keys
-    among them.
-    """
+    """Return the ``responses`` of a route: its possible refusals, those of keys included."""
     return {status: {"model": Problem} for status in (401, 403, *statuses)}
 
 
@@ -280,9 +273,7 @@ def route_class(
 async def observed(
     respond: Handler, request: Request, *, path: str, metrics: Exported | None, budget: LogBudget
 ) -> Response:
-    """Return the response of a handler, or the answer that its error stands for, which is counted
-    and logged.
-    """
+    """Return the response of a handler, or of its error, which is counted and logged."""
     started = time.perf_counter()
     response = await _or_refusal(respond, request)
     response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
@@ -313,8 +304,7 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
 
 
 class Bodies:
-    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the
-    same time.
+    """Reads request bodies: at most ``most`` bytes each, ``together`` bytes in memory at once.
 
     Each client has a share of that, and small bodies have room of their own, so that large ones
     never keep a callback out.
@@ -327,8 +317,7 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Read a body, and count it until the block ends. What comes of a body that is too large is
-        not kept.
+        """Read a body and count it against the limits until the block ends.
 
         It is refused with 408 too slow, 413 too large, 503 no room beside the bodies of other
         requests.

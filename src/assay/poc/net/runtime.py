@@ -1,6 +1,4 @@
-"""What works behind an application: threads, a model that is loaded in the background, and commits
-of many items.
-"""
+"""What runs behind an application: threads, background loading, and group commits."""
 
 import asyncio
 import threading
@@ -55,9 +53,7 @@ class LoopThread(ABC):
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> bool:
-        """End the thread after its turn; return False if it did not end within ``timeout``
-        seconds.
-        """
+        """End the thread after its turn; False if it did not end within ``timeout`` seconds."""
         self._closed = True
         self._notify()
         if self._thread.is_alive():
@@ -114,8 +110,7 @@ class EngineThread(LoopThread):
 
 
 class Runtime(ABC):
-    """The base of what works behind an application. A subclass opens its files and makes its
-    threads.
+    """Base of what runs behind an application; a subclass opens its files and threads.
 
     The constructor opens what is on disk; :meth:`start` loads the model and begins to work.
     """
@@ -165,9 +160,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def snapshot(self) -> JsonObject:
-        """Collect what readers are shown. It reads the database, so it runs in a thread, once a
-        second for all.
-        """
+        """Collect the numbers that readers see, from the database, once a second."""
 
     @abstractmethod
     def check_ready(self) -> None:
@@ -184,9 +177,7 @@ class Runtime(ABC):
         )
 
     def load_model(self, load: "Callable[[], Deployment]") -> "Deployment | None":
-        """Load the model and begin to work with it, in the engine's thread; return None where that
-        fails.
-        """
+        """Load the model and start work in the engine's thread; None if that fails."""
         try:
             deployment = load()
             if self.closing.is_set():
@@ -247,9 +238,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         """Return the refusal of an item."""
 
     def check(self, client: str | None = None) -> None:
-        """Refuse what could not wait now: too much does, the disk takes nothing, or the thread is
-        ending.
-        """
+        """Refuse new items while the queue or the disk is full, or the thread is ending."""
         if self.failing:
             raise self._refusal(
                 "the last could not be written" if self.error else "the disk takes nothing"
@@ -258,8 +247,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             self._check_room(client, 0)
 
     async def put(self, item: Item, *, size: int = 0, client: str | None = None) -> Kept:
-        """Write a client's item of ``size`` bytes; return what ``_write`` tells of it. It is on
-        disk when this returns.
+        """Write a client's item of ``size`` bytes; it is on disk when this returns.
 
         It is refused as :meth:`check` does, and written even if the wait for it is cancelled.
         """

@@ -105,8 +105,7 @@ class _Connection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection that ends where no whole head comes in time, or where its client has its share
-    of connections.
+    """A connection with a deadline for request heads and a share for each client.
 
     It also ends where many requests are sent before the first is answered: what waits would have no
     bound.
@@ -214,8 +213,7 @@ def run_app(
     *,
     runtime: Runtime | None = None,
 ) -> None:
-    """Run an application on a socket of :func:`listen` until SIGTERM or SIGINT, under the bounds of
-    ``settings``.
+    """Run an application on a bound socket until SIGTERM or SIGINT, with given limits.
 
     A ``runtime`` is told when the end begins, while connections are still open; it ends the server
     where its model cannot be loaded. Where a thread of it still computes at the end, the process

@@ -1,5 +1,4 @@
-"""The settings that every server of assay has: its directory, keys, bounds, and how it calls others
-and judges.
+"""Settings of every server: directory, keys, limits, callbacks and verdicts.
 
 A value comes from the argument of that name, else from the environment, else from the default. The
 setting ``max_body`` is ``ASSAY_MAX_BODY`` in the environment.
@@ -36,9 +35,7 @@ def _words(value: Any) -> Any:
 
 
 def loaded_by(module: str, name: str, value: Any) -> Any:
-    """Return a value of a class of another module, or what that class loads from the file of this
-    name; None as is.
-    """
+    """Return a value of a class, or what the class loads from the file of this name."""
     if value is None:
         return None
     kind = getattr(importlib.import_module(module), name)
@@ -211,8 +208,7 @@ def check_host(host: str, settings: ListenerSettings) -> None:
 
 
 def check_secrets(secrets: Sequence[str]) -> list[bytes]:
-    """Return the bytes of webhook secrets; refuse those outside 24 to 64 bytes. The message does
-    not show them.
+    """Return webhook secrets of 24 to 64 bytes; the error does not show them.
 
     Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two
     sides that decode differently would have two secrets. Here they are refused.

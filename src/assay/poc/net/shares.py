@@ -1,4 +1,4 @@
-"""Shares: what one client may hold of a limited resource, so that enough is left for the others."""
+"""Shares: how much one client may hold of a limited resource, so that others have some."""
 
 import ipaddress
 import shutil
@@ -55,9 +55,7 @@ class Shares:
     def held(
         self, client: str | None, what: str, *, do: str, retry_after: int | None = None
     ) -> Iterator[None]:
-        """Count one more until the block ends; refuse with 429 what a client may not hold more
-        of.
-        """
+        """Count one more item of a client until the block ends; 429 beyond its share."""
         if not self.fits(client):
             raise Refusal(
                 429,
@@ -77,30 +75,23 @@ class Shares:
 
 
 def fair_share(most: int, others: int) -> int:
-    """Return how much one client may hold beside ``others``: half of what those leave, so n have n
-    / (n + 1).
-    """
+    """Return the share of one client: half of what the others leave; n hold n/(n + 1) together."""
     return (most - others + 1) // 2
 
 
 def disk_room(folder: Path) -> int:
-    """Return the bytes that clients may fill of a disk; a sixteenth, 256 MiB at most, is for what
-    the server writes.
-    """
+    """Return the bytes that clients may fill of a disk; a sixteenth is for the server itself."""
     usage = shutil.disk_usage(folder)
     return max(0, usage.free - min(usage.total // 16, 2**28))
 
 
 def room_of(client: str | None, most: int, held: int, own: int) -> int:
-    """Return how much more a client may hold where all hold so much, of which so much is its
-    own.
-    """
+    """Return how much more a client may hold, given the total and its own amount."""
     return most - held if client is None else min(most - held, fair_share(most, held - own) - own)
 
 
 def client_of(address: str) -> str | None:
-    """Return by what an address is counted, however it is spelled; None for an address of this
-    machine.
+    """Return the identity of an address for rate limits; None for this machine.
 
     Of IPv6 a client has a whole /64. A proxy on this machine names its client in
     ``X-Forwarded-For``, which the server reads from there only.

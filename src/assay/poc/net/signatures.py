@@ -22,9 +22,7 @@ TOLERANCE = 300.0
 
 
 class Signatures:
-    """Checks who sent a body, as Standard Webhooks defines it: any secret will do; without any
-    nothing is checked.
-    """
+    """Checks the Standard Webhooks signature of a body against several secrets."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
         self._secrets = tuple(secrets)
@@ -33,8 +31,7 @@ class Signatures:
         return bool(self._secrets)
 
     def check(self, body: str, headers: Mapping[str, str]) -> None:
-        """Refuse a body that no secret signed within the last five minutes (401), or that cannot be
-        read (400).
+        """Refuse a body not signed within five minutes (401), or a malformed header (400).
 
         The names of ``headers`` are in lower case.
         """
@@ -75,9 +72,7 @@ def _check_clock(stated: str) -> None:
 
 
 def parsed(raw: bytes) -> tuple[str, JsonObject]:
-    """Return the text and the object of a body; refuse with 400 what is not strict JSON in
-    UTF-8.
-    """
+    """Return text and object of a body; 400 unless it is strict JSON in UTF-8."""
     try:
         text = raw.decode()
         return text, loads(text, "body")
@@ -93,9 +88,7 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
 
 
 def message_id(headers: Mapping[str, str]) -> str:
-    """Return the id under which a callback is kept once; refuse with 400 none, or one of more than
-    128 characters.
-    """
+    """Return the id that makes a callback idempotent; 400 without one or beyond 128 characters."""
     identifier = headers.get("webhook-id", "")
     if not 0 < len(identifier) <= LONGEST_ID:
         raise unsigned(400, "no webhook-id")

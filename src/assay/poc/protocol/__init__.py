@@ -1,3 +1,1 @@
-"""The protocol: rounds, pipelines, the transforms between a hidden state and a published value, and
-proof files.
-"""
+"""The protocol: rounds, pipelines, transforms of hidden states, and proof files."""

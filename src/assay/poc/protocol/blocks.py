@@ -35,7 +35,7 @@ _ROWS_AT_ONCE = 256  # of the head in float64
 
 
 def folded_head(round: Round, hidden_size: int) -> FloatArray:
-    """Return v = Wᵀt of a block [D], W standard normal and t the target; over blocks, v is N(0, I).
+    """Return v = Wᵀt of a block [D], for a standard normal head W and target t.
 
     Raises:
         UsageError: The hidden size is not in [1, 65536].
@@ -54,8 +54,7 @@ def folded_head(round: Round, hidden_size: int) -> FloatArray:
 
 
 def block_scale(round: Round, hidden_size: int) -> float:
-    """Return the length of a block's folded head over its mean, √2·Γ((D + 1)/2)/Γ(D/2); 1.0 without
-    a random head.
+    """Return the length of a block's folded head over its mean; 1.0 without a random head.
 
     The mean over blocks is one and the standard deviation 1/√(2D). Honest noise of the distances of
     a block is proportional to it. Only block and preset of the round matter.
@@ -78,8 +77,7 @@ def block_scale(round: Round, hidden_size: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFactor:
-    """How much wider the distances of a block are than the chord law, by its head and a model's
-    hidden states.
+    """How much wider the distances of a block are than the chord law.
 
     Args:
         value: Factor γ, the standard deviation of the block's cosines over that of the law.
@@ -102,8 +100,7 @@ class BlockFactor:
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
-    """Predict how wide the distances of a block are from two or more states of the model, of any
-    nonces of any block.
+    """Predict the width of a block's distances from two or more states of the model.
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in
     random hyperplanes bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of

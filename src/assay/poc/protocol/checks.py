@@ -12,9 +12,7 @@ DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a
-    UsageError names it.
-    """
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters."""
     if (
         not isinstance(value, str)
         or not fewest <= len(value) <= MAX_NAME
@@ -29,9 +27,7 @@ def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
 
 
 def check_number(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and
-    the range.
-    """
+    """Refuse a value that is not a whole number from ``low`` to ``high``."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UsageError(
             f"{name} is {value!r:.60}",
@@ -50,9 +46,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def check_digest(name: str, value: object) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the
-    value.
-    """
+    """Refuse a value that is not a SHA-256 in lower-case hexadecimal digits."""
     if not isinstance(value, str) or not DIGEST.fullmatch(value):
         raise UsageError(
             f"{name} is {value!r:.80}",
@@ -62,7 +56,5 @@ def check_digest(name: str, value: object) -> None:
 
 
 def join_prefixed(*parts: object) -> str:
-    """Join texts so that no other list of texts gives the same: each after its length in UTF-8
-    bytes.
-    """
+    """Join texts injectively: each after its length in UTF-8 bytes."""
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)

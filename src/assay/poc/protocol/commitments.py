@@ -1,4 +1,4 @@
-"""Commitments: one hash over all nonces and values of a round, published before a sample is drawn.
+"""Commitments: one hash over all nonces and values of a round, published before the sample.
 
 A commitment is the top of a sum tree. Every node holds how many nonces are below it, the first and
 the last of them, and a hash over its two children with their numbers. So the place of a nonce

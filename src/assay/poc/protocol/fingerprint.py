@@ -68,9 +68,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Fingerprint":
-        """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field
-        that is wrong.
-        """
+        """Read what :meth:`as_dict` wrote; a ProofFormatError names the wrong field."""
         fingerprint = read_as(cls, dumps(values).encode())
         if fingerprint.as_dict() != values:
             raise format_error(

@@ -78,9 +78,7 @@ class Header:
         return self.round.seq_len + self.pipeline.steps
 
     def claims(self) -> dict[str, Any]:
-        """Return everything that the prover chose and a validator can pin, by the names of
-        :class:`Pins`.
-        """
+        """Return every value that the prover chose and a validator can pin, by name."""
         return {
             **self.round.as_dict(),
             "digest": self.digest,

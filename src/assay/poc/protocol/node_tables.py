@@ -1,4 +1,4 @@
-"""TOML files of ten thousand tables ``[[nodes]]``, of which only those that changed are parsed.
+"""TOML files with thousands of tables ``[[nodes]]``, of which only changed ones are parsed.
 
 Parsing all of them takes half a second, in which every request waits.
 """

@@ -1,5 +1,4 @@
-"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the
-prover's word.
+"""Pins: the values of a proof that a validator fixes, and those taken on the prover's word.
 
 A build says which engines a network allows, as what their fingerprints may say.
 """
@@ -44,8 +43,7 @@ LONGEST_UNPINNED = 4096
 
 
 def with_cache(dtype: str, cache: str) -> str:
-    """Return the number format of an engine whose cache is in a format of its own; ``cache`` is
-    empty where it is not.
+    """Return a number format with that of the cache, which may be empty.
 
     Example:
         >>> with_cache("bfloat16", "fp8_e4m3-cache"), with_cache("bfloat16", "")
@@ -55,8 +53,7 @@ def with_cache(dtype: str, cache: str) -> str:
 
 
 def of_weights(dtype: str) -> str:
-    """Return the part of a number format that says how the weights are stored, in which a model is
-    loaded.
+    """Return the format of the weights, without that of the cache.
 
     Example:
         >>> of_weights("bfloat16+fp8_e4m3-cache")
@@ -87,8 +84,7 @@ Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrM
 
 
 class Build(BaseModel):
-    """One build that may prove a model: for every field of a fingerprint the values that are
-    allowed.
+    """An allowed build: for every field of a fingerprint the allowed values.
 
     A value is a text, or a list of which each will do. ``"*"`` allows any, and a text that ends
     with ``*`` any that begins so, such as ``"2.9.*"``. The dtype has no wildcard: honest noise is
@@ -186,9 +182,7 @@ def describe_build(fingerprint: Fingerprint) -> dict[str, str | int]:
 def nearest_build(
     builds: Sequence[Build], fingerprint: Fingerprint
 ) -> tuple[Build | None, tuple[str, ...]]:
-    """Return the build that an engine is nearest to, None without any, and the fields in which it
-    differs.
-    """
+    """Return the build nearest to an engine, or None, and the fields that differ."""
     candidates = ((build, build.differing(fingerprint)) for build in builds)
     return min(candidates, key=lambda pair: len(pair[1]), default=(None, ()))
 
@@ -300,16 +294,12 @@ class Pins:
         return tuple(dict.fromkeys(dtype for build in self.builds or () for dtype in build.dtype))
 
     def build_of(self, fingerprint: Fingerprint) -> str:
-        """Return the name of the pinned build that an engine is, or its number format where none is
-        pinned.
-        """
+        """Return the name of an engine's pinned build, or its number format without one."""
         names = (build.name for build in self.builds or () if not build.differing(fingerprint))
         return next(filter(None, names), fingerprint.dtype)
 
     def joined(self, further: "Pins", source: str) -> "Pins":
-        """Return the pins of both; a UsageError names the flag of a value that differs, and our
-        source.
-        """
+        """Return the pins of both; a UsageError names the flag of a value that differs."""
         theirs = {name: getattr(further, name) for name in further.given}
         ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
         odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
@@ -337,9 +327,7 @@ class Pins:
         )
 
     def check(self, header: Header) -> None:
-        """Refuse a header that contradicts a pin, or asks for far more work than is usual, with a
-        ProofMismatch.
-        """
+        """Refuse a header that contradicts a pin, or asks for far too much work."""
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):
@@ -364,8 +352,7 @@ class Pins:
             )
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
-        """Refuse an engine of another number format or build; a ProofMismatch names what differs,
-        stated and wanted.
+        """Refuse an engine of another number format or build; the error names the difference.
 
         ``owner`` was made by the engine, and ``default`` are the formats that are allowed where
         nothing is pinned, any when empty.
@@ -407,9 +394,7 @@ class Pins:
         return name in ("builds", "prover_dtype") or bool(_named(name, claim) == pinned)
 
     def unpinned(self, header: Header) -> tuple[str, ...]:
-        """Return the names of the values that are taken on the prover's word: not pinned, and not
-        at their default.
-        """
+        """Return the values taken on the prover's word: neither pinned nor at their default."""
         round = header.round
         pipeline = header.pipeline
         formats = pipeline.number_formats or streams.DTYPES
@@ -451,9 +436,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
-    """Refuse to measure in fewer nonces than show the tail of the noise, or in no, unknown or
-    repeated formats.
-    """
+    """Refuse too few nonces for the tail of the noise, and unknown or repeated formats."""
     if blocks * nonces < 256 or min(blocks, nonces) < 1:
         raise UsageError(
             f"{blocks} blocks with {nonces} nonces",

@@ -113,9 +113,7 @@ class Accepted(Table):
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
-        """Return what a setting K/N says, such as 1/100000, or None for None; a UsageError for
-        another text.
-        """
+        """Return what a setting K/N says, such as 1/100000, or None for None."""
         convictions, _, nodes = (text or "").partition("/")
         try:
             return (
@@ -483,9 +481,7 @@ class NetworkPins(Table):
         )
 
     def differing(self, round: Round) -> tuple[str, ...]:
-        """Return the names of the values of a round that contradict the file; key and share are
-        not looked at.
-        """
+        """Return the values of a round that contradict the file, apart from key and share."""
         return self._agreed.differing(round)
 
     def foreign(self, public_key: str, node_id: int, node_count: int) -> tuple[str, ...]:
@@ -498,15 +494,11 @@ class NetworkPins(Table):
         return () if not of_key or any(node.node_id == node_id for node in of_key) else ("node_id",)
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
-        """Iterate over the calibration files of a model; a DataError where one is another than
-        was pinned.
-        """
+        """Iterate over the calibration files of a model; a DataError on another hash."""
         yield from map(self._pinned, model.calibrations)
 
     def frame(self, digest: str) -> Path | None:
-        """Return the file of a model's frame, None without one; a DataError where it is another
-        than was pinned.
-        """
+        """Return the frame file of a model, or None; a DataError on another hash."""
         pinned = next((model.frame for model in self.models if model.digest == digest), None)
         return None if pinned is None else self._pinned(pinned)
 

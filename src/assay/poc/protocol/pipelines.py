@@ -62,9 +62,7 @@ def sketch_steps(tokens: int) -> range:
 
 @dataclass(frozen=True)
 class Step:
-    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of
-    projections.
-    """
+    """One step on a vector; ``count`` is its number of reflections, coordinates or projections."""
 
     name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate", "project"]
     count: int = 0
@@ -72,8 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Positions:
-    """Read the second half of the positions, whose last layer alone is then computed, or all behind
-    the first eighth.
+    """Which positions are read: the second half, or with ``scaled`` all after the first eighth.
 
     The result is the sum of their unit states, each with a sign that is drawn for the nonce. States
     of the first positions are far from all others, and most of their noise is their own. With
@@ -347,8 +344,7 @@ def find_pipeline(name: str) -> Pipeline | None:
 
 
 def runs_on_vllm(pipeline: Pipeline) -> bool:
-    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode
-    or not at all.
+    """Return whether vLLM runs a pipeline: no steps between layers, no trained head but to decode.
 
     vLLM's compiled layers take no hooks, and it spreads the trained head over its workers. The
     points of a chain are read there as well, where its layers run eagerly.
@@ -361,9 +357,7 @@ def runs_on_vllm(pipeline: Pipeline) -> bool:
 def unsupported(
     pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]
 ) -> UsageError:
-    """Return the refusal of a pipeline on an engine of that name, which names the presets that it
-    supports.
-    """
+    """Return the refusal of a pipeline on an engine, with the presets that it supports."""
     supported = [name for name, row in PIPELINES.items() if supports(row)]
     return UsageError(
         f"preset {pipeline.name} on the {engine} engine",
@@ -373,9 +367,7 @@ def unsupported(
 
 
 def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
-    """Refuse a pipeline without the file of the frame that it needs, and a file for one that reads
-    none.
-    """
+    """Refuse a missing frame file where one is needed, and one that is not read."""
     if path is None:
         check_frame(pipeline, None)
     elif not pipeline.framed:
@@ -389,9 +381,7 @@ def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
 def check_frame(
     pipeline: Pipeline, frame: "Frame | None", *, hidden_size: int = 0, vocab_size: int = 0
 ) -> None:
-    """Refuse a pipeline without the frame that it needs, or with that of a model of another
-    shape.
-    """
+    """Refuse a missing frame where one is needed, and one of another model shape."""
     if not pipeline.framed:
         return
     do = "make it with `assay poc frame`, and name the file in pins.toml, or with --frame"

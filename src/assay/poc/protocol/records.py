@@ -359,9 +359,7 @@ def pack_points(points: Sequence[int]) -> str:
 
 
 def artifact_fields(packed: bytes, pipeline: Pipeline) -> dict[str, Any]:
-    """Return the fields of a packed record in callbacks and replies; chains have a list of
-    their points.
-    """
+    """Return the fields of a packed record in callbacks and replies; chains list their points."""
     if pipeline.output == "points":
         return {"vector_b64": "", "k_points_steps": list(packed)}
     return {"vector_b64": base64.b64encode(packed).decode("ascii")}

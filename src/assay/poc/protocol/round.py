@@ -163,8 +163,7 @@ class Round:
         return self.texts(stream, [nonce], count=index + 1, k=k)[-1]
 
     def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
-        """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to
-        ``count - 1``.
+        """Return seed texts of a stream for many nonces, each with index 0 to ``count - 1``.
 
         The common part of a batch is written once, which takes a tenth of the time of :meth:`text`
         for each nonce.
@@ -181,9 +180,7 @@ class Round:
         return [f"{head}{number}{tail}" for number in numbers for tail in tails]
 
     def block_text(self, stream: str, index: int = 0) -> str:
-        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned
-        as in `text`.
-        """
+        """Return the seed text of a block's stream: of :data:`BLOCK_TEXTS`, or versioned."""
         if self.versioned:
             return join_prefixed(VERSION, stream, self.block_hash, index)
         return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)

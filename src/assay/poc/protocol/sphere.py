@@ -1,5 +1,4 @@
-"""The chain's decode proof: a state after the final norm as the nearest of sixteen points, step by
-step.
+"""The chain's decode proof: a normalised state as the nearest of sixteen points, step by step.
 
 Step 0 reads the state behind the prompt. Step t reads the state behind the input that the point of
 step t − 1 seeds, and takes the coordinates that this point seeds. docs/decode.md is the definition.

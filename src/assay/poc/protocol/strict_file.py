@@ -1,4 +1,4 @@
-"""Files of JSON Lines that are read strictly: a header, records, and a footer with their SHA-256.
+"""JSON Lines that are read strictly: header, records, and a footer with their SHA-256.
 
 Anything that is not exactly what would be written, spaces and the order of keys included, is an
 error that names the line.
@@ -57,9 +57,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def read_as(kind: type[T], text: bytes) -> T:
-    """Return JSON as a value of a type that is :data:`STRICT`; a ProofFormatError names the field
-    that is wrong.
-    """
+    """Return JSON as a :data:`STRICT` type; a ProofFormatError names the wrong field."""
     try:
         parsed: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
@@ -90,8 +88,7 @@ def parse_line(
     most: Mapping[bytes, int] = MOST_PARTS,
     longest: int | None = None,
 ) -> T:
-    """Parse a line and refuse it if the value would be written in other bytes, with the names of
-    the file and the line.
+    """Parse a line, and refuse it unless it is in canonical form.
 
     ``most`` says how often a character may be in the line, as values take many times the room of
     their text, and ``longest`` how many bytes it may have. It is empty where the file ends.
@@ -131,9 +128,7 @@ def parse_line(
 
 
 class LastLine:
-    """Base of footers: counts, the seconds that they took, and the SHA-256 of the lines between
-    header and footer.
-    """
+    """Base of footers: counts, seconds, and the SHA-256 of the record lines."""
 
     seconds: float
 
@@ -179,15 +174,11 @@ class LastLine:
 
 
 class StrictFile(ABC):
-    """A file of JSON Lines that is read strictly: a header, one line for each record, and a
-    footer.
-    """
+    """A strict JSON Lines file: a header, one line for each record, and a footer."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read and check a file; a ProofFormatError names the line that is not complete or not
-        consistent.
-        """
+        """Read and check a file; a ProofFormatError names the incomplete or inconsistent line."""
         try:
             return cls._read(path, read_lines(path))
         except DataError as error:
@@ -195,9 +186,7 @@ class StrictFile(ABC):
 
     @classmethod
     def parse(cls, source: str, content: bytes) -> Self:
-        """Read and check a file that is in memory, as :meth:`load` does; the source names it in
-        errors.
-        """
+        """Read and check a file in memory as :meth:`load` does; errors name the source."""
         return cls._read(source, enumerate(io.BytesIO(content), start=1))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -57,17 +57,13 @@ def layer_reflection(
 
 
 def mean_over_positions(x_BRD: Float32[Tensor, "B R D"]) -> Float32[Tensor, "B 1 D"]:
-    """Return the mean over positions, as a product of matrices: a reduction of CUDA may depend on
-    the batch.
-    """
+    """Return the mean over positions by a matrix product, whose bits do not depend on the batch."""
     with own_precision(x_BRD):
         return torch.bmm(x_BRD.new_full((len(x_BRD), 1, x_BRD.shape[1]), 1 / x_BRD.shape[1]), x_BRD)
 
 
 class Reading(NamedTuple):
-    """How states of positions become one: the weight of each, ±1 or 0, and the frame or the scale
-    they are seen in.
-    """
+    """How states of positions become one: weights of ±1 or 0, and a frame or scale."""
 
     weights: Float32[Tensor, "B T"]
     mean: Float32[Tensor, " D"] | None = None
@@ -78,9 +74,7 @@ class Reading(NamedTuple):
     )
 
     def seen(self, x_BRD: Float[Tensor, "B R D"]) -> Float32[Tensor, "B R D"]:
-        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale where there
-        is one.
-        """
+        """Return every state, framed or scaled, over its norm, in float32."""
         y_BRD = x_BRD.float()
         if self.mean is not None and self.inverse is not None:
             y_BRD = (y_BRD - self.mean) * self.inverse
@@ -131,8 +125,7 @@ def random_projection(
 def sketch_states(
     states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]
 ) -> Float16[Tensor, "S K"]:
-    """Return unit(P · unit(h)) of every state h after the final norm, with P [12, D] the normals of
-    its seed.
+    """Return unit(P · unit(h)) of every final state h, with P [12, D] the seeded normals.
 
     Whoever prefills prompt and tokens once has the same states, and so the same sketches up to
     rounding. The seed fixes the projection, so a node cannot prepare for it, and every coordinate
@@ -156,8 +149,7 @@ def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float3
 
 
 class Transform:
-    """The randomisation of one round, ready to be applied to batches of an engine's states of D
-    numbers on a device.
+    """The transform of one round, for batches of states of D numbers on a device.
 
     For pipelines with that head, ``trained_head`` maps [B, D] to logits [B, V], of ``vocab_size``
     V; a UsageError says that the engine does not have it.

@@ -1,5 +1,4 @@
-"""Adapters: what a receipt says of a LoRA adapter that answered, and the adapter on a verifier's
-model.
+"""LoRA adapters: how a receipt names one, and how a verifier applies it.
 
 An adapter adds (α / r) · B (A x) to the products of some linear layers. It is computed beside them,
 as servers do it, and never merged: merged weights are rounded once more, which is more than the
@@ -90,9 +89,7 @@ class Lora:
 
     @contextmanager
     def on(self, model: Model) -> Iterator[None]:
-        """Compute with the adapter while the context is open; a ModelError where the model has no
-        such layer.
-        """
+        """Compute with the adapter inside the block; a ModelError for a missing layer."""
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
         # The hooks are removed too if the device has no room for a later factor.
         with ExitStack() as hooks:

@@ -1,4 +1,4 @@
-"""Run responses through a model of transformers: whole ones at once, or one token after the other.
+"""Run responses through a transformers model: whole ones at once, or token by token.
 
 Sequences of a batch are filled up at their ends, which a decoder that only looks back does not see.
 The head computes the positions that are asked for and no others.
@@ -74,8 +74,7 @@ class Prefill(Protocol):
     def run(
         self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
     ) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens, in any order, of the model
-        or an adapter.
+        """Yield, in any order, the index of every response with the states or logits of its tokens.
 
         Raises:
             BadWeights: A state or a logit is NaN, or a state is infinite.
@@ -86,8 +85,7 @@ class Prefill(Protocol):
 
 
 class HFPrefill(Prefill):
-    """Prefills with the transformers engine, so many sequences at a time: one where bits must not
-    depend on others.
+    """Prefills with transformers, a number of sequences at once, or one for batch-invariant bits.
 
     A ModelError says that the model has no head that reads the last hidden state.
     """
@@ -174,8 +172,7 @@ class HFPrefill(Prefill):
 def read_on(
     model: Model, ids: Sequence[int], cache: Any = None, *, last: int = 1
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Append tokens to the one sequence of a cache, a new one when None, so no other request enters
-    its numbers.
+    """Append tokens to the one sequence of a cache, or to a new cache.
 
     Returns logits and hidden states of the last positions, or of all tokens appended when 0, and
     the cache; raises as :meth:`Prefill.run` does. An architecture with a cache of its own refuses
@@ -231,9 +228,7 @@ def _run_model(
 
 
 def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
-    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity, with
-    BadWeights.
-    """
+    """Refuse NaN or infinite states, and NaN or plus infinity in logits, with BadWeights."""
     bad_NV = torch.isnan(logits_NV) | (logits_NV == torch.inf)
     if not bool(torch.isfinite(hidden_ND).all()) or bool(bad_NV.any()):
         raise not_finite(
@@ -245,8 +240,7 @@ def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
 def sketch_response(
     hidden_SD: Float[Tensor, "S D"], words: NDArray[np.uint32], steps: Sequence[int]
 ) -> Float16[Tensor, "S K"]:
-    """Return the sketches of the states after the final norm that gave the tokens of some steps, on
-    their device.
+    """Return the sketches of the final states of some steps, on their device.
 
     ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a
     state is not finite.

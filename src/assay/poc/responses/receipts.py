@@ -99,8 +99,7 @@ class Adapter:
 
 
 def digest_adapter(path: str | Path) -> str:
-    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32
-    bytes each, in hex.
+    """Return the SHA-256 of the hashes of an adapter's configuration and weights, in hex.
 
     Raises:
         ModelError: A file is missing or cannot be read.
@@ -231,9 +230,7 @@ class Receipt(ResponseName):
         return receipt
 
     def line(self) -> str:
-        """Return the canonical line of the file, without its newline; no field stands for no
-        adapter or template.
-        """
+        """Return the canonical line of the file, without its newline."""
         prompt = self.prompt
         prompt_fields = (
             {"sha256": prompt.sha256, "tokens": prompt.tokens}
@@ -323,9 +320,7 @@ class ReceiptFooter(LastLine):
 
 
 def check_ids(name: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
-    """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is
-    out of range.
-    """
+    """Return token ids as a tuple of ints; a UsageError names a count or id out of range."""
     listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
     # Mostly all are plain integers: then none is looked at by itself.
     plain = not set(map(type, listed)) - {int}
@@ -344,9 +339,7 @@ def check_ids(name: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
 
 
 def check_word(name: str, value: object, words: Any) -> None:
-    """Refuse what is not one of the words of a ``Literal``; a UsageError names the value and the
-    words.
-    """
+    """Refuse a value that is not a word of a ``Literal``; the UsageError names both."""
     choices = get_args(words)
     if type(value) is not type(choices[0]) or value not in choices:
         raise UsageError(
@@ -412,9 +405,7 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
-        """Count a receipt and its line; a UsageError where it is a second one, not as the header
-        says, or too much.
-        """
+        """Count a receipt; a UsageError for a second one, a wrong model, or too many."""
         # What sets its seed apart from others of this node and model.
         seeded = (
             receipt.name,
@@ -457,9 +448,7 @@ class Tally:
 
 
 def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 1) -> Receipt:
-    """Read the line of one receipt, line end included; a ProofFormatError names the source and the
-    number.
-    """
+    """Read one receipt line; a ProofFormatError names the source and the line."""
     return parse_line(
         source,
         number,
@@ -472,9 +461,7 @@ def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 
 
 
 def parse_header(line: bytes, *, source: str | Path = "receipts", number: int = 1) -> ReceiptHeader:
-    """Read the header line of a file of receipts; arguments and errors are those of
-    :func:`parse_receipt`.
-    """
+    """Read the header line of a file of receipts, as :func:`parse_receipt` reads a line."""
     return parse_line(
         source, number, line, _read_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE
     )

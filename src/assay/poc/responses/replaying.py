@@ -1,5 +1,4 @@
-"""Replay: one prefill of prompt and output, and how far every token and sketch is from what it
-gives.
+"""Replay: one prefill of prompt and output, and the margins of tokens and sketches.
 
 The idea in one line: under the same noise, the **margin** of a token is the best score minus its
 own. It is 0 for the verifier's own token, and the scores of two honest engines differ by little, so
@@ -65,9 +64,7 @@ _SQUARINGS = 12
 
 
 def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Return how far every score is below the best one under the same noise; infinite for a token
-    that is not kept.
-    """
+    """Return how far every score is below the best one; infinite for a dropped token."""
     return s_NV.amax(dim=1, keepdim=True) - s_NV
 
 
@@ -80,8 +77,7 @@ def measure_margins(
     prompt: tuple[int, ...] = (),
     whole: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Measure how far the tokens of a response, one or more, are from those that these raw logits
-    of a prefill give.
+    """Measure the margins of a response's tokens under the raw logits of a prefill.
 
     Returns margins [N], the largest score minus that of the claimed token: 0 where it is the
     verifier's own token, infinite where the verifier would not have kept it. And profiles [N, G],
@@ -126,8 +122,7 @@ def compute_gaps(
     sampling: Sampling,
     seeds_N: NDArray[np.uint32],
 ) -> Float64[Tensor, "N V"]:
-    """Return the gap of every token in units of the logits: its margin, refined where the support
-    is limited.
+    """Return the gap of every token in logits: its margin, refined on a limited support.
 
     It follows from the logits with bias and penalties, and from the scores of the same seeds.
     """
@@ -348,8 +343,7 @@ def replay(
 def check_runnable(
     receipts: Receipts, model: Model, *, requests: Sequence[Request] | None = None
 ) -> list[PromptAndOutput]:
-    """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what
-    a model cannot run.
+    """Return responses that have tokens, with prompt ids; refuse those that do not fit the model.
 
     :func:`replay` begins with this. To call it before a ledger is begun saves that for receipts
     that are refused.
@@ -378,9 +372,7 @@ def check_runnable(
 
 
 def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | None) -> None:
-    """Refuse an answer to one of the requests that says ``stop`` and was cut short, or that ran on
-    past its end.
-    """
+    """Refuse an answer that says ``stop`` and was cut short, or ran on past its end."""
     requests_by_name = {
         sent.name: sent for sent in requests or () if isinstance(sent.prompt, tuple)
     }
@@ -415,9 +407,7 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
-    """Refuse receipts of another checkpoint than the one that is loaded; a ProofMismatch names
-    both.
-    """
+    """Refuse receipts of another checkpoint; a ProofMismatch names both."""
     if (header.digest, header.weights) != (model.digest, model.weights):
         raise ProofMismatch(
             f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",
@@ -427,9 +417,7 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
-    """Refuse receipts of another adapter, which is no fraud of the model; a ProofMismatch names
-    both.
-    """
+    """Refuse receipts of another adapter; a ProofMismatch names both."""
     for receipt in receipts.receipts:
         stated = receipt.adapter
         if stated is not None and (adapter is None or stated.digest != adapter.digest):

@@ -114,8 +114,7 @@ def read_requests(
     user_seed: str = "",
     max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> list[Request]:
-    """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them
-    sets for itself.
+    """Read requests: JSON Lines with ``prompt`` or ``messages``, and parameters of each.
 
     A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter``,
     ``stop`` (a text or a list of texts), ``stop_token_ids`` and every field of :class:`Sampling`;
@@ -230,8 +229,7 @@ def encode_requests(
     vocab_size: int,
     max_positions: int,
 ) -> list[Request]:
-    """Return the requests with token ids for prompts, every one of which fits the model; it may
-    have no tokenizer.
+    """Return requests with token ids, all of which fit the model.
 
     Raises:
         UsageError: A text has no tokenizer or no tokens, messages have no template or one that

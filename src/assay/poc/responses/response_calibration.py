@@ -1,5 +1,4 @@
-"""Calibrations of responses: the noise that honest receipts show on this verifier's engine, and its
-file.
+"""Calibrations of responses: the noise of honest receipts on a verifier's engine.
 
 Receipts of honest provers are replayed, so what is measured is all that lies between their decoding
 and this prefill. The law of tokens is fitted by maximum likelihood over mixtures of scales, that of
@@ -102,9 +101,7 @@ class ResponseCalibration:
     matches: Annotated[int, Field(ge=0)]
 
     def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
-        """Refuse receipts or a verifier of another build than was measured; a CalibrationError
-        names what differs.
-        """
+        """Refuse another build than was measured; the CalibrationError names the difference."""
         if header.digest != self.digest:
             raise _other("checkpoint", self.digest[:12], header.digest[:12])
         engines = [(self.provers, header.fingerprint, "prover's")]
@@ -141,9 +138,7 @@ class ResponseCalibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
-        """Read a calibration of responses; a CalibrationError where the file is not a
-        calibration.
-        """
+        """Read a calibration of responses; a CalibrationError for any other file."""
         try:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
@@ -199,9 +194,7 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of the checkpoint of all receipts; a UsageError where there are several, or
-    number formats.
-    """
+    """Return the digest of all receipts; a UsageError for several checkpoints or formats."""
     formats = sorted({header.fingerprint.dtype for header in headers})
     if len(formats) > 1:
         raise UsageError(
@@ -221,8 +214,7 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
 
 
 def check_enough_tokens(files: Sequence[Receipts]) -> None:
-    """Refuse receipts with fewer tokens or sketches than :func:`calibrate_responses` needs, before
-    they are replayed.
+    """Refuse too few tokens or sketches for a calibration, before the replay.
 
     Raises:
         UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a
@@ -299,9 +291,7 @@ def fit_response_noise(
 def bundled_response_noise(
     digest: str, prover_dtype: str, verifier_dtype: str
 ) -> ResponseNoise | None:
-    """Return the law of a bundled model for a pair of dtypes in any order; None for any other,
-    which has no law.
-    """
+    """Return the law of a bundled model for two dtypes; None for other models."""
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
     law = _bundled()["laws"].get(pair) if is_bundled(digest) else None
     return (

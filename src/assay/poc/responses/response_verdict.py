@@ -1,6 +1,4 @@
-"""The judge of responses: what a validator knows of them, and a replay against the honest noise
-between two engines.
-"""
+"""The judge of responses: their pins, and a replay against the honest noise of two engines."""
 
 import math
 import shlex
@@ -53,9 +51,7 @@ class ReceiptPins:
     def of_network(
         cls, network: NetworkPins | None, pins_of_flags: Pins, header: ReceiptHeader, **more: Any
     ) -> "ReceiptPins":
-        """Return what a network's file and flags pin together; a UsageError where they disagree or
-        do not suffice.
-        """
+        """Return the pins of a network's file and flags; a UsageError where they disagree."""
         pins = pins_of_flags
         if network is not None:
             shares = [
@@ -201,8 +197,7 @@ class ResponseVerdict:
 
     @property
     def unanswered(self) -> int:
-        """Number of the requests that have no receipt, or one of an answer that was aborted or has
-        no token.
+        """Number of requests without a receipt, or with an aborted or empty answer.
 
         A node chooses which answers it shows: those that it would rather not have replayed may be
         among these. Every whole answer has the token that ended it.
@@ -216,9 +211,7 @@ class ResponseVerdict:
 
     @property
     def exit_code(self) -> int:
-        """0 for honest receipts of all requests with nothing taken on the node's word, 1 for fraud,
-        2 otherwise.
-        """
+        """0 honest, all requests answered and everything pinned; 1 fraud; 2 otherwise."""
         honest = self.verdict == "honest"
         return 2 if honest and (self.unpinned or self.unanswered) else EXIT_CODES[self.verdict]
 
@@ -233,9 +226,7 @@ class ResponseVerdict:
         return sum(response.matches for response in self.replayed)
 
     def updates(self) -> list[LedgerUpdate]:
-        """Return what a ledger records: one entry for every response, whose nonces are its blocks
-        of 32 tokens.
-        """
+        """Return the ledger entries: one for every response, in blocks of 32 tokens."""
         if self.noise is None:
             raise UsageError(
                 self.reason, wanted="a verdict with a law", do="measure it, and judge again"
@@ -308,8 +299,7 @@ def judge_responses(
     alpha: float = 1e-3,
     sample_seed: int | None = None,
 ) -> ResponseVerdict:
-    """Judge what a replay gave; without a law of honest noise the verdict is undecided, whatever it
-    gave.
+    """Judge a replay; without a noise law the verdict is undecided.
 
     Args:
         replayed: What the replay gave, in an order that does not depend on it.
@@ -344,9 +334,7 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise | None:
-    """Return the honest noise between two engines, None without a law; a CalibrationError names
-    what differs.
-    """
+    """Return the noise between two engines, or None; a CalibrationError names the difference."""
     if calibration is None:
         return bundled_response_noise(header.digest, header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)
@@ -354,8 +342,7 @@ def noise_between(
 
 
 def missing_response_law(header: ReceiptHeader, model: str = "MODEL") -> str:
-    """Return the sentence that says that responses of a model have no law, and which commands
-    measure one.
+    """Return the sentence that responses have no law, with the commands that measure one.
 
     ``model`` is the reader's own reference: the node wrote the header.
     """
@@ -371,8 +358,7 @@ def missing_response_law(header: ReceiptHeader, model: str = "MODEL") -> str:
 
 
 def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receipts:
-    """Return receipts with a sample of the responses that have tokens, in the order of the file;
-    all when None.
+    """Return receipts with a sample of those that have tokens, in file order.
 
     Raises:
         UsageError: The file has no response with a token, or the sample is larger than the file.

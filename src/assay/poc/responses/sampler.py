@@ -1,5 +1,4 @@
-"""How a token follows from logits and noise, over whole batches on the CPU and on CUDA;
-docs/responses.md defines it.
+"""Token sampling from logits and seeded noise, in batches; docs/responses.md defines it.
 
 The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf
 and stays so:
@@ -106,8 +105,7 @@ class Sampler:
         prompt_NV: Bool[Tensor, "*#N V"] | None = None,
         counts_NV: Int[Tensor, "N V"] | None = None,
     ) -> Float32[Tensor, "N V"]:
-        """Return s of step 7 for every row, or l of step 2 of a greedy row; -inf where a token is
-        not kept.
+        """Return s of step 7 per row (l of step 2 if greedy); -inf for dropped tokens.
 
         Seeds are in numpy or on the device. A prompt is [V] or [N, V]; counts are those of the
         output before the step.
@@ -156,8 +154,7 @@ class Sampler:
         *,
         in_place: bool = False,
     ) -> Float32[Tensor, "N V"]:
-        """Return the scores that follow from l of step 2, by steps 3 to 7; a greedy row stays as it
-        is.
+        """Return the scores of steps 3 to 7 from l of step 2; greedy rows stay as they are.
 
         With ``in_place`` they may take the place of l, which saves a copy of all logits.
         """

@@ -45,9 +45,7 @@ def measure_block_factor(model: Model, round: Round, *, nonces: int = STATES) ->
 
 
 def read_block_factor(engine: HFEngine, round: Round, *, nonces: int = STATES) -> BlockFactor:
-    """Measure the factor of a round's block with an engine whose states can be read, as
-    `measure_block_factor` does.
-    """
+    """Measure the factor of a round's block with an engine that exposes its states."""
     size = engine.batch_size
     batches = [range(start, start + size) for start in range(0, max(nonces, 2), size)]
     states_BD = [engine.read(engine.embeddings(round.inputs(batch))).clone() for batch in batches]

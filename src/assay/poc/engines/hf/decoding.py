@@ -1,4 +1,4 @@
-"""Decoding on transformers: seeded tokens of a prompt, and replays of tokens that others decoded.
+"""Decoding on transformers: tokens of a prompt with seeded noise, and replays of others'.
 
 Legend of shapes: B nonces of a batch, R rows of the padded batch, T positions, P positions of the
 prompt, N tokens, V vocabulary, D hidden size, S sketches, K length of a sketch.

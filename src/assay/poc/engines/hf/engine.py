@@ -236,9 +236,7 @@ class HFEngine(Engine):
     def replay_by_steps(
         self, inputs: Sequence[Input], pipeline: Pipeline, claimed_BN: NDArray[Any]
     ) -> Values:
-        """Return margins of claimed points of one batch, a step at a time as the network's own
-        validator takes them, beside the points that the model gives.
-        """
+        """Return margins of claimed points, step by step, and the points that the model gives."""
         rows = max(self.batch_size, ROWS_OF_A_PRODUCT)
         _, padded = next(padded_batches(inputs, len(inputs), rows))
         with self.between_layers(pipeline.layers, inputs[0].round):
@@ -375,9 +373,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        """Apply a transform after every decoder layer while open; LayersNotFound where they are not
-        known.
-        """
+        """Apply a transform after every decoder layer inside the block."""
         layers = [] if step == "none" else list(decoder_layers(self.model.module))
         with ExitStack() as hooks:
             for index, layer in enumerate(layers):

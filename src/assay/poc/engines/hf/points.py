@@ -1,5 +1,4 @@
-"""The chain's decode proof on transformers: points of a chain of inputs, and replays of points that
-others state.
+"""The chain's decode proof on transformers: chains of points, and replays of claimed points.
 
 Legend of shapes: R rows of the padded batch, B nonces of a batch, P positions of the prompt, T
 positions, N + 1 points, D hidden size, Q points to choose from.

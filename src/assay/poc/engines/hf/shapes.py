@@ -26,8 +26,7 @@ _ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
 
 
 def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, steps: int = 0) -> None:
-    """Refuse a shape that no engine runs, for a model or what :func:`assay.models.model_info` says
-    of it.
+    """Refuse a batch size or length that no engine runs, for a model or its facts.
 
     Raises:
         UsageError: The batch is out of range, or prompt and decoded steps have no position or more
@@ -59,9 +58,7 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
 
 
 def fitting_batch(model: Model, seq_len: int) -> int:
-    """Return the largest batch that fits into what is free now, by the estimate; 0 where not even
-    one row does.
-    """
+    """Return the largest batch that fits into free memory, as estimated; 0 if none fits."""
     return _room(model) // max(1, peak_bytes(model, 1, seq_len))
 
 
@@ -96,8 +93,7 @@ def _free(device: torch.device) -> int:
 
 
 def auto_batch(model: Model, seq_len: int) -> int:
-    """Return the batch size for a device: the largest useful power of two that fits into half of
-    the free memory.
+    """Return the largest useful power of two that fits into half of a device's free memory.
 
     A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last
     word.
