@@ -6,7 +6,7 @@ it begins a round, and gives a participant up after 25 tries.
 
 import http.client
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +92,15 @@ def start(node: Node, stage: Stage, key: str, count: int) -> bool:
 class Validator:
     """Sends samples of participants to machines of its own in turn, and counts its votes."""
 
-    def __init__(self, nodes: Sequence[Node], stage: Stage, pause: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        stage: Stage,
+        pause: Callable[[], object],
+        rule: Mapping[str, float] = LEVELS,
+    ) -> None:
         self._nodes = nodes
+        self._rule = dict(rule)
         self._stage = stage
         self._pause = pause
         self._turn = 0
@@ -111,7 +118,7 @@ class Validator:
             "node_count": len(self._nodes),
             "nonces": [artifact["nonce"] for artifact in artifacts],
             "validation": {"artifacts": list(artifacts)},
-            "stat_test": LEVELS,
+            "stat_test": self._rule,
         }
         for _ in range(TRIES):
             node = self._nodes[self._turn % len(self._nodes)]

@@ -18,6 +18,7 @@ from tests.waiting import until
 
 WALKS = int(os.environ.get("ASSAY_WALKS", "200"))
 STEPS = 10
+PATIENCE = 600.0  # a process that is stopped for a minute answers no differently after it
 RESULT = {"status", "request_id"}
 COMPUTED = RESULT | {"artifacts", "encoding"}
 CHECKED = RESULT | {"n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected"}
@@ -109,7 +110,7 @@ class Walk:
             return
         progress = self._service.controller.progress
         before = progress.checked
-        until(lambda: self._service.controller.progress.checked > before)
+        until(lambda: self._service.controller.progress.checked > before, PATIENCE, pause=0.005)
         stored = self._service.controller.progress.stored
         latest = self._service.controller.rounds.recent_valid(stored.id)
         last = latest[-1][0]
@@ -168,7 +169,7 @@ class Walk:
     def _poll(self) -> None:
         for job, asked in self._upstream.jobs.items():
             if self._upstream.round is None:
-                until(lambda job=job: self._job(job)["status"] == "completed")
+                until(lambda job=job: self._job(job)["status"] == "completed", PATIENCE)
                 fields = CHECKED if asked["checked"] else COMPUTED
                 self._same("fields of a job's end", self._job(job).keys() - LISTED, fields)
             else:
@@ -209,7 +210,7 @@ class Walk:
 
 @pytest.mark.timeout(7200)
 def test_no_sequence_of_calls_is_answered_otherwise_than_upstream(serving):  # noqa: F811
-    with serving(compatibility="gonka", job_ttl=3600) as service:
+    with serving(compatibility="gonka", job_ttl=3600, wait=PATIENCE) as service:
         service.rig.pause = 0.02  # a round that runs free would take the time of all calls
         for seed in range(WALKS):
             Walk(service, seed).run()

@@ -103,6 +103,14 @@ def test_one_set_of_parameters_holds_for_the_noisiest_build():
     assert found.parameters.dist_threshold > alone
 
 
+def test_quiet_builds_leave_the_parameters_of_the_noisiest_as_they_are():
+    """As where a model was measured in several number formats, which is the usual calibration."""
+    alone = exported(build())
+    beside = exported(build(), build(median=0.005, seed=1), build(median=0.0001, seed=2))
+    assert beside.parameters == alone.parameters
+    assert of(beside, "measured")[0].power == of(alone, "measured")[0].power
+
+
 def test_few_measured_nonces_ask_for_a_wider_rate():
     few = exported(build(n=200))
     many = exported(build(n=20_000))

@@ -7,7 +7,7 @@ below ``p_value_threshold``. It has no law of its own, so both thresholds have t
 Here ``p_mismatch`` is the largest rate at which honest machines that were not measured are accused
 in at most ``p_value_threshold`` of audits, at the upper end of the 95 % interval of the share of
 residuals above the threshold, averaged over the scale of machines. Among all thresholds of the
-distance, that one is taken which catches a small share of cheap nonces best.
+distance, that one is taken which catches a small share of cheap nonces best on the noisiest build.
 """
 
 import math
@@ -137,12 +137,13 @@ def export_rule(
             do=f"measure one: assay poc calibrate --model M --preset {CHAIN_PRESET} -o FILE",
         )
     tails = [_Tail(build, checked) for build in builds]
-    largest = max(tail.size for tail in tails)
+    noisiest = max(tails, key=lambda tail: tail.size)
     rules = [
         _bounded_rule(threshold, tails, checked, alpha)
-        for threshold in dict.fromkeys(map(_rounded_up, largest * MULTIPLES))
+        for threshold in dict.fromkeys(map(_rounded_up, noisiest.size * MULTIPLES))
     ]
-    best = max(rules, key=lambda rule: min(tail.power(rule, TARGET) for tail in tails))
+    # What is cheap on the noisiest build. No rule that spares that build sees less on a quiet one.
+    best = max(rules, key=lambda rule: noisiest.power(rule, TARGET))
     named = {"measured": best, **DEFAULTS}
     costs = [tail.cost(name, rule) for name, rule in named.items() for tail in tails]
     return ChainExport(parameters=best, checked=checked, costs=tuple(costs))
