@@ -259,8 +259,8 @@ def route_class(
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
                 if untyped and "content-type" not in request.headers:
-                    typed = [*request.scope["headers"], (b"content-type", b"application/json")]
-                    request = Request(dict(request.scope) | {"headers": typed}, request.receive)
+                    # The list that the headers were made of, so that refusals know of it too.
+                    request.scope["headers"].append((b"content-type", b"application/json"))
                 async with bodies.read(request) as body:
                     values = _parsed(body) if has_body and body and _says_json(request) else None
                     return await inner(_Received(request, body, values))

@@ -45,6 +45,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_NONCE)]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 # Presets of jobs, which publish bytes.
 PRESET_PATTERN = (
@@ -195,14 +196,16 @@ class Validation(BaseModel):
 
 
 class StatTest(BaseModel):
-    """The published count test on vectors."""
+    """The published count test on vectors. What a chain agreed on is computed, be it of no use: its
+    client takes a refusal for the fault of the prover.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    dist_threshold: Annotated[float, Field(ge=0, le=2)] = 0.02
-    p_mismatch: Probability = 0.001
-    fraud_threshold: Probability = 0.01
-    p_value_threshold: Probability | None = None  # the chain's name of fraud_threshold
+    dist_threshold: Annotated[float, Field(ge=0)] = 0.02
+    p_mismatch: Share = 0.001
+    fraud_threshold: Share = 0.01
+    p_value_threshold: Share | None = None  # the chain's name of fraud_threshold
 
     @property
     def level(self) -> tuple[float, str]:
