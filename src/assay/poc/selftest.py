@@ -1,5 +1,4 @@
-"""Self-test of an engine: which of its settings change what nonces give, by how many bits, and by
-how much of the honest noise.
+"""Self-test of an engine: which settings change nonces, and whether noise explains it.
 
 The same nonces run in one setting after another: again, elsewhere in the batch, beside other
 nonces, alone, in another batch shape, with other kernels, and on vLLM under its switches. What a
@@ -210,7 +209,7 @@ def run_remote_selftest(
     nonces: int = 64,
     noise: Noise | None = None,
 ) -> SelfTest:
-    """Ask a running server for the same nonces in several ways, by jobs that wait for their result.
+    """Compute the same nonces on a running server in several ways, by jobs that wait.
 
     Its switches stay as they are: again, beside others, alone and in another batch are what a
     client can choose. With a prefix cache the second answer comes out of it.

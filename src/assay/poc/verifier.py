@@ -142,8 +142,7 @@ def judging_setup(
     builds: Sequence[Build] | None = None,
     controls: Collection[str] = (),
 ) -> tuple[Engine, Noise | None]:
-    """Return the engine that recomputes a proof, and the honest noise between the prover's engine
-    and it, if known.
+    """Return the engine that recomputes a proof, and the noise law between both engines.
 
     :func:`verify` calls this before it computes anything, and its arguments are those of `verify`;
     ``builds`` are the pinned ones, which say of which kind the prover's machine is, and
@@ -234,8 +233,7 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
 def judging_batch(
     header: Header, *, engine: str = "hf", calibration: Calibration | None = None
 ) -> int:
-    """Return the batch size of a validator: that of the header, which may claim any, or one that
-    was measured.
+    """Return the batch size to recompute with: the header's if measured, else the first measured.
 
     If no engine of the validator's kind, ``hf`` or ``vllm``, that may judge the prover was measured
     with the batch of the header, that of the first one is taken.

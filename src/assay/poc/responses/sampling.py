@@ -1,6 +1,4 @@
-"""The parameters of sampling, and the seeds of the noise; :mod:`assay.poc.responses.sampler` has
-the steps.
-"""
+"""Sampling parameters and noise seeds; :mod:`assay.poc.responses.sampler` has the steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,9 +118,7 @@ def mark_tokens(ids: Sequence[int], vocab_size: int) -> NDArray[np.bool_]:
 def counts_before(
     output: Sequence[int], vocab_size: int, start: int, stop: int
 ) -> NDArray[np.int32]:
-    """Return how often each token is in the output before the steps ``start`` to ``stop - 1``,
-    int32 [N, V].
-    """
+    """Return the counts of every token before the steps ``start`` to ``stop - 1``, int32 [N, V]."""
     counts_NV = np.zeros((stop - start, vocab_size), dtype=np.int32)
     if stop > start:
         counts_NV[0] = np.bincount(np.asarray(output[:start], dtype=np.int64), minlength=vocab_size)
@@ -212,9 +208,7 @@ class ResponseSeed(ResponseName):
         return self.text_of("tokens")
 
     def text_of(self, stream: Stream) -> str:
-        """Return the seed text of a stream: tag, stream and every field, each after its length in
-        UTF-8 bytes.
-        """
+        """Return the seed text of a stream: tag, stream and fields, each after its byte length."""
         fields = (
             self.user_seed,
             self.request_id,
@@ -231,9 +225,7 @@ class ResponseSeed(ResponseName):
         return words_18.reshape(8)
 
     def step_seeds(self, steps: Sequence[int], stream: Stream = "tokens") -> NDArray[np.uint32]:
-        """Return the 32-bit seeds of steps of a stream, uint32 [N]. Step 0 gives the first token of
-        the output.
-        """
+        """Return the 32-bit seeds of a stream's steps, uint32 [N]; step 0 gives the first token."""
         return step_seeds(self.words(stream), steps)
 
 

@@ -1,5 +1,4 @@
-"""The fit of the law of claimed tokens to honest replays: the likeliest mixture of scales, with
-responses as clusters.
+"""The maximum-likelihood fit of the law of claimed tokens to honest replays.
 
 Suffixes: N values, G columns of a profile, L clusters, U scales of clusters.
 """
@@ -38,9 +37,7 @@ _CONVERGED = 0.003
 
 @dataclass(frozen=True, slots=True)
 class TokenFit:
-    """The law of the tokens of one honest cluster, the spread of ln scale between clusters, and its
-    standard error.
-    """
+    """The law of honest tokens, the spread of ln scale between clusters, and its standard error."""
 
     law: TokenNoise
     between: float
@@ -49,8 +46,7 @@ class TokenFit:
 
 
 def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
-    """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz
-    1956), with EM.
+    """Fit scale weights to honest tokens by EM (Kiefer and Wolfowitz 1956).
 
     The weights are fitted for every spread between clusters in :data:`BETWEEN`. The largest spread
     is taken whose log-likelihood is within `INDIFFERENT` of the best. :data:`UNSEEN` tokens are

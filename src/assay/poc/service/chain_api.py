@@ -60,9 +60,7 @@ def describe_server(controller: Controller) -> JsonObject:
 def chain_router(
     controller: Controller, kind_of_route: type[APIRoute], *, prefix: str = CHAIN_PREFIX
 ) -> APIRouter:
-    """Return the routes of the client: in the fields of MLNode with one server, or under another
-    ``prefix`` in those of such a server.
-    """
+    """Return the routes of the chain's client, with the fields of MLNode or of its servers."""
     router = APIRouter(prefix=prefix, tags=["Gonka"], route_class=kind_of_route)
     as_node = prefix == CHAIN_PREFIX
     works = problems(400, 409, 413, 422, 429, 503)

@@ -1,6 +1,4 @@
-"""Verdicts on received values: the published rules, and the residual test of a node's whole
-round.
-"""
+"""Verdicts on received values: the published rules, and the residual test of a round."""
 
 import math
 import time
@@ -53,9 +51,7 @@ class HonestNoise:
     def of(
         self, pipeline: Pipeline, validator: Fingerprint, digest: str, round: Round
     ) -> Noise | None:
-        """Return the noise of a preset; None where it is not known, and a wider law must not take
-        its place.
-        """
+        """Return the noise of a preset; None where it is unknown."""
         dtype = validator.dtype
         builds: Sequence[Build | None]
         if self._given is not None:
@@ -93,9 +89,7 @@ class HonestNoise:
         return next((noise for noise in laws if noise is not None), None)
 
     def effective_dimension(self, digest: str, preset: str) -> float | None:
-        """Return the effective dimension of a model's states, which a calibration of its distances
-        has.
-        """
+        """Return the effective dimension of a model's states, from a calibration of distances."""
         measured = (
             [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
         )
@@ -111,9 +105,7 @@ class HonestNoise:
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
-    """Refuse a calibration of another model than is deployed: its noise would be too wide or too
-    narrow.
-    """
+    """Refuse a calibration of another model than the deployed one."""
     if calibration is None:
         return
     digests = [build.digest for build in calibration.builds]
@@ -157,8 +149,8 @@ class Judge:
         request: ValidateRequest,
         computed: Sequence[float],
     ) -> JsonObject:
-        """Judge received distances [N] against computed ones, write the verdict and its callback,
-        and return the reply.
+        """Judge received against computed distances [N], store verdict and callback, return the
+        reply.
 
         A received value that is not finite is a mismatch.
         """
@@ -316,8 +308,7 @@ def judge_vectors(
     *,
     missing: str,
 ) -> JsonObject:
-    """Return the verdict on the residuals [N] of an artifact job, of which ``counted`` [N] are held
-    against the published threshold; ``missing`` is the reason where there is no law.
+    """Return the verdict on the residuals [N] of an artifact job, by law and published count.
 
     ``artifact`` has the published count and the published reply, and ``chain-decode`` the residual
     test beside it. The other presets are judged by the residual test, which their reply holds

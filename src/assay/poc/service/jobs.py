@@ -1,4 +1,4 @@
-"""Artifact jobs: vectors of asked nonces, computed or checked, while no round needs the engine."""
+"""Artifact jobs: vectors of given nonces, computed or checked while no round generates."""
 
 import threading
 import time
@@ -67,8 +67,7 @@ class Jobs:
         database.change(interrupted.values(status="queued"))
 
     def submit(self, request: GenerateRequest, client: str | None = None) -> JsonObject:
-        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside
-        those that wait.
+        """Queue a job durably; 429 where the queue has no room for this client.
 
         A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine,
         which may fill the queue.
@@ -132,9 +131,7 @@ class Jobs:
         }
 
     def watch(self, job_id: str) -> "Future[JsonObject]":
-        """Return a future of the state that a job has once it is finished. Only the sender of a job
-        watches it.
-        """
+        """Return a future of a job's final state, for its sender."""
         future = self._waiting[job_id] = Future[JsonObject]()
         state = self.state(job_id)
         if state["status"] not in ("queued", "running"):

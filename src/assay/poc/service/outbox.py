@@ -1,5 +1,4 @@
-"""Callbacks: kept in an outbox, in the transaction of the results that they announce, and delivered
-at least once.
+"""Callbacks in a transactional outbox, delivered at least once.
 
 A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the
 body is made from the records when it is sent; records never change, so a row always gives the same
@@ -73,8 +72,7 @@ class Outbox:
         most: int,
         header: int | None = None,
     ) -> None:
-        """Owe callbacks for valid nonces of a round, or for stored receipts of a header: extend the
-        open one, or open others. One callback has up to ``most``, and collects for ``interval``
+        """Add valid nonces or stored receipts to callbacks of up to ``most`` that collect for
         seconds.
         """
         table = self._table
@@ -157,17 +155,13 @@ class Outbox:
             self._db.change(self._table.update().where(ripe).values(status="pending"))
 
     def retry_now(self) -> None:
-        """Forget the pauses of pending callbacks: the clock may have been set back since they were
-        written.
-        """
+        """Forget the pauses of pending callbacks, because the clock may have been set back."""
         self._db.change(
             self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0)
         )
 
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
-        """Return up to ``limit`` callbacks whose time has come, the oldest of the operator first,
-        with their bodies.
-        """
+        """Return up to ``limit`` due callbacks with bodies, the operator's first, then by age."""
         c = self._c
         callbacks = list[tuple[Callback, str]]()
         now = time.time()  # where the clock was set back, a pause may be longer than any
@@ -265,9 +259,7 @@ class Outbox:
     def owed(
         self, connection: sa.Connection, round_id: int | None, *, client: str | None = None
     ) -> int:
-        """Return how many callbacks of a round are undelivered; None asks for those of artifact
-        jobs, of one client.
-        """
+        """Return how many callbacks of a round, or of a client's jobs, are undelivered."""
         of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
         if client is not None:
             of_round &= self._c.client == client
@@ -457,14 +449,10 @@ async def _first_words(response: httpx.Response) -> str:
 
 
 def backoff(attempts: int, base: float, longest: float) -> float:
-    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half
-    at random.
-    """
+    """Return the pause before the next attempt: exponential up to a bound, with jitter."""
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
 def retry_after(value: str) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 for none, or for
-    one with a date.
-    """
+    """Return the seconds of a ``Retry-After`` header, at most a day; 0 for none or a date."""
     return min(float(value), LONGEST_PAUSE) if value.isascii() and value.isdigit() else 0.0

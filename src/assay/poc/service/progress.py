@@ -86,9 +86,7 @@ class Progress:
 
     @property
     def law(self) -> stats.BlockLaw | None:
-        """Law of this block by the model's states, or of any block by a calibration; None before
-        either.
-        """
+        """Law of this block from the model's states, else of any block from a calibration."""
         return self._of_calibration if self.factor is None else self.factor.law
 
     def add(self, batch: ComputedBatch) -> None:
@@ -146,9 +144,7 @@ class Progress:
         return expected
 
     def histogram(self) -> dict[str, Any] | None:
-        """Return the bins of the distances beside what this block, or the average one, expects;
-        None for vectors.
-        """
+        """Return the bins of the distances with their expected counts; None for vectors."""
         if not self._dimension:
             return None
         with self._lock:

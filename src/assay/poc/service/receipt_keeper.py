@@ -1,6 +1,4 @@
-"""Receipts of responses: a canonical line each on disk, the thread that writes them, and the routes
-that read them.
-"""
+"""Receipts of responses: a canonical line each on disk, their writer, and their routes."""
 
 import hashlib
 import threading
@@ -60,9 +58,7 @@ _ROOM = (2**16, 2**24)  # least and most bytes that are written to see whether t
 
 
 class NewReceipt(NamedTuple):
-    """A receipt on its way to the disk, with the lines that it and its header have in a file,
-    without line ends.
-    """
+    """A receipt to be stored, with its line and its header's line in a file."""
 
     header: str
     receipt: Receipt
@@ -71,9 +67,7 @@ class NewReceipt(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Receipts that make one file: in the order in which they were stored, of one header, no choice
-    twice.
-    """
+    """Receipts that make one file: in stored order, of one header, each choice once."""
 
     header: str | None  # line of their header; None without receipts
     chunks: tuple[
@@ -83,9 +77,7 @@ class Page(NamedTuple):
 
 
 class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
-    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes
-    those that are old.
-    """
+    """Stores receipts in a thread, many in one transaction; reads and deletes them."""
 
     def __init__(
         self, database: Database, outbox: Outbox, settings: ServiceSettings, metrics: Metrics
@@ -223,8 +215,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             connection.exec_driver_sql("DELETE FROM receipt_room")
 
     def of_request(self, request_id: str, index: int | None = None) -> list[str]:
-        """Return the receipts of a request, or of one of its choices: each a JSON object as text,
-        with its header.
+        """Return the receipts of a request, for all choices or one, as JSON with header.
 
         Unknown ones are refused with 404, and with 413 those that are too large for one answer.
         """
@@ -254,9 +245,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             ]
 
     def listed(self, after: int, limit: int) -> list[JsonObject]:
-        """Return what there is to know of receipts after a sequence number without reading them,
-        oldest first.
-        """
+        """Return facts of receipts after a sequence number, oldest first, without their lines."""
         c = self._c
         sha256 = sa.func.lower(sa.func.hex(self._c.sha256)).label("sha256")
         about = (
@@ -277,9 +266,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return [dict(row._mapping) for row in self.database.rows(query)]
 
     def page(self, after: int, limit: int, *, request_id: str | None = None) -> Page:
-        """Return the longest run of receipts after a sequence number that makes one file of bounded
-        size.
-        """
+        """Return the longest run of receipts after a sequence number that fits one file."""
         c, headers = self._c, self.database["receipt_headers"].c
         query = sa.select(c.seq, c.header_id, c.name, c.choice, c.size).where(
             c.seq > after, *self._of(request_id)
@@ -314,9 +301,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return Page(line, (*chunks, *([] if last is None else [last])), more)
 
     def lines(self, low: int, high: int, *, request_id: str | None = None) -> list[tuple[int, str]]:
-        """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a
-        page's ``chunks``.
-        """
+        """Return tokens and lines of the receipts after ``low`` up to ``high``."""
         c = self._c
         query = (
             sa.select(c.tokens, c.line)
@@ -326,9 +311,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return [(row.tokens, row.line) for row in self.database.rows(query)]
 
     def delete(self, request_id: str, index: int | None = None) -> int:
-        """Delete the receipts of a request, or of one of its choices; return how many. 404 stands
-        for none.
-        """
+        """Delete the receipts of a request or one choice; return how many, 404 for none."""
         count = self._delete(*self._of(request_id, index))
         if not count:
             raise _unknown()
@@ -336,9 +319,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return count
 
     def prune(self, keep: float) -> int:
-        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there
-        are no more.
-        """
+        """Delete some receipts older than ``keep`` seconds; return how many."""
         now = self.database.settled_time()
         c = self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
@@ -356,9 +337,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return len(gone)
 
     def tidy(self) -> None:
-        """Empty the journal if it may hold something that was deleted. Readers may delay it until
-        the next call.
-        """
+        """Empty the journal, which may hold deleted receipts; a reader may delay it."""
         with self._tidying:
             if self._journal_owed:
                 self._journal_owed = False  # now: what is deleted meanwhile owes another time
@@ -402,8 +381,7 @@ class ReceiptSink:
         """
 
     async def store(self, receipt: Receipt, *, client: str | None = None) -> None:
-        """Store a receipt; it is on disk when this returns. A response may not be complete before
-        that.
+        """Store a receipt; it is on disk when this returns, before its response may end.
 
         ``client`` is who asked: of the disk and of the receipts that wait for it, each has a share.
         A prompt is stored as a hash unless the setting ``receipt_prompts`` is on. The receipt is
@@ -429,9 +407,7 @@ class ReceiptSink:
 def receipts_router(
     runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]
 ) -> APIRouter:
-    """Return the routes of receipts. Handlers that block are plain functions, which FastAPI calls
-    in threads.
-    """
+    """Return the routes of receipts; blocking handlers are plain functions, run in threads."""
     router = APIRouter(prefix=RECEIPTS_PREFIX, tags=["receipts"], route_class=kind_of_route)
     path_of_request = "/{request_id:path}"  # a request id may hold slashes
     export: dict[int | str, dict[str, Any]] = {
@@ -442,9 +418,7 @@ def receipts_router(
 
     @router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)
     def listed(after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        """Return what is stored after a sequence number, oldest first, without the receipts
-        themselves.
-        """
+        """Return the facts of stored receipts after a sequence number, oldest first."""
         listed_receipts = receipts.listed(after, limit + 1)
         following = listed_receipts[limit - 1]["seq"] if len(listed_receipts) > limit else None
         return JSONResponse({"receipts": listed_receipts[:limit], "next": following})
@@ -461,8 +435,7 @@ def receipts_router(
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         request_id: RequestId = None,
     ) -> Response:
-        """Return receipts after a sequence number as a complete file, which ``assay poc replay``
-        reads.
+        """Return receipts after a sequence number as a file for ``assay poc replay``.
 
         The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is
         the ``after`` of the next one, and ``Receipts-More`` says whether there is one now.
@@ -481,9 +454,7 @@ def receipts_router(
     async def file_lines(
         client: str | None, page: Page, request_id: str | None
     ) -> AsyncIterator[str]:
-        """Yield the file, a part at a time. Without its footer, which is missing where reading
-        fails, it is no file.
-        """
+        """Yield the file in parts; a file whose reading fails has no footer."""
         digest = hashlib.sha256()
         count = 0
         tokens = 0

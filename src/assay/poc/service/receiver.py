@@ -1,5 +1,4 @@
-"""A receiver of callbacks: checks signatures, keeps every callback once, and can be asked what it
-has.
+"""A receiver of callbacks: checks signatures, stores each callback once, and lists them.
 
 The routes are those of the published receiver script; the callbacks are in one SQLite file. Only
 posts that a known secret has signed need no key.
@@ -81,9 +80,7 @@ class Received:
             return True
 
     def batches(self, after: int, limit: int) -> list[JsonObject]:
-        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they
-        are large.
-        """
+        """Return callbacks after a sequence number, oldest first, at most ``limit``."""
         received = self._received
         callbacks = list[JsonObject]()
         size = 0
@@ -156,9 +153,7 @@ def create_receiver(store: Received, settings: ListenerSettings) -> FastAPI:
     async def take(
         kind: Literal["generated", "validated", "receipts"], request: Request
     ) -> Response:
-        """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or
-        receipts' names.
-        """
+        """Accept a callback: nonces or vectors (generated), a verdict, or receipts."""
         body, values = parsed(await request.body())
         signatures.check(body, request.headers)
         # The path is not signed. The body is, and tells the kinds apart.

@@ -1,5 +1,4 @@
-"""Requests: their bodies, field for field as published, and the checks of them before any work is
-done.
+"""Request bodies, field for field as published, and their checks before any work.
 
 The defaults are those of the library: sign flips on, hooks between the layers off. The bodies of
 responses are here for the OpenAPI document: handlers return plain values that fit them.
@@ -156,9 +155,7 @@ AnyInit = Annotated[
 
 
 class ValidateRequest(BaseModel):
-    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a
-    number.
-    """
+    """Published distances to be recomputed; ``dist`` may hold null in place of a number."""
 
     model_config = ConfigDict(allow_inf_nan=True, strict=True)
 
@@ -171,9 +168,7 @@ class ValidateRequest(BaseModel):
 
 
 class Artifact(BaseModel):
-    """A published vector, or the points of a chain. What does not decode to one counts as a
-    mismatch.
-    """
+    """A published vector, or the points of a chain; malformed ones count as mismatches."""
 
     nonce: Nonce
     vector_b64: Annotated[str, StringConstraints(max_length=65_536)] = ""
@@ -321,9 +316,7 @@ def check_round(round: Round, settings: ServiceSettings, *, share: bool | None) 
 def check_build(
     fingerprint: Fingerprint, deployment: Deployment, settings: ServiceSettings
 ) -> None:
-    """Refuse with 409 an engine that is of no build that the network allows; names what the nearest
-    one has else.
-    """
+    """Refuse with 409 an engine of no allowed build, and name its differences to the nearest."""
     build, names = nearest_build(_builds(deployment, settings), fingerprint)
     _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
 
@@ -366,9 +359,7 @@ def round_values(
     *,
     needs_share: bool,
 ) -> RoundValues:
-    """Return the round that a request asks for; refuse one without a needed share (400), and other
-    parameters than deployed or agreed on (409).
-    """
+    """Return the round of a request; 400 without its share, 409 for other parameters."""
     share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings, chain=request.chain)
@@ -420,10 +411,7 @@ def round_values(
 def check_validation(
     request: ValidateRequest, stored: StoredRound, settings: ServiceSettings
 ) -> None:
-    """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no
-    node (409), lists that do not fit or nonces of another node (422), and nonces of which one
-    forward pass would serve several.
-    """
+    """Refuse distances of another block or key (409), wrong lists or colliding seeds (422)."""
     fields: dict[str, Any] = {"state": "VALIDATING"}
     different_fields = [
         name
@@ -478,10 +466,7 @@ def check_validation(
 
 
 def check_job(request: GenerateRequest, deployment: Deployment, settings: ServiceSettings) -> None:
-    """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters
-    than deployed or agreed on (409), and nonces that one forward pass would serve where artifacts
-    are to be checked.
-    """
+    """Refuse a job of other nonces (400), other parameters (409) or colliding seeds (422)."""
     _check_params(request.params, deployment, settings, chain=request.chain)
     check_url(request.url, allow_private=settings.allow_private_callbacks)
     round = request.round(deployment.reference)
@@ -660,9 +645,7 @@ class JobReply(_Reply):
 
 
 class ReceiptEntry(_Reply):
-    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its
-    line.
-    """
+    """Facts of a stored receipt; ``sha256`` is the hash of its line."""
 
     seq: int
     request_id: str
@@ -676,9 +659,7 @@ class ReceiptEntry(_Reply):
 
 
 class ReceiptList(_Reply):
-    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after
-    the last.
-    """
+    """Stored receipts, oldest first; ``next`` is the ``after`` of the next page, or null."""
 
     receipts: list[ReceiptEntry]
     next: int | None

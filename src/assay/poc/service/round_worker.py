@@ -1,5 +1,4 @@
-"""The two threads of the service: the worker runs the engine, and the writer puts its batches on
-disk.
+"""Two threads of the service: the worker runs the engine, the writer stores its batches.
 
 torch and the compiled streams release the interpreter while they compute, so the event loop answers
 meanwhile. The short queue between both connects the speed of the engine to that of the disk and of
@@ -68,9 +67,7 @@ class Worker(EngineThread):
         self._has_background = False
 
     def generate(self, stored: StoredRound | None, epoch: int) -> None:
-        """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after
-        the running batch.
-        """
+        """Generate from ``stored.next_nonce`` on, or stop after the running batch if None."""
         with self._state:
             self._round = stored
             self._epoch = epoch
@@ -203,9 +200,7 @@ class Writer(LoopThread):
         self.paused: Paused | None = None
 
     def put(self, batch: ComputedBatch) -> bool:
-        """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer
-        wanted.
-        """
+        """Queue a batch, waiting for room; False if its epoch has ended."""
         with self._state:
             self._state.wait_for(
                 lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed

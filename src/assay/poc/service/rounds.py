@@ -1,5 +1,4 @@
-"""Rounds: the states of the service with every transition between them, rounds and records on disk,
-and their numbers.
+"""Rounds: the states of the service and their transitions, with records on disk.
 
 docs/service.md shows the table of transitions.
 """
@@ -38,8 +37,7 @@ SHARE = ("node_id", "node_count", "group_id", "n_groups")
 
 @dataclass(frozen=True, kw_only=True)
 class RoundValues:
-    """What a request asks a round to be: columns of the table ``rounds``. A share that does not
-    exist is refused.
+    """The values of a requested round: columns of the table ``rounds``.
 
     ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds
     them into one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups ·
@@ -108,9 +106,7 @@ class StoredRound(RoundValues):
     seconds: float
 
     def public(self) -> dict[str, Any]:
-        """Return what a reader may know: all but the callback URL, which may contain a token, and
-        the counts.
-        """
+        """Return the public values: without the callback URL, which may contain a token."""
         hidden = {
             "callback_url",
             "under_pins",
@@ -234,9 +230,7 @@ class Rounds:
         connection.execute(rounds.update().where(of_values).values(change))
 
     def commit(self, batches: Sequence[ComputedBatch], *, interval: float, most: int) -> None:
-        """Write batches of one round, their counts, and the callback that announces them, in one
-        transaction.
-        """
+        """Write batches of one round, their counts and their callback in one transaction."""
         rounds = self._rounds
         round_id = batches[0].round_id
         pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
@@ -274,9 +268,7 @@ class Rounds:
     def recent_valid(
         self, round_id: int, *, after: int | None = None, limit: int = RECENT
     ) -> list[tuple[int, float]]:
-        """Return the latest valid nonces with their distances, ascending; with ``after``, the next
-        ones after it.
-        """
+        """Return the latest valid nonces with distances, or the next ones after ``after``."""
         records = self._records
         condition = (records.c.round_id == round_id) & (records.c.valid == 1)
         order = records.c.nonce.desc() if after is None else records.c.nonce
@@ -303,9 +295,7 @@ class Rounds:
         return counts
 
     def prune(self, keep: float) -> int:
-        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback;
-        return how many.
-        """
+        """Delete rounds unused for ``keep`` seconds without pending callbacks; return how many."""
         rounds = self._rounds
         service = self._service
         outbox = self._db["outbox"]

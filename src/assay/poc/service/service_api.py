@@ -1,6 +1,4 @@
-"""The application, alone or inside another one: the published routes, and those that operators
-expect.
-"""
+"""The application, alone or mounted in another: published routes and operators' routes."""
 
 import asyncio
 from collections.abc import Callable

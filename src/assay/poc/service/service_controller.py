@@ -145,9 +145,7 @@ class Controller(Runtime):
                 self._move(state)
 
     def stop(self, *, cancel_jobs: bool = False) -> None:
-        """Stop generating and validating, and cancel artifact jobs where that is asked. Works with
-        a full disk too; the state is then written later.
-        """
+        """Stop generating and validating, and on request cancel jobs; works with a full disk."""
         with self._lock:
             state = self._after("stop")
             self._persist(state)
@@ -161,9 +159,7 @@ class Controller(Runtime):
     def validate(
         self, request: requests.ValidateRequest, client: str | None = None
     ) -> "Future[JsonObject]":
-        """Recompute and judge distances of the round's block for a client; the future has the
-        response.
-        """
+        """Recompute and judge distances of the round's block; the future has the response."""
         with self._lock:
             self._after("validate")
             stored = self._check_same_model(self.state)
@@ -211,9 +207,7 @@ class Controller(Runtime):
     async def run_job(
         self, request: requests.GenerateRequest, client: str | None
     ) -> tuple[JsonObject, bool]:
-        """Queue a job, and wait for its end where it asks for that; return its state, and whether
-        the wait was too short.
-        """
+        """Queue a job and wait if asked; return its state and whether the wait timed out."""
         queued = await self.call(self.submit, request, client)
         if not request.wait:
             return queued, False

@@ -37,9 +37,7 @@ TRANSITIONS: dict[str, dict[State, State]] = {
 
 
 def after(call: str, state: State, *, has_round: bool) -> State:
-    """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming
-    those that are.
-    """
+    """Return the state after a call; 409 with the allowed calls if it is not allowed."""
     choices = [
         candidate
         for candidate, row in TRANSITIONS.items()

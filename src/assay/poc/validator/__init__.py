@@ -1,5 +1,4 @@
-"""The validator: takes the work of many nodes, recomputes a secret sample of it, and keeps the
-ledger of their lives.
+"""The validator: recomputes a secret sample of many nodes' nonces, and keeps their ledger.
 
 It needs the extra ``serve``. docs/validator.md describes it; ``assay poc validator`` runs it.
 """

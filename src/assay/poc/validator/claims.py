@@ -1,5 +1,4 @@
-"""What a node claims in a message: the published bodies of callbacks, read strictly and held
-against the pins.
+"""Claims of nodes: published callback bodies, read strictly and checked against the pins.
 
 A callback says less than the header of a proof: block, key, share, nonces and their values. The
 preset, the length, the number format and the checkpoint are those of the pins, so a node that
@@ -76,9 +75,7 @@ class Claim:
     values: Sequence[float | str]
 
     def record(self, place: int, pipeline: Pipeline) -> Record:
-        """Return the record of a place; a vector that is not one is a row of NaN, which is never a
-        match.
-        """
+        """Return the record of a place; a malformed vector is a row of NaN, never a match."""
         nonce = self.nonces[place]
         value = self.values[place]
         if isinstance(value, (int, float)):
@@ -188,9 +185,7 @@ class Reader:
         return f"{self.registry.hash}/{self.positions}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
-        """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is
-        not of the form.
-        """
+        """Return the claim of a ``generated`` body; 422 where it contradicts the pins."""
         pipeline = self.registry.pipeline
         node_id = self.check_share(values, sender)
         vectors = pipeline.output != "distance"

@@ -1,5 +1,4 @@
-"""Secrets that draw samples: committed to before they are used, kept while they are, and published
-afterwards.
+"""Secrets that seed samples: committed before use, secret during it, published afterwards.
 
 The commitment of an epoch is SHA-256(secret ‖ epoch), with the number of the epoch in eight bytes,
 the highest first; it is published one whole epoch ahead. A message that arrives in an epoch is
@@ -53,9 +52,7 @@ def commitment(secret: bytes, epoch: int) -> str:
 
 
 def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes) -> int:
-    """Return the number that draws from a message, whose body has this SHA-256, of the epoch in
-    which it arrived.
-    """
+    """Return the sample seed of a message from its SHA-256 and its epoch's secret."""
     parts = (TAG, public_key.encode(), message_id.encode(), digest)
     # Each after its length, so that no two messages have one text.
     text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
@@ -63,8 +60,7 @@ def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes)
 
 
 def first_turn(seed: int, nonces: int, sample: int) -> float:
-    """Return the turn of a message of which nothing was drawn: from 0 to 1, the lowest is drawn
-    from first.
+    """Return the turn, 0 to 1, of a message without samples; the lowest is sampled first.
 
     A draw of so many nonces adds their share of the message, so that turns of all messages rise
     alike: this is systematic sampling with a random start, in which the chance of a nonce does not

@@ -1,5 +1,4 @@
-"""The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are
-open.
+"""The inbox on disk: each message once, epochs with secrets, and open blocks.
 
 What is drawn is a nonce of a round. The first message of a key that names it owns it, and a later
 one keeps only its new nonces: ``nonces`` counts those, and ``claim`` holds them. So copies, under
@@ -193,15 +192,12 @@ class Inbox:
         self.database.close()
 
     def is_full(self, public_key: str, size: int) -> bool:
-        """Return whether a node's messages leave no room for one of so many bytes, of its own or of
-        the disk's.
-        """
+        """Return whether a message of this size exceeds a node's room or that of the disk."""
         stored_bytes = self._kept[self._senders.get(public_key, 0)]
         return stored_bytes + size > min(self._most, fair_share(self._free + stored_bytes, 0))
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
-        """Keep messages in one transaction; return of each whether it is new. They are on disk when
-        this returns.
+        """Store messages in one transaction; return for each whether it is new.
 
         Only one thread may call this.
         """
@@ -447,9 +443,7 @@ class Inbox:
         *,
         head: tuple[int, str] | None = None,
     ) -> None:
-        """Note that the evidence of draws is in the ledger, with the verdicts that changed by it,
-        and its head now.
-        """
+        """Record that evidence is in the ledger, with changed verdicts and the ledger's head."""
         with self.database.write() as connection:
             if head is not None:
                 connection.exec_driver_sql("DELETE FROM ledger_heads")
@@ -464,9 +458,7 @@ class Inbox:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Refuse a ledger that does not hold what the last one held: it was emptied, replaced, or
-        is an older copy.
-        """
+        """Refuse a ledger that was emptied, replaced, or is an older copy."""
         for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
             if not ledger.contains(row.entries, row.hash):
                 raise StorageError(
@@ -484,9 +476,7 @@ class Inbox:
         return {row.public_key: dict(row._mapping) for row in self._rows("SELECT * FROM senders")}
 
     def verdicts(self, limit: int, *, after: int | None = None) -> list[JsonObject]:
-        """Return changes of verdicts: those after an id, oldest first, or else the latest ones,
-        newest first.
-        """
+        """Return changes of verdicts after an id, oldest first, or the latest, newest first."""
         order = "DESC" if after is None else "ASC"
         query = f"SELECT * FROM verdicts WHERE id > ? ORDER BY id {order} LIMIT ?"
         return [dict(row._mapping) for row in self._rows(query, after or 0, limit)]
@@ -509,8 +499,7 @@ class Inbox:
             return connection.exec_driver_sql(query, values).all()
 
     def prune(self, keep: float, open_blocks: Collection[str] = ()) -> int:
-        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return
-        how many.
+        """Delete messages older than ``keep`` seconds that are not being recomputed.
 
         The nonces of a round are forgotten as late, and not while messages of its block are taken:
         a copy would be drawn again.

@@ -50,9 +50,7 @@ class Noises:
         """False convictions that the network accepts, and that are expected."""
 
     def of(self, build: Build, round: Round | None = None) -> Noise | None:
-        """Return the noise of a node's residuals in a round, or of the usual scale; None where none
-        was measured.
-        """
+        """Return the noise law of a node in a round; None where none was measured."""
         key = (build.model_dump_json(), "" if round is None else round.block_hash)
         if key not in self._kept:
             self._kept[key] = self._find(build, round)

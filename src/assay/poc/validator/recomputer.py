@@ -1,5 +1,4 @@
-"""The thread that recomputes: it draws nonces of many nodes, in full batches, and puts the evidence
-into the ledger.
+"""The thread that recomputes samples of many nodes in full batches, and records evidence.
 
 A pass has three steps, of which each may be the last before the process is killed: the draws are
 written down, their evidence is added to the ledger under names, and they are noted as done. A start
@@ -107,8 +106,7 @@ def choose(
     beta: float,
     chance: random.Random | None = None,
 ) -> list[str]:
-    """Return the nodes of which the next messages are drawn, one for each turn, of those that have
-    some waiting.
+    """Choose which node's message to sample next, once per turn.
 
     A share of the turns goes to all nodes alike. The draws come from the system's randomness where
     ``chance`` is None.

@@ -1,6 +1,4 @@
-"""Who may send what, and the honest noise of each: the pins, and the validator's file of secrets
-and builds.
-"""
+"""Allowed senders and their noise laws, from the pins and the file of nodes."""
 
 import hashlib
 import re
@@ -77,9 +75,7 @@ class Sender:
 
     @property
     def is_proven(self) -> bool:
-        """Whether what is pulled came from this node for sure: over http anyone on the path may
-        have written it.
-        """
+        """Whether polled data is authentic: over http anyone on the path may have written it."""
         return urlsplit(self.entry.url or "").scheme == "https"
 
     def has(self, node_id: object) -> bool:

@@ -1,5 +1,4 @@
-"""The application of a validator: the two ways in for messages, what operators and nodes may ask
-it, and the page.
+"""The application of a validator: intake of messages, queries, and the page.
 
 Nodes send signed messages, or are asked for their nonces. A message is taken before routing,
 checked against the pins, and answered once it is on disk. Routing, parameters and a response object

@@ -248,9 +248,7 @@ class ValidatorController(Runtime):
             )
 
     def nodes(self) -> list[JsonObject]:
-        """Return every node that is pinned or has sent, the strongest evidence of anything wrong
-        first.
-        """
+        """Return every pinned or heard node, the strongest evidence of a fault or fraud first."""
         senders = self.inbox.senders()
         standings = self.worker.standings
         decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}

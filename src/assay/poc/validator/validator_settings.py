@@ -1,6 +1,4 @@
-"""The settings of a validator, beside those of a service that it shares: data directory, keys,
-secrets and bounds.
-"""
+"""The settings of a validator, beside those that it shares with a service."""
 
 from pathlib import Path
 from typing import Annotated

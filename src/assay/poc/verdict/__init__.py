@@ -1,6 +1,4 @@
-"""Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds
-residuals against it.
-"""
+"""Verdicts: noise laws, their calibration, and the judge that tests residuals against them."""
 
 from assay.poc.verdict.build_noise import Machine, MachineNoise
 from assay.poc.verdict.calibration_file import noise_for

@@ -65,9 +65,7 @@ class LeftOut(StrictLaw):
 
     @property
     def holds(self) -> bool:
-        """Whether at most one audit in a thousand accuses on average, and five in a thousand in the
-        worst pair.
-        """
+        """Whether at most 1 audit in 1000 accuses on average, and 5 in the worst pair."""
         return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
 
 
@@ -208,17 +206,13 @@ class BuildNoise(MachineNoise):
         return f"{quick}calibration on {self.n} nonces{of_machines}{beside}"
 
     def has_control(self, controls: Collection[str], dtype: str | None) -> bool:
-        """Return whether a validator in its ``own`` format has what the law needs, with controls in
-        these formats.
-        """
+        """Return whether the law has a control for a validator's formats."""
         if self.control is None:
             return True
         return set(self.control.dtypes) <= set(controls) and dtype in (None, self.control.of)
 
     def judges(self, prover: Fingerprint) -> list[Fingerprint]:
-        """Return the fingerprints of the measured machines that may judge a prover: of a pair, the
-        other one.
-        """
+        """Return the measured machines that may judge a prover; of a pair, the other one."""
         if not 0 < len(self.engines) < FEWEST_MACHINES:
             return self.engines
         # Without a fingerprint of one machine of a pair, its other machine is not known.
@@ -245,9 +239,7 @@ class BuildNoise(MachineNoise):
         self.check_engine(header.fingerprint, "than the prover's")
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:
-        """Refuse an engine of another build; the error names the fields that differ from the
-        nearest measured one.
-        """
+        """Refuse an engine of another build; the error names the fields that differ."""
         wanted = engine.as_dict()
         measured = [fingerprint.as_dict() for fingerprint in self.engines]
         varied = {
@@ -265,9 +257,7 @@ class BuildNoise(MachineNoise):
         refuse_difference(min(differing, key=len, default={}), wanted, than)
 
     def kind_of(self, builds: Sequence[Build] | None, dtype: str) -> str:
-        """Return the kind of a prover's machine: the only measured one that its pinned builds
-        allow, else none.
-        """
+        """Return the kind of a prover's machine if its pinned builds allow only one."""
         # A header is the prover's word, and a prover that may name its kind chooses how wide the
         # law is.
         allowed = [engine for engine in self.engines if engine.dtype == dtype]
@@ -282,8 +272,7 @@ class BuildNoise(MachineNoise):
     def noise_between(
         self, kind: str, validator: Fingerprint | None, *, round: Round | None = None
     ) -> Noise:
-        """Return the noise between a prover's machine of a kind and a validator's, any machine of
-        the build when None.
+        """Return the noise between a kind of prover and a validator's machine, or any when None.
 
         The block of ``round`` scales a law that is relative to it.
         """
@@ -333,9 +322,7 @@ class BuildNoise(MachineNoise):
 
     @classmethod
     def from_dict(cls, values: Any) -> "BuildNoise":
-        """Read what :meth:`as_dict` wrote; ValueError, AssayError and errors of wrong types say
-        that it is not.
-        """
+        """Read what :meth:`as_dict` wrote; ValueError or AssayError if it is malformed."""
         former = ("named", "mixture")  # which earlier releases wrote
         build = TypeAdapter(cls).validate_json(
             dumps({name: value for name, value in values.items() if name not in former})

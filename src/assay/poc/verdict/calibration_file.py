@@ -1,6 +1,4 @@
-"""Calibration files: any number of builds with any number of machines, and the noise for a
-proof.
-"""
+"""Calibration files: builds with their machines, and the noise law for a proof."""
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -32,8 +30,7 @@ class Calibration:
     def find_build(
         self, header: Header, validator: Fingerprint | None = None, controls: Collection[str] = ()
     ) -> BuildNoise:
-        """Return the noise of the build that a proof was made with, and between its number format
-        and a validator's.
+        """Return the noise of a proof's build, between its format and a validator's.
 
         With ``controls``, number formats, it is a law of scores. A CalibrationError names what
         differs where no build is of the proof's model, preset and engine, or has this control.
@@ -70,9 +67,7 @@ class Calibration:
         raise reasons[0]
 
     def control_of(self, header: Header, judging_dtype: str) -> tuple[str, ...]:
-        """Return the formats of the control beside a validator's own; a CalibrationError where none
-        was measured.
-        """
+        """Return the control formats beside a validator's own; a CalibrationError without any."""
         formats = sorted((header.fingerprint.dtype, judging_dtype))
         for build in self.builds:
             if (
@@ -91,9 +86,7 @@ class Calibration:
         )
 
     def check_kind(self, header: Header, engine: str) -> None:
-        """Refuse, with a CalibrationError, an engine (``hf`` or ``vllm``) that was not measured
-        beside the prover's.
-        """
+        """Refuse an engine, ``hf`` or ``vllm``, that was not measured beside the prover's."""
         kinds = {
             engine_known.engine
             for engine_known in self.find_build(header).judges(header.fingerprint)
@@ -108,8 +101,7 @@ class Calibration:
             )
 
     def fixes_format(self, header: Header) -> bool:
-        """Return whether every build of a proof's checkpoint and preset was measured in the number
-        format it states.
+        """Return whether all builds of a proof's model and preset were measured in its format.
 
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
@@ -126,9 +118,7 @@ class Calibration:
         )
 
     def merged(self, other: "Calibration") -> "Calibration":
-        """Return a calibration with the builds of both; for a build that is in both, this one's
-        measurement counts.
-        """
+        """Return a calibration with the builds of both; this one's measurement has priority."""
         mine = [build.identity for build in self.builds]
         return Calibration(
             builds=(
@@ -230,8 +220,7 @@ def find_build_noise(
     validator: Fingerprint,
     controls: Collection[str] = (),
 ) -> Noise | None:
-    """Return the noise of a build, for messages that name no engine of the node; None where none
-    was measured.
+    """Return the noise of a build for messages that name no engine; None if not measured.
 
     ``formats`` are the number formats of the node and of the validator, which must have been
     measured together, with the ``validator``'s own engine and length. Laws come first that use more
@@ -265,8 +254,7 @@ def find_build_noise(
 
 
 def account_alpha(pins: NetworkPins | None, own_alpha: float | None = None) -> float:
-    """Return the bound on the chance that one honest account is ever convicted: that of the pins,
-    the given one, .001.
+    """Return the lifetime false-positive rate of one account: from pins, settings, or .001.
 
     A UsageError refuses a given one that contradicts the pins.
     """
@@ -283,8 +271,7 @@ def account_alpha(pins: NetworkPins | None, own_alpha: float | None = None) -> f
 def describe_promise(
     pins: NetworkPins, alpha: float, calibrations: Iterable[Calibration]
 ) -> JsonObject:
-    """Return the nodes of a network, the false convictions that it accepts, alpha, and how many are
-    to be expected.
+    """Return a network's nodes, accepted false convictions, alpha, and the expected number.
 
     ``expected`` is the number of nodes times the larger of alpha and the upper end of the interval
     of the worst build; None where the pins state no number, or no machine was left out of a law.

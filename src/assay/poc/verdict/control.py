@@ -25,8 +25,7 @@ _Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Control(StrictLaw):
-    """One or two more honest computations of every nonce, which say how hard the nonce is for any
-    machine.
+    """One or two more honest computations of every nonce, which show how hard it is.
 
     A residual counts as a *score*: the geometric mean of the node's residuals from the validator's
     computations, over those between these computations, each to a power of its own, all in units of
@@ -57,8 +56,7 @@ class Control(StrictLaw):
     def measured(
         cls, pairs: Sequence[tuple[FloatArray, FloatArray]], *, of: str, dtypes: Sequence[str]
     ) -> Self | None:
-        """Return the control that honest machines give: for several of them residuals [E, N], and
-        those between [P, N].
+        """Fit the control to residuals [E, N] of honest machines and those between them [P, N].
 
         It is None where it takes less than a tenth of the spread of the logarithms away, and is not
         worth its price.
@@ -98,8 +96,7 @@ class Control(StrictLaw):
         return replace(even, powers=tuple(powers_P.tolist())) if worth else None
 
     def scores(self, node_EN: npt.ArrayLike, between_PN: npt.ArrayLike) -> FloatArray:
-        """Return scores, [N] in the unit of the first residual, from E residuals of each nonce and
-        P between.
+        """Return scores [N] in units of the first residual, from residuals [E, N] and [P, N].
 
         A residual between computations counts as `FARTHEST` times its typical size at most, and as
         typical where it is zero or not finite, so it excuses no node. One of the node counts as a

@@ -51,9 +51,7 @@ class CanonicalModel(BaseModel):
 
     @classmethod
     def parse(cls, text: str, source: str) -> Self:
-        """Read canonical JSON; a DataError where it is not JSON, of another form, or not what
-        :attr:`line` writes.
-        """
+        """Read canonical JSON; a DataError unless :attr:`line` would write it alike."""
         try:
             # It forgives a key given twice, which the next line refuses.
             parsed = cls.model_validate_json(text)
@@ -88,8 +86,7 @@ class CanonicalModel(BaseModel):
 
 
 class AccountEvidence(CanonicalModel):
-    """The state of an account after an audit: what its life says after the last residual, with two
-    counts of a ledger.
+    """The state of an account after an audit, with two counts of the ledger.
 
     Args:
         audits: Number of entries of the account, this one included; a life outside a ledger counts
@@ -179,9 +176,7 @@ class Account:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerUpdate:
-    """The result of one audit, to be added to a ledger; of a response, the nonces are its blocks of
-    32 tokens.
-    """
+    """The result of one audit for a ledger; a response's nonces are blocks of 32 tokens."""
 
     account: Account
     round: str  # identity of the round, by `round_identity`; a nonce counts once in it
@@ -207,9 +202,7 @@ class LedgerUpdate:
 
 
 class Genesis(CanonicalModel):
-    """The beginning of a ledger, whose hash its first entry names: when it was created, in seconds,
-    and its rates.
-    """
+    """The beginning of a ledger: its time and error rates; the first entry names its hash."""
 
     kind: Literal["assay.poc.ledger"] = "assay.poc.ledger"
     version: Literal[1] = 1
@@ -313,9 +306,7 @@ class Standing:
 
 
 def round_identity(round: Round) -> str:
-    """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one
-    computation.
-    """
+    """Return the SHA-256 of block, preset, length and seed bits, which identify a round."""
     values = vars(round.plain)
     return sha256(
         dumps({name: values[name] for name in ("block_hash", "preset", "seq_len", "strength")})
@@ -333,9 +324,7 @@ def sha256(text: str) -> str:
 
 
 def make_entry(update: LedgerUpdate, **added: Any) -> Entry:
-    """Return the entry of an update, with what the ledger adds; a UsageError refuses what an entry
-    may not hold.
-    """
+    """Return the ledger entry of an update; a UsageError for invalid values."""
     nonces = [*map(int, update.nonces)]
     residuals = [float(x) if math.isfinite(x) else None for x in update.residuals]
     values = vars(update) | {"nonces": nonces, "residuals": residuals} | added

@@ -1,6 +1,4 @@
-"""Honest noise of proofs: a law of residuals, how well its scale is known, and which cheats
-count.
-"""
+"""Honest noise of proofs: a law of residuals, the uncertainty of its scale, and its effect."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -74,9 +72,7 @@ class Noise(StrictLaw):
 
     @property
     def shape(self) -> str:
-        """All that a test rests on but the size and the words: two noises of one shape differ in
-        their unit alone.
-        """
+        """All parameters but size and words: noises of one shape differ in their unit alone."""
         values = self.as_dict()
         return dumps(
             {name: value for name, value in values.items() if name not in ("sigma", "mu", "source")}
@@ -113,9 +109,7 @@ class Noise(StrictLaw):
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
-        """Read what :meth:`as_dict` wrote; a CalibrationError where it is no noise, or has a
-        parameter out of range.
-        """
+        """Read what :meth:`as_dict` wrote; a CalibrationError if it is malformed."""
         with refusing(values, *OF_RESIDUALS):
             law = dict(values)
             beside_law = ("source", "effect", "spread", "scores", "widest", "control")
@@ -129,8 +123,7 @@ class Noise(StrictLaw):
 def bundled_noise(
     digest: str, output: str, prover_dtype: str, validator_dtype: str
 ) -> Noise | None:
-    """Return the law of a bundled model between two number formats; None for any other model, which
-    has no law.
+    """Return the law of a bundled model between two formats; None for other models.
 
     ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family:
     :attr:`assay.poc.Pipeline.noise`. The order of the formats does not matter.
@@ -166,9 +159,7 @@ def missing_law(
 
 
 def fit_noise(pipeline: Pipeline, errors: FloatArray) -> tuple[Law, float]:
-    """Fit a law to honest residuals [N] of a pipeline; return it with the standard error of the log
-    of its size.
-    """
+    """Fit a law to honest residuals [N]; return it with the standard error of ln size."""
     if pipeline.output == "distance":
         return fit_scale_noise(errors)
     # Rounded to float16, equal vectors may differ by a step. The published law came before that was

@@ -41,9 +41,7 @@ def refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
 
 
 def read_law(values: Any) -> Law:
-    """Read a law; a CalibrationError where it is not one, or has a parameter that no measurement
-    gives.
-    """
+    """Read a law; a CalibrationError if it is malformed or a parameter is out of range."""
     with refusing(values, *OF_RESIDUALS):
         parameters = dict(values)
         law: Law = _KINDS[parameters.pop("kind")].validate_json(dumps(parameters))
@@ -57,8 +55,7 @@ def _read_spread(values: Any) -> Spread:
 
 
 def pack_scores(residuals: npt.ArrayLike, law: Law) -> str:
-    """Return the sizes of honest residuals over that of their law: base64 of logarithms in float16,
-    in ascending order.
+    """Return relative residual sizes as base64 of float16 logarithms, ascending.
 
     Of more than :data:`MOST_SCORES`, as many quantiles are kept.
     """
@@ -69,9 +66,7 @@ def pack_scores(residuals: npt.ArrayLike, law: Law) -> str:
 
 
 def unpack_scores(text: str) -> FloatArray:
-    """Return the sizes that :func:`pack_scores` wrote, over that of the law, [N]; a ValueError
-    where it did not.
-    """
+    """Return the sizes [N] that :func:`pack_scores` wrote, or raise a ValueError."""
     logs = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float64)
     if len(logs) > MOST_SCORES or not np.isfinite(logs).all() or bool(np.any(np.diff(logs) < 0)):
         raise ValueError(f"{len(logs)} scores, or some that are not numbers in ascending order")

@@ -1,6 +1,4 @@
-"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry and which
-only grows.
-"""
+"""The ledger of nodes' lives: one append-only SQLite file with an entry for every audit."""
 
 import math
 import secrets
@@ -65,9 +63,7 @@ class AccountState:
         self.audits = self.recorded = self.last = 0
 
     def take(self, entry: Entry, noise: AnyNoise) -> Entry:
-        """Take the residuals of an entry that count, and return it with the fault and the outcome
-        that follow.
-        """
+        """Take an entry's counting residuals; return it with its fault and outcome."""
         self.audits = self.audits + 1
         self.recorded = self.recorded + len(entry.nonces)
         self.last = entry.seq
@@ -95,8 +91,7 @@ def take_entry(life: Life, entry: Entry, noise: AnyNoise) -> Life:
 
 
 class Ledger(AbstractContextManager["Ledger"]):
-    """The evidence of every audit of every node, one e-process per account, on disk before anything
-    is acknowledged.
+    """The evidence of every audit, one e-process per account, durable before it is acknowledged.
 
     Several processes may write to one file. A nonce counts once per account and round: of a proof
     that is checked twice, the nonces that were checked before are recorded and do not count.
@@ -174,16 +169,12 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     @property
     def head(self) -> tuple[int, str]:
-        """Number of entries, and the hash that stands for all of them: publish it, and ``audit``
-        holds you to it.
-        """
+        """Number of entries, and the hash of the chain: publish it for later audits."""
         with self._db.read() as connection:
             return self._head(connection)
 
     def contains(self, count: int, hash: str) -> bool:
-        """Return whether this was the :attr:`head` of the ledger once, so that nothing before it is
-        missing.
-        """
+        """Return whether this was once the :attr:`head`, so that no earlier entry is missing."""
         if not count:
             return hash == self.genesis.hash
         with self._db.read() as connection:
@@ -208,8 +199,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     def record(
         self, verdict: ProofVerdict, *, proof: str | None = None, build: str | None = None
     ) -> Standing:
-        """Add the evidence of a verdict, and return what the life of the node says now; errors are
-        :meth:`append`'s.
+        """Add the evidence of a verdict; return the standing of the node's life.
 
         ``proof`` is the SHA-256 in the footer of the proof, and ``build`` the name of the prover's
         build. When None, it is that of the pinned build of its fingerprint, or the number format
@@ -245,8 +235,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         return self.append([update])[0]
 
     def append(self, updates: Iterable[LedgerUpdate]) -> list[Standing]:
-        """Add the evidence of audits, all or none of them; return the standing of the account after
-        each.
+        """Add the evidence of audits atomically; return the standing of each account.
 
         Raises:
             UsageError: A value is out of range.
@@ -416,8 +405,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 def check_ledger(
     path: Path, *, alpha: float | None = None, beta: float | None = None, read_only: bool = False
 ) -> None:
-    """Refuse a path with something other than a ledger, or one that was begun at other error rates,
-    before any write.
+    """Refuse a path that is no ledger, or a ledger with other error rates, before any write.
 
     Raises:
         UsageError: The file is no ledger, was begun at other error rates, or does not exist and is
@@ -445,9 +433,7 @@ def check_ledger(
 
 
 def find_repeated(nonces: Sequence[int], recorded: Collection[int]) -> list[tuple[int, str]]:
-    """Return the places of nonces that do not count, because they were seen in the round before,
-    with the reason.
-    """
+    """Return the places of nonces that counted before in the round, with the reason."""
     before = set(recorded)
     repeated = []
     for place, nonce in enumerate(nonces):

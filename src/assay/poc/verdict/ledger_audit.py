@@ -280,9 +280,7 @@ def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:
 
 @dataclass(frozen=True)
 class LedgerSource:
-    """A ledger to read, in its own database, or an export in a temporary one with the line that it
-    ends with.
-    """
+    """A ledger to read: its own database, or an export in a temporary one."""
 
     path: Path
     database: Database
@@ -339,9 +337,7 @@ class LedgerSource:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[LedgerSource]:
-    """Open a ledger or an export of one to read, which stays as it is; a DataError names a line of
-    neither.
-    """
+    """Open a ledger or an export read-only; a DataError names a malformed line."""
     is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
     if is_ledger and LEDGER.name not in table_names(path, flag="ledger"):
         raise not_an_export(str(path), "a database without a ledger")
@@ -358,8 +354,7 @@ def open_source(path: Path) -> Iterator[LedgerSource]:
 
 
 def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
-    """Audit a ledger or an export of one, which stays as it is: every hash, every place and every
-    verdict.
+    """Audit a ledger or an export read-only: every hash, place and verdict.
 
     ``head`` is the hash of a head that was published once; entries up to it must still be there.
 

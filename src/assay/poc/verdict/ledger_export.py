@@ -1,4 +1,4 @@
-"""Exports of a ledger as JSON Lines: its genesis, every law before its first use, entries, head."""
+"""Exports of a ledger as JSON Lines: genesis, each law before its first use, entries, head."""
 
 from collections.abc import Iterator
 from itertools import islice, zip_longest
@@ -51,9 +51,7 @@ def head_line(count: int, hash: str) -> str:
 
 
 def read_export(path: Path, database: Database) -> str:
-    """Fill an empty ledger from an export, which must be what it would write; return the last line,
-    its head.
-    """
+    """Fill an empty ledger from a canonical export; return its last line, the head."""
     first, *_ = next(_lines_of(path), ("", ""))
     with database.write() as connection:
         insert_genesis(connection, Genesis.parse(first, f"{path}, line 1"))

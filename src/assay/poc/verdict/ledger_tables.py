@@ -157,9 +157,7 @@ def insert_account(connection: sa.Connection, account: Account) -> int:
 def insert_entry(
     connection: sa.Connection, account: int, entry: Entry, text: str
 ) -> dict[str, Any]:
-    """Write the next entry and count the head up; return the row, with the place that the ledger
-    has for it.
-    """
+    """Append the next entry, advance the head, and return the row."""
     seq = sa.select(LEDGER.c.count + 1).scalar_subquery()
     hash = sha256(text)
     row = {

@@ -36,8 +36,7 @@ PLACES = 128
 
 
 class Life:
-    """The evidence of one account: feed it the residuals of audits as they come, read it at any
-    time.
+    """The evidence of one account: add the residuals of audits, read it at any time.
 
     Args:
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
@@ -86,8 +85,7 @@ class Life:
         positions: Sequence[int] | None = None,
         batch_size: int | None = None,
     ) -> Self:
-        """Take the residuals of one audit, in the order in which they were checked; NaN for a
-        missing value.
+        """Add the residuals of one audit in checked order; NaN for a missing value.
 
         Args:
             noise: Honest noise that they are judged under, chosen without looking at them.
@@ -213,9 +211,7 @@ class Life:
         return None if self._called is None else str(self._called)
 
     def held(self, test: "LifeTest") -> float:
-        """Return the logarithm of what stands of a test's e-value without any one block and without
-        faulty places.
-        """
+        """Return the smallest log e-value without any one block and without faulty places."""
         return test.held(self._pool if self._pooled_count >= PLACES else [])
 
     @property
@@ -246,16 +242,12 @@ class Life:
 
 
 def error_share(number: int) -> float:
-    """Return the share of the error rates that a test has: .9 for k = 1, else .1/(k(k − 1)); all
-    shares sum to 1.
-    """
+    """Return the share of alpha and beta of test k: .9 for k = 1, else .1/(k(k − 1))."""
     return FIRST_WEIGHT if number == 1 else (1 - FIRST_WEIGHT) / (number * (number - 1))
 
 
 def log_average(tests: Sequence[tuple[float, float]]) -> float:
-    """Return the logarithm of the average of e-values (log weight, log E); the rest of the weight
-    has E = 1.
-    """
+    """Return the log of the weighted average of e-values; the remaining weight has E = 1."""
     logs = [log_weight + log_e for log_weight, log_e in tests]
     unused = 1 - math.fsum(math.exp(log_weight) for log_weight, _ in tests)
     return float(np.logaddexp.reduce([*logs, math.log(unused)]))

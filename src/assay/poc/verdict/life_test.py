@@ -38,9 +38,7 @@ class PooledAudit:
 
 @dataclass
 class LifeTest:
-    """A test of a life, the logarithm of its share of the error rates, and its numbers after the
-    last residual.
-    """
+    """One test of a life, its log share of the error rates, and its current numbers."""
 
     test: stats.SequentialTest | ResponseTest
     log_weight: float
@@ -65,9 +63,7 @@ class LifeTest:
         self.n = result.n
 
     def held(self, pool: Sequence[PooledAudit]) -> float:
-        """Return the logarithm of the e-value of what is left without any one block, at sound
-        places of the pool.
-        """
+        """Return the smallest log e-value without any one block and the faulty places."""
         # All of it for responses: tokens have no place in a batch.
         if not isinstance(self.test, stats.SequentialTest):
             return self.log_e

@@ -63,8 +63,7 @@ def fit_build(
     progress: Progress | None = None,
     **fields: Any,
 ) -> BuildNoise:
-    """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of
-    each block.
+    """Fit a build's noise to the residuals of its pairs of machines.
 
     With a ``control``, ``measured`` has the scores that it gives. What is ``known`` are fields of
     :class:`BuildNoise`: ``digest``, ``hidden_size``, ``effective_dimension`` and ``control``.
@@ -126,8 +125,7 @@ def fit_machines(
 
 
 def spread_of_new(deviations: Iterable[float], machines: int, *errors: float) -> Spread:
-    """Return the spread of ln size of a machine that was not measured, from ln(size/predicted) of
-    machines left out.
+    """Return the spread of ln size of an unmeasured machine, from machines left out.
 
     It is the root mean square of those above their prediction, because only larger noise can
     accuse, combined with :data:`PRIOR` and the errors of the measurement.
@@ -148,8 +146,7 @@ def leave_out(
     between_blocks: float = PAIR_SPREAD,
     progress: Progress | None = None,
 ) -> tuple[float | None, LeftOut | None]:
-    """Return the smallest effect at which machines left out are not accused, and how often they are
-    accused then.
+    """Return the smallest effect at which machines left out are not accused, and their rate.
 
     Every machine is left out once. Its audits against every other machine draw nonces without
     replacement, and are judged by the law that the other machines give. If no effect is large

@@ -1,4 +1,4 @@
-"""Sizes of the noise between machines, and what they predict for a machine that was not measured.
+"""Noise sizes between machines, and the size predicted for an unmeasured machine.
 
 The size of the noise between two machines i and j of one build is s_ij, the median of their
 residuals. All pairs share one shape, which is fitted to all of them together. The size predicted
@@ -38,9 +38,7 @@ class Sizes:
         return float(np.median(list(self.pairs.values())))
 
     def predict(self, kind: str, validator: int | None = None) -> float:
-        """Return the size to expect of a new machine of a kind against a validator's machine, or
-        against any.
-        """
+        """Return the expected size of a new machine against a validator's machine, or any."""
         directed = {
             (i, j): size for pair, size in self.pairs.items() for i, j in (pair, pair[::-1])
         }

@@ -1,4 +1,4 @@
-"""What a fault at fixed places is worth: nonces without credit, and fraud where it does not end.
+"""Faults at fixed places: nonces without credit, and fraud if the fault does not end.
 
 A pool has the nonces of about 64 audits of 16 (`assay.poc.verdict.life_test.EPOCH`). What stands at
 places that a pool calls faulty is neither paid nor credited, so who lies there earns nothing by it.

@@ -240,9 +240,7 @@ def check_one_checkpoint(proofs: Sequence[Proof]) -> None:
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
-    """Refuse residuals by pair where a pair has fewer than 30 nonces, or one of the machines is in
-    no pair.
-    """
+    """Refuse a pair with fewer than 30 nonces, or a machine without a pair."""
     fewest = min((errors.size for errors in measured.values()), default=0)
     compared = {i for pair in measured for i in pair}
     if fewest < MIN_NONCES or len(compared) < machines:

@@ -21,8 +21,7 @@ def check_proof(
     sample: int | None = None,
     calibration: Calibration | None = None,
 ) -> Pins:
-    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are
-    those of `verify`.
+    """Check a proof without its model, and return its pins; arguments as for `verify`.
 
     :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs
     that are refused.
@@ -53,9 +52,7 @@ def check_proof(
 
 
 def draw_records(proof: Proof, sample: int | None, seed: int) -> list[Record]:
-    """Return the records of a sample; a UsageError says that there are not so many, or refuses the
-    seed.
-    """
+    """Return the records of a sample; a UsageError for too large a sample or a bad seed."""
     total = len(proof.records)
     size = min(LARGEST_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:

@@ -126,8 +126,7 @@ def judge(
     seed: int = 0,
     power: float | None = None,
 ) -> ProofVerdict:
-    """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the
-    same order.
+    """Judge sampled records of a proof against recomputed ones, in the same order.
 
     Without a law of honest noise the verdict is undecided, whatever the residuals are. ``controls``
     has what the validator computed again, by number format, where the law has a control. ``test``

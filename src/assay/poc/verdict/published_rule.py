@@ -18,8 +18,7 @@ P_MISMATCH = 0.001
 def published_rule(
     received: Sequence[float], recomputed: Sequence[float], r_target: float
 ) -> stats.CountTest:
-    """Apply the published rule to nonces that were claimed valid: fraud if a count against 5e-4
-    gives p < 0.01.
+    """Apply the published rule: fraud if a binomial test against 5e-4 gives p < 0.01.
 
     A mismatch is a received distance at or above ``r_target``, a recomputed one above it, or one
     that is not finite.
@@ -37,8 +36,6 @@ def count_mismatches(
     p_mismatch: float = P_MISMATCH,
     alpha: float = COUNT_ALPHA,
 ) -> stats.CountTest:
-    """Count vectors [N] whose L2 distance is above the threshold or not finite, and test the
-    count.
-    """
+    """Count vectors [N] whose distance is above the threshold or not finite, and test it."""
     mismatches = int(np.count_nonzero(~(distances <= threshold)))
     return stats.count_test(mismatches, len(distances), p_mismatch, alpha)

@@ -57,9 +57,7 @@ class ResponseBlocks:
 
     @classmethod
     def whole(cls, distances: npt.ArrayLike, profiles_NG: npt.ArrayLike) -> Self:
-        """Return the evidence of a whole response; a UsageError where the tokens do not fill the
-        blocks.
-        """
+        """Return the evidence of a whole response; a UsageError if tokens do not fill blocks."""
         distances_B = np.asarray(distances, dtype=np.float64)
         profiles = np.asarray(profiles_NG, dtype=np.float64)
         tokens = len(profiles)
@@ -81,9 +79,7 @@ class ResponseBlocks:
 
     @classmethod
     def parse(cls, distances: Sequence[float | None], text: str | None) -> Self:
-        """Return the evidence of an entry of a ledger; a ValueError where the text has no profiles
-        of these blocks.
-        """
+        """Return the evidence of a ledger entry; a ValueError without profiles of these blocks."""
         content = base64.b64decode(text or "", validate=True)
         profiles = np.frombuffer(content, dtype="<f2").reshape(-1, COLUMNS).astype(np.float64)
         if not bool(np.all((profiles <= 0) & (profiles >= 2 * LEAST_LOG))):
@@ -126,9 +122,7 @@ def _read_part_law(values: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PartNoise(StrictLaw):
-    """Honest noise of the tokens or of the sketches of responses: arguments of
-    :class:`assay.stats.ClusterTest`.
-    """
+    """Honest noise of tokens or sketches: arguments of :class:`assay.stats.ClusterTest`."""
 
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
@@ -148,9 +142,7 @@ class PartNoise(StrictLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseNoise(StrictLaw):
-    """Honest noise of claimed tokens, in units of the logits, and of sketches, as L2 distances; its
-    source in words.
-    """
+    """Honest noise of claimed tokens (in logits) and of sketches (L2), with its source."""
 
     tokens: PartNoise
     sketches: PartNoise
@@ -163,9 +155,7 @@ class ResponseNoise(StrictLaw):
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Read what :meth:`as_dict` wrote; a CalibrationError where it is not that, or of another
-        version.
-        """
+        """Read what :meth:`as_dict` wrote; a CalibrationError if it is malformed."""
         with refusing(
             values,
             "the laws of tokens and sketches with their finite parameters",
@@ -188,9 +178,7 @@ class ResponseNoise(StrictLaw):
 
 @dataclass(frozen=True, slots=True)
 class ResponseResult(EValueResult):
-    """All numbers behind a verdict on responses, by the average of the e-values of tokens and
-    sketches.
-    """
+    """All numbers behind a verdict on responses, from averaged e-values."""
 
     responses: int
     tokens: ClusterResult
@@ -198,9 +186,7 @@ class ResponseResult(EValueResult):
 
 
 class ResponseTest:
-    """The test of responses: feed it one after the other. Rates and refusals are
-    :class:`assay.stats.ClusterTest`'s.
-    """
+    """The sequential test of responses, with the rates of :class:`assay.stats.ClusterTest`."""
 
     def __init__(self, noise: ResponseNoise, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.noise = noise

@@ -35,8 +35,7 @@ _GRID = 4001  # points at which a law is inverted
 def sequential_test(
     noise: Noise, *, alpha: float = ALPHA, beta: float = BETA
 ) -> stats.SequentialTest:
-    """Return a fresh test of residuals against honest noise, with the rates of
-    :class:`assay.stats.SequentialTest`.
+    """Return a fresh residual test, with the rates of :class:`assay.stats.SequentialTest`.
 
     Every verdict comes from this test: in `verify`, the service, the validator and the experiments.
 
