@@ -2,6 +2,7 @@
 without a file.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -45,7 +46,7 @@ MISTAKES = (
     ),
     f"{PROVE} -o a.jsonl --nonces=-4:4",
     *(f"{PROVE} -o a.jsonl --r-target {target}" for target in ("0", "2.5", "nan")),
-    *(f"{PROVE} -o a.jsonl --seq-len {length}" for length in ("0", "129", "1000000")),
+    *(f"{PROVE} -o a.jsonl --seq-len {length}" for length in ("0", "1000000")),
     *(f"{PROVE} -o a.jsonl --batch-size {size}" for size in ("0", "1000000000")),
     *(f"{PROVE} -o a.jsonl --{wrong}" for wrong in ("engine onnx", "node-id 4", "strength 1")),
     "poc prove --model model --block-hash '' --public-key node_A -o a.jsonl",
@@ -124,6 +125,13 @@ def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
     )
     (made / "copy.jsonl").write_bytes((made / "proof.jsonl").read_bytes())
     (made / "truncated.jsonl").write_text((made / "proof.jsonl").read_text()[:-30])
+    config = json.loads((small_checkpoint / "config.json").read_text())
+    for name, positions in {"weightless": 128, "corrupt": 128, "short": 4}.items():
+        (made / name).mkdir()
+        changed = config | {"max_position_embeddings": positions}
+        (made / name / "config.json").write_text(json.dumps(changed))
+    (made / "corrupt" / "model.safetensors").write_text("no safetensors")
+    (made / "short" / "model.safetensors").symlink_to(small_checkpoint / "model.safetensors")
     (made / "empty").mkdir()
     (made / "loop").symlink_to("loop")
     (made / "frame.safetensors").symlink_to(
@@ -217,6 +225,21 @@ WITHOUT_TORCH = (
         f"vhack extract --model model --{one} -o b.safetensors"
         for one in ("pairs generated:2", "heldout-group nope")
     ),
+    # What headers and configurations of a checkpoint show.
+    *(f"poc prove --model {name} {ROUND} -o a.jsonl" for name in ("weightless", "corrupt")),
+    VERIFY.replace("--model model", "--model corrupt") % "proof.jsonl",
+    f"{PROVE} -o a.jsonl --seq-len 129",
+    f"{PROVE} -o a.jsonl --preset decode --seq-len 128",
+    *(
+        f"poc {words} --seq-len 129"
+        for words in (
+            "calibrate --model model -o c.json",
+            "collect --model model -o new",
+            "pins new --model model -o n.toml",
+        )
+    ),
+    VERIFY.replace("--model model", "--model reference:llama") % "proof.jsonl",
+    VERIFY.replace("--model model", "--model short") % "proof.jsonl",
     "poc calibrate --vectors absent -o c.json",
     "poc calibrate --model model --pins /proc/pins.toml -o c.json",
     "vhack sample --model model --tasks os:nope -o s.jsonl",
@@ -224,14 +247,56 @@ WITHOUT_TORCH = (
 )
 
 
+# A fork of a process that has imported the command line, and no torch, answers each command.
+FORKS = """
+import json, os, sys, tempfile, traceback
+import assay.cli.app, assay.cli.calibrate, assay.cli.foundation, assay.cli.poc, assay.cli.vhack
+from assay.cli import run
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = os.fork()
+        if process == 0:
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                code = run(json.loads(line))
+                print(sorted({"torch", "transformers", "scipy.stats"} & set(sys.modules)))
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(folder):
+    """Run a command where nothing but the command line is imported: code, stdout and stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def call(*words):
+            server.stdin.write(json.dumps(words) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield call
+        server.stdin.close()
+
+
 @pytest.mark.parametrize("command", WITHOUT_TORCH)
-def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder):
-    code = (
-        "import sys; from assay.cli import run; code = run(sys.argv[1:]); "
-        "print(sorted({'torch', 'transformers', 'scipy.stats'} & set(sys.modules))); sys.exit(code)"
-    )
-    called = [sys.executable, "-c", code, *with_file(*shlex.split(command))]
-    done = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
-    assert all(part in done.stderr for part in ("error: ", "wanted: ", "to do: "))
+def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder, fresh):
+    code, out, err = fresh(*with_file(*shlex.split(command)))
+    assert (code, out) == (2, "[]\n"), err
+    assert all(part in err for part in ("error: ", "wanted: ", "to do: "))
     assert not (folder / "f.safetensors").exists()

@@ -7,15 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
+from assay.files.weights import check_served, weight_files
 from assay.models import load_model
-from assay.models.checkpoint import (
-    check_finite,
-    check_served,
-    digest_tensors,
-    list_tensors,
-    stored_dtype,
-    weight_files,
-)
+from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models.load import identify
 
 INDEX = "model.safetensors.index.json"

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assay.files.references import CATALOGUE
 from assay.models import load_model
+from assay.models.load import identify
 from assay.models.resolve import find_bundled
 
 NAMES = ["reference:qwen3", "reference:llama"]
@@ -20,6 +22,12 @@ DIGESTS = {
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
     return load_model(request.param, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "reference:organism"])
+def test_the_catalogue_has_the_digest_of_the_weights(name):
+    """By it a proof of another model is refused before anything is loaded."""
+    assert CATALOGUE[name]["digest"] == identify(name, dtype="bfloat16").digest
 
 
 @pytest.mark.parametrize("name", NAMES)

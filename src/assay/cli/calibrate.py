@@ -254,6 +254,7 @@ def _measure_model(chosen: CalibrateSettings) -> "Calibration":
     """Measure a model on this machine; a stopped measurement is continued."""
     from assay.models.frame import Frame
     from assay.poc.launch import usual_preset
+    from assay.poc.protocol.checks import check_positions
     from assay.poc.protocol.pins import check_extent
     from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
 
@@ -266,6 +267,9 @@ def _measure_model(chosen: CalibrateSettings) -> "Calibration":
     elif frame is not None and frame.exists():
         Frame.load(frame)
     check_extent(chosen.blocks, chosen.nonces, chosen.formats)
+    if "seq_len" in chosen.model_fields_set:
+        steps = get_pipeline(preset).steps
+        check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=steps)
     from assay.poc.one_machine import calibrate_model
 
     names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set

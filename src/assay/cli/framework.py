@@ -330,7 +330,7 @@ class Command(click.Command):
         """Return the objects of the settings classes, once what needs no torch is checked."""
         refuse_own_sources(self.settings, values)
         for name in {"model", "reference"} & values.keys():
-            check_reference(str(values[name]))
+            check_reference(str(values[name]), with_weights=name == "model")
         instances = []
         for kind in self.kinds:
             mine = {n: v for n, v in values.items() if self.settings[n].kind is kind}

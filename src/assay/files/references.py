@@ -8,10 +8,13 @@ import difflib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from assay.errors import ModelNotFound
+from assay.errors import DataError, ModelNotFound
+from assay.files.jsonl import read_json
+from assay.files.weights import check_weights
 
 _MODELS = json.loads((Path(__file__).parents[1] / "models" / "catalogue.json").read_text("utf-8"))
 CATALOGUE: dict[str, dict[str, Any]] = {model["reference"]: model for model in _MODELS}
@@ -27,8 +30,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"(?![.-])[\w.-]+(/[\w.-]+)?")
 
 
-def check_reference(reference: str) -> None:
-    """Refuse a reference that leads to no model, by the catalogue and the files that exist."""
+def check_reference(reference: str, *, with_weights: bool = False) -> None:
+    """Refuse a reference that leads to no model, by the catalogue and the files that exist.
+
+    With ``with_weights`` the weights of a directory are checked by their names and headers.
+    """
     if is_bundled(reference):
         check_bundled(reference)
         return
@@ -40,6 +46,22 @@ def check_reference(reference: str) -> None:
         is_adapter = (path / ADAPTER_CONFIG).is_file()
         if not is_gguf and not is_adapter:
             check_config(path / "config.json")
+            if with_weights:
+                check_weights(path)
+
+
+def stated_positions(reference: str) -> int | None:
+    """Return the most positions of a model by catalogue or config.json; None if neither has it."""
+    if reference in CATALOGUE:
+        return int(CATALOGUE[reference]["max_positions"])
+    path = find_path(reference)
+    if path is None or not (path / "config.json").is_file():
+        return None
+    with suppress(DataError, AttributeError):
+        config = read_json(path / "config.json")
+        stated = config.get("text_config", config).get("max_position_embeddings")
+        return stated if isinstance(stated, int) else None
+    return None
 
 
 def is_bundled(reference: str) -> bool:

@@ -9,25 +9,28 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from assay.errors import BadWeights, DataError, ModelNotFound, UnsafeCheckpoint
-from assay.files.jsonl import LONGEST_LINE, parse
-from assay.files.reading import read_whole
+from assay.errors import BadWeights
 from assay.files.tensors import check_tensors
+from assay.files.weights import (
+    INDEX,
+    SINGLE,
+    bad_weights,
+    files_by_tensor,
+    refuse_corrupt,
+    warn_of_unread,
+    weight_files,
+)
 from assay.loading_progress import report_progress
 from assay.streams.arrays import DTYPES, torch_dtype
-
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-"""Suffixes of files that would execute code when they are read."""
 
 EIGHT_BITS = ("F8_E4M3", "I8")
 """Dtypes of weights in eight bits, as the header of a safetensors file has them."""
@@ -35,14 +38,6 @@ EIGHT_BITS = ("F8_E4M3", "I8")
 STORED_DTYPES = dict(zip(("F32", "F16", "BF16"), DTYPES, strict=True))
 """Names of floating dtypes by what the header of a safetensors file calls them."""
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_MISTRAL = "consolidated"
-"""Prefix of files in Mistral's own layout, which vLLM prefers and transformers does not read."""
-_READ_BY_OTHERS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz")
-_PICKLED = ("pytorch_model", "model", _MISTRAL)
-"""Prefixes of pickles that are weights; those beside them are a trainer's state."""
-_NOT_READ = (_MISTRAL, "adapter_model.")
 _TORCH_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
@@ -67,126 +62,13 @@ class StoredTensor:
         )
 
 
-def bad_weights(seen: str, wanted: str) -> BadWeights:
-    """Return the error of a checkpoint that is not as it was published."""
-    return BadWeights(seen, wanted=wanted, do="download or save the checkpoint again")
-
-
-def weight_files(directory: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint, sorted; refuse two sets of weights.
-
-    Raises:
-        BadWeights: There is a second set of weights, or a file of the index is missing.
-        ModelNotFound: There are no weights, or files without an index that says which belong.
-        UnsafeCheckpoint: There are only pickles.
-    """
-    written = _written(directory)
-    if (directory / _SINGLE).is_file():
-        others = [name for name in written if name != _SINGLE and not name.startswith(_NOT_READ)]
-        others += sorted(path.name for path in directory.glob("*.safetensors.index*.json"))
-        if others:
-            raise _second_set(directory, _SINGLE, others[0])
-        return (directory / _SINGLE,)
-    index = directory / _INDEX
-    if not index.is_file():
-        raise _no_weights(directory, written)
-    try:
-        names = set(_files_by_tensor(directory).values())
-        files = tuple(directory / name for name in sorted(names))
-    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise bad_weights(f"{index} is unreadable: {error}", "JSON with a weight_map") from error
-    for file in files:
-        if file.parent != directory or not file.is_file():
-            raise bad_weights(
-                f"{index} names {file.name!a}, which is not there",
-                "every file beside it, spelt to the letter as the index does",
-            )
-    # Loaders that follow no index take every file whose name begins so.
-    others = [name for name in written if name not in names and name.lower().startswith("model")]
-    if others:
-        raise _second_set(directory, _INDEX, others[0])
-    return files
-
-
-def warn_of_unread(directory: Path, read: Collection[str]) -> None:
-    """Warn of files in a folder, or one level below it, that look like weights and are not read."""
-    paths = [path for pattern in ("*", "*/*") for path in directory.glob(pattern)]
-    like_weights = (path for path in paths if _is_weights(path.name.lower()) and path.is_file())
-    names = sorted({str(path.relative_to(directory)) for path in like_weights} - {*read})
-    if names:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        warnings.warn(
-            f"{directory} also holds {shown}, which looks like weights and is not read; what is "
-            f"measured is {min(read)}",
-            stacklevel=2,
-        )
-
-
-def _is_weights(name: str) -> bool:
-    is_pickle = name.endswith(PICKLES) and name.startswith(_PICKLED)
-    return (is_pickle or name.endswith(_READ_BY_OTHERS)) and not name.startswith(".")
-
-
-def check_served(directory: Path) -> None:
-    """Refuse a folder in which a server such as vLLM would load other weights than are identified.
-
-    vLLM loads the files of Mistral's layout where there are some, and without an index every
-    safetensors file.
-    """
-    files = {file.name for file in weight_files(directory)}
-    is_indexed = (directory / _INDEX).is_file()
-    for name in _written(directory):
-        if name not in files and (name.startswith(_MISTRAL) or not is_indexed):
-            raise _second_set(directory, min(files), name)
-
-
-def _written(directory: Path) -> list[str]:
-    """Return the names of all safetensors files in a folder that are not hidden, sorted."""
-    names = (path.name for path in directory.iterdir())
-    return sorted(
-        name for name in names if name.lower().endswith(".safetensors") and name[0] != "."
-    )
-
-
-def _second_set(directory: Path, name: str, second: str) -> BadWeights:
-    return BadWeights(
-        f"{directory} holds {name} and {second}",
-        wanted="one set of weights: loaders choose differently",
-        do="move the other file elsewhere",
-    )
-
-
-def _no_weights(directory: Path, written: list[str]) -> ModelNotFound | UnsafeCheckpoint:
-    wanted = f"{_SINGLE}, or {_INDEX} with its files"
-    pickles = sorted(path.name for path in directory.iterdir() if path.name.endswith(PICKLES))
-    if pickles:
-        return UnsafeCheckpoint(
-            f"{directory} holds only a pickle ({pickles[0]}), which would execute code when it is "
-            f"read",
-            wanted=wanted,
-            do="convert it on a machine you can afford to lose: model.save_pretrained writes "
-            "safetensors",
-        )
-    seen = f"{written[0]} and no file that says what belongs to it" if written else "no weights"
-    return ModelNotFound(
-        f"{directory} holds {seen}",
-        wanted=wanted,
-        do="check that the download or the save was complete",
-    )
-
-
-def _files_by_tensor(directory: Path) -> dict[str, str]:
-    """Return the file of every tensor by the index of a directory."""
-    return dict(parse(read_whole(directory / _INDEX, LONGEST_LINE).decode())["weight_map"])
-
-
 def find_file(directory: Path, tensors: Mapping[str, StoredTensor], name: str) -> Path:
     """Return the file of a tensor; for a missing one, where the index places it, else the index."""
     if name in tensors:
         return tensors[name].file
-    if (directory / _SINGLE).is_file():
-        return directory / _SINGLE
-    return directory / _files_by_tensor(directory).get(name, _INDEX)
+    if (directory / SINGLE).is_file():
+        return directory / SINGLE
+    return directory / files_by_tensor(directory).get(name, INDEX)
 
 
 def list_tensors(directory: Path) -> list[StoredTensor]:
@@ -215,17 +97,12 @@ def list_tensors(directory: Path) -> list[StoredTensor]:
 
 
 def _read_headers(file: Path) -> Iterator[StoredTensor]:
-    try:
+    with refuse_corrupt(file):
         check_tensors(file)
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - no mapping
                 view = reader.get_slice(name)
                 yield StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape()))
-    except (SafetensorError, OSError, DataError) as error:
-        reason = error.seen if isinstance(error, DataError) else error
-        raise bad_weights(
-            f"{file} is corrupt or cut short: {reason}", "a whole safetensors file"
-        ) from error
 
 
 def stored_dtype(tensors: list[StoredTensor]) -> torch.dtype:

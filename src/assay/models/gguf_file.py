@@ -30,7 +30,7 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.reading import digest_file
-from assay.models.checkpoint import warn_of_unread
+from assay.files.weights import warn_of_unread
 from assay.models.configuration import (
     auto_class,
     build,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from assay.errors import BadWeights
-from assay.models.checkpoint import EIGHT_BITS, StoredTensor, bad_weights, find_file
+from assay.files.weights import bad_weights
+from assay.models.checkpoint import EIGHT_BITS, StoredTensor, find_file
 from assay.models.configuration import build_empty
 from assay.models.resolve import ModelSource
 

@@ -19,12 +19,11 @@ from transformers import GenerationConfig
 from assay import streams
 from assay.errors import OutOfMemory, StorageError, UsageError, is_out_of_memory
 from assay.files.storage import check_folder
+from assay.files.weights import bad_weights, check_served
 from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
     StoredTensor,
-    bad_weights,
     check_finite,
-    check_served,
     digest_tensors,
     list_tensors,
     stored_dtype,

@@ -21,7 +21,7 @@ from assay.files.references import (
     find_path,
     is_bundled,
 )
-from assay.models.checkpoint import PICKLES, weight_files
+from assay.files.weights import PICKLES, weight_files
 from assay.models.configuration import build_config, read_config, silence_transformers
 from assay.models.gguf_file import (
     convert,

@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
-from assay.files.references import find_path
+from assay.files.references import CATALOGUE, find_path, stated_positions
 from assay.models.frame import Frame
-from assay.poc.protocol.checks import check_batch_size
+from assay.poc.protocol.checks import check_batch_size, check_positions
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import (
@@ -162,6 +162,8 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     size = 1 if chosen.batch_size == "auto" else chosen.batch_size
     chosen.check(pipeline)
     frame = chosen.read_frame(pipeline)
+    # Where files state the positions, before torch is imported.
+    check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=pipeline.steps)
     from assay.models.catalogue import model_info
     from assay.poc.engines.hf.engine import HFEngine, be_deterministic
     from assay.poc.engines.hf.shapes import check_shape
@@ -185,22 +187,32 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
     """Refuse before the model loads what :func:`open_judge` or the judge refuses after it.
 
     Raises:
-        ProofMismatch: The model has fewer positions than the proof.
+        ProofMismatch: The proof is of another bundled model, or has more positions than the model.
         CalibrationError: The calibration was measured with another kind of engine.
         AssayError: As of :func:`open_judge`.
     """
     if calibration is not None:
         calibration.check_kind(header, chosen.engine)
     chosen.check_engine(header.pipeline)
+    # Digest and positions of a bundled model are known before torch is imported.
+    digest = CATALOGUE.get(chosen.model, {}).get("digest")
+    if digest is not None:
+        header.check_model(chosen.model, digest)
+    most = stated_positions(chosen.model)
+    if most is not None:
+        _check_positions(chosen.model, most, header)
     chosen.check_loadable(of_weights(header.fingerprint.dtype))
     from assay.models.catalogue import model_info
 
-    info = model_info(chosen.model)
+    _check_positions(chosen.model, model_info(chosen.model).max_positions, header)
+
+
+def _check_positions(model: str, max_positions: int, header: Header) -> None:
     positions = header.round.seq_len + header.pipeline.steps
-    if positions > info.max_positions:
+    if positions > max_positions:
         raise ProofMismatch(
             f"a proof of {positions} positions",
-            wanted=f"at most the {info.max_positions} of {info.reference}",
+            wanted=f"at most the {max_positions} of {model}",
             do="pass the model of the round with --model, or ask the node for its proof of this "
             "round",
         )

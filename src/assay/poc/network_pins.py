@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.storage import write_atomic
 from assay.poc.launch import Proving
-from assay.poc.protocol.checks import check_name
+from assay.poc.protocol.checks import check_name, check_positions
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
@@ -270,15 +270,17 @@ def write_pins(
     )
     for path in calibrations:
         _check_calibration(path, headers)
+    # The default is one to be changed in the file.
+    length = round_values["seq_len"]
+    steps = get_pipeline(round["preset"]).steps
+    if length is not None:
+        check_positions(model, None, seq_len=length, steps=steps)
     # Imported when nothing more can be refused without it.
     from assay.models.catalogue import model_info
     from assay.models.load import identify
-    from assay.poc.engines.hf.shapes import check_shape
 
-    # The default is one to be changed in the file.
-    if round_values["seq_len"] is not None:
-        steps = get_pipeline(round["preset"]).steps
-        check_shape(model_info(model), batch_size=1, seq_len=round_values["seq_len"], steps=steps)
+    if length is not None:
+        check_positions(model, model_info(model).max_positions, seq_len=length, steps=steps)
     # In which dtype it would run does not matter.
     identity = identify(model, dtype="float32").with_frame(frame)
     digest = identity.digest

@@ -154,12 +154,7 @@ def judging_setup(
         UsageError: The engine is for another number of positions.
         CalibrationError: The calibration is of another model, preset or pair of engines.
     """
-    if (header.digest, header.weights) != (model.digest, model.weights):
-        raise ProofMismatch(
-            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
-            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="verify with the checkpoint that the network agreed on (--model)",
-        )
+    header.check_model(model.reference, model.digest, model.weights)
     refused = []
     for candidate in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(candidate, header.round)

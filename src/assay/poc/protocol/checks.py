@@ -3,6 +3,7 @@
 import re
 
 from assay.errors import UsageError
+from assay.files.references import stated_positions
 
 # Largest nonce: exact in every JSON reader, and far beyond what a round can use.
 MAX_NONCE = 2**53 - 1
@@ -43,6 +44,28 @@ def check_batch_size(batch_size: int) -> None:
         raise UsageError(
             f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32"
         )
+
+
+def check_positions(
+    reference: str, max_positions: int | None, *, seq_len: int, steps: int = 0
+) -> None:
+    """Refuse a prompt that has, with its decoded steps, more positions than the model.
+
+    Args:
+        reference: Reference of the model.
+        max_positions: Positions of the model; by default those that its files state, if any.
+        seq_len: Positions of the prompt.
+        steps: Decoded steps.
+    """
+    most = max_positions or stated_positions(reference)
+    if most is None or 1 <= seq_len <= most - steps:
+        return
+    fitting = f"pass --seq-len {max(1, min(256, most - steps))}"
+    raise UsageError(
+        f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {reference}",
+        wanted=f"1 to its {most} positions{' together' if steps else ''}",
+        do=f"{fitting}, or another --preset such as decode-64" if steps else fitting,
+    )
 
 
 def check_digest(name: str, value: object) -> None:

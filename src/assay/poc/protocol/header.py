@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import FailFast, Field
 
+from assay.errors import ProofMismatch
 from assay.files.jsonl import dumps
 from assay.poc.protocol.checks import DIGEST, MAX_NONCE
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -53,6 +54,15 @@ class Header:
             "fingerprint": self.fingerprint.as_dict(),
             "nonces": [list(run) for run in self.nonces],
         }
+
+    def check_model(self, reference: str, digest: str, weights: str = "trained") -> None:
+        """Refuse a proof of another checkpoint than the one of a reference with ProofMismatch."""
+        if (self.digest, self.weights) != (digest, weights):
+            raise ProofMismatch(
+                f"a proof of {self.round.model} ({self.weights}, {self.digest[:12]})",
+                wanted=f"a proof of {reference} ({weights}, {digest[:12]})",
+                do="verify with the checkpoint that the network agreed on (--model)",
+            )
 
     def all_nonces(self) -> Iterator[int]:
         """Iterate over the nonces in the order of the records."""

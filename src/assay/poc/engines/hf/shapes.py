@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from assay.errors import OutOfMemory, UsageError
+from assay.errors import OutOfMemory
 from assay.models.catalogue import ModelInfo
 from assay.models.device import free_bytes
 from assay.models.model import Model
 from assay.models.precision import is_wide
-from assay.poc.protocol.checks import check_batch_size
+from assay.poc.protocol.checks import check_batch_size, check_positions
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
 # product, q, k, v and the attention output. Measured peaks stay under this.
@@ -33,14 +33,7 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
             than the model.
     """
     check_batch_size(batch_size)
-    if not 1 <= seq_len <= model.max_positions - steps:
-        fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
-        do = f"{fitting}, or another --preset such as decode-64" if steps else fitting
-        raise UsageError(
-            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
-            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
-            do=do,
-        )
+    check_positions(model.reference, model.max_positions, seq_len=seq_len, steps=steps)
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
