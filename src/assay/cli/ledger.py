@@ -89,7 +89,9 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         accounts = [standing.as_dict() for standing in selected]
         # Of all accounts, or of none.
         for shown, entries in zip(accounts, audits.values(), strict=False):
-            shown["entries"] = [entry.model_dump() for entry in entries]
+            shown["entries"] = [
+                {**entry.model_dump(), "verdict": entry.verdict} for entry in entries
+            ]
         values = {"path": str(chosen.ledger), "count": count, "head": head, "accounts": accounts}
         emit_json("assay.poc.ledger/1", values)
         return
