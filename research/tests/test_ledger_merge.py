@@ -82,6 +82,28 @@ def test_no_single_block_and_no_faulty_place_convicts_in_a_merge(tmp_path):
     assert [found.verdict for found in merge_ledgers(paths)] == ["fraud", "undecided"]
 
 
+def half_off(number: int) -> dict:
+    """An audit of 128 nonces in which half of the places are off."""
+    positions = 128 * number + np.arange(128)
+    off = np.where(positions % 16 < 8, 30.0, 1.0)
+    values = np.minimum(off * np.array(honest(128, number)), 2.0)
+    return {"residuals": values.tolist(), "nonces": positions.tolist(), "batch_size": 16}
+
+
+@pytest.mark.parametrize(("faulty", "sound"), [(4, 0), (33, 16)])
+def test_a_fault_is_never_honest_in_a_merge_nor_after_four_strikes(tmp_path, faulty, sound):
+    path = tmp_path / "one.sqlite3"
+    with Ledger(path) as ledger:
+        good = [update(100 + seed, residuals=honest(128, seed)) for seed in range(4)]
+        bad = [update(seed, **half_off(seed)) for seed in range(faulty)]
+        after = [update(200 + seed, residuals=honest(128, seed)) for seed in range(sound)]
+        last = ledger.append([*good, *bad, *after])[-1]
+    assert (last.verdict, last.fault is None) == (("fraud", True) if sound else ("faulty", False))
+    (merged,) = merge_ledgers([path])
+    assert merged.shares[0].fault is not None
+    assert {merged.verdict, merged.shares[0].verdict} == {"undecided"}
+
+
 def test_a_merge_names_who_decides_and_holds_against_liars(tmp_path):
     """One ledger of three is invented, in either direction."""
     good = [honest(8, seed) for seed in range(12)]

@@ -40,6 +40,7 @@ from assay.poc.verdict.ledger import take_entry
 from assay.poc.verdict.ledger_audit import LedgerSource, open_source
 from assay.poc.verdict.ledger_tables import AT_ONCE, LEDGER, UPDATES, read_noise
 from assay.poc.verdict.life import Life, log_average
+from assay.poc.verdict.pool_faults import STRIKES
 from assay.stats.e_values import Decision, decide
 
 MOST_LEDGERS = 1000
@@ -56,7 +57,8 @@ class LedgerShare:
         verdict: What it would decide alone, as one of ``L`` ledgers.
         log_e_value: Logarithm of what stands of its e-value, stopped where it would decide alone.
         log_evidence_honest: Logarithm of its evidence for honesty, stopped likewise.
-        fault: Places of the batch at which its last audits together are large; None without any.
+        fault: Places of the batch at which its last audits together are large, or strikes that are
+            fraud; None without any. It alone is never honest beside it.
     """
 
     ledger: str
@@ -226,11 +228,14 @@ def _stopped(
             alone = decide(
                 log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()}
             )
+            fault = life_evidence.faulty_places
+            if (life_evidence.strikes or 0) >= STRIKES:  # fraud in this ledger, also when it has ended
+                fault = fault or f"{life_evidence.strikes} strikes"
             share = LedgerShare(
                 ledger=genesis.id,
                 n=life_evidence.n,
-                verdict=alone,
-                fault=life_evidence.faulty_places,
+                verdict="undecided" if alone == "honest" and fault is not None else alone,
+                fault=fault,
                 log_e_value=log_e,
                 log_evidence_honest=log_honest,
             )
