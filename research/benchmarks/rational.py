@@ -13,8 +13,8 @@ The search takes random settings of a strategy and goes on with those that are p
 with the largest mean is then run on lives of other seeds, which give the figure. Its interval is
 that of the mean part that is paid of the cheap nonces of a life (Gaffke, 95 %), times their share.
 Rule, fixed before: the upper end of each strategy at five times the noise or more is at most .1, or
-docs/verdicts.md names it. Smaller multiples, from the effect of the law on, are shown by --small
-and are in no rule: weights of 8 bits beside bfloat16 are among them.
+a page names it. Smaller multiples (`--multiples small`), about the effect of the law, are shown and
+are in no rule: weights of 8 bits beside bfloat16 are among them.
 
     python research/benchmarks/rational.py -o research/results/rational.json
 """
@@ -36,8 +36,8 @@ from assay.stats.noise_laws import Spread
 QUANTILES = {"qwen3": 1.64, "llama": 1.63, "smollm2": 2.88}  # 99 % over median, bfloat16/float32
 MEDIAN = math.log(0.04)
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.2, 0.4, 1.0)
-LARGE = (5.0, 8.0, 30.0)
-SMALL = (1.5, 2.0, 3.0)  # about the effect of a law of vectors, which is 2
+# of honest noise in a cheap nonce; the effect of a law of vectors is 2
+MULTIPLES = {"large": (5.0, 8.0, 30.0), "small": (1.5, 2.0, 3.0)}
 WAYS = {
     "anywhere": ((),),
     "few far off": ((),),
@@ -124,27 +124,23 @@ def main():
     arguments.add_argument("--lives", type=int, default=16)
     arguments.add_argument("--ways", nargs="*", default=[*WAYS])
     arguments.add_argument("--laws", nargs="*")
-    arguments.add_argument("--small", action="store_true", help="smaller multiples too")
+    arguments.add_argument("--multiples", nargs="*", choices=MULTIPLES, default=["large"])
     options = arguments.parse_args()
     rows = []
     for name, (truth, noise) in laws().items():
         if options.laws and name not in options.laws:
             continue
-        kinds = {"large": LARGE} | ({"small": SMALL} if options.small else {})
         for method in options.ways:
             rng = np.random.default_rng(len(rows))
             of = {"tries": options.tries, "lives": options.lives}
-            for kind, multiples in kinds.items():
+            for kind in options.multiples:
                 row = {"law": name, "way": method, "multiples": kind}
-                row |= search(method, noise, truth, multiples, rng, **of)
+                row |= search(method, noise, truth, MULTIPLES[kind], rng, **of)
                 rows.append(row)
                 print(row, flush=True)
-        worst = max(row["interval"][1] for row in rows if row["multiples"] == "large")
-        publish(
-            "rational",
-            {"rows": rows, "worst": worst, "holds": round(worst, 9) <= 0.1},
-            options.output,
-        )
+        worst = max(row["interval"][1] for row in rows)
+        holds = {"holds": round(worst, 9) <= 0.1} if options.multiples == ["large"] else {}
+        publish("rational", {"rows": rows, "worst": worst, **holds}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Lives of cheats, in a tenth of the time of `Life`, and the strategies of a rational cheat.
+"""Lives of cheats, in a fiftieth of the time of `Life`, and the strategies of a rational cheat.
 
 The rule is that of `assay.poc.verdict.Life`: two tests, of all residuals and of those after an
 epoch, a pool of places, an e-value without any one block, and strikes. It is looked at only every
-ten audits, and of an earlier pool eight blocks can be left out. So it convicts no earlier than a
+few audits, and of an earlier pool eight blocks can be left out. So it convicts no earlier than a
 life does: what survives here is an upper bound. Places are tested only where they may change the
 outcome. `research/tests/test_rational.py` compares the two.
 
-Suffixes: N nonces, B blocks, P paths of a test.
+What a residual adds to the paths is looked up on a grid, and paths are summed by audit: steps and
+sums of every nonce took nine tenths of the time (0.28 s a life before, 0.03 s now).
+
+Suffixes: N nonces, A audits, B blocks, P paths of a test, G residuals of a grid.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +38,9 @@ ALPHA = 1e-3
 BETA = 1e-2
 LOOKS = 10  # audits between two looks
 BATCH = 32  # batch size that the build states
+SMALLEST = 1e-4  # residual of the grid, over the typical one
+LARGEST = 2.0
+GRID = 0.002  # step of the logarithm
 POOL = 64  # audits of a pool of places
 HANDED_IN = 64  # nonces of a block of which an audit draws
 
@@ -64,46 +71,63 @@ class LifeResult:
     honest: float
 
 
+@lru_cache(maxsize=8)
+def _test_and_steps(noise: Noise) -> tuple[stats.SequentialTest, FloatArray, FloatArray]:
+    """Return a test under a law, a grid of residuals [G], and what each adds to the paths [G, P].
+
+    A residual takes the steps of its neighbour on the grid, which is at most .2 % away.
+    """
+    test = sequential_test(noise, alpha=ALPHA, beta=BETA)
+    low = math.log(noise.size * SMALLEST)
+    grid_G = np.exp(np.arange(low, math.log(LARGEST) + GRID, GRID))
+    return test, grid_G, test.steps(grid_G)
+
+
 @dataclass
 class _Test:
-    """A test of a life: the steps of its residuals, and what it needs."""
+    """A test of a life: what each of its audits adds to the paths, and what follows after it."""
 
     test: stats.SequentialTest
     log_weight: float
-    begins: int
-    steps: FloatArray  # [N, P]
-    suspicion: BoolArray = field(init=False)  # [N]
-    excludes: BoolArray = field(init=False)  # [N], whether shares above that of honest are excluded
+    begins: int  # its first audit
+    sums: FloatArray  # [A, P]
+    suspicion: BoolArray = field(init=False)  # [A]
+    excludes: BoolArray = field(init=False)  # [A], whether shares above that of honest are excluded
 
     def __post_init__(self) -> None:
-        path_NP = self.test.prior + np.cumsum(self.steps, axis=0)
-        honest_N = log_sum(path_NP[:, : self.test.honest_paths])
-        excluded = path_NP[:, -self.test.excluding :].reshape(len(path_NP), -1, len(SHARES))
-        over_NP = honest_N[:, None] - log_sum(np.moveaxis(excluded, 1, 2))
+        path_AP = self.test.prior + np.cumsum(self.sums, axis=0)
+        honest_A = log_sum(path_AP[:, : self.test.honest_paths])
+        excluded = path_AP[:, -self.test.excluding :].reshape(len(path_AP), -1, len(SHARES))
+        over_AP = honest_A[:, None] - log_sum(np.moveaxis(excluded, 1, 2))
         above = np.array(SHARES) > HONEST
-        self.excludes = np.all(self.log_weight + over_NP[:, above] >= -math.log(BETA), axis=1)
-        self._log_e_N = self.test.log_e(path_NP) + self.log_weight
-        self.suspicion = np.maximum.accumulate(self._log_e_N) >= -math.log(ALPHA)
+        self.excludes = np.all(self.log_weight + over_AP[:, above] >= -math.log(BETA), axis=1)
+        self._log_e_A = self.test.log_e(path_AP) + self.log_weight
+        self.suspicion = np.maximum.accumulate(self._log_e_A) >= -math.log(ALPHA)
 
     def accuses(self, end: int) -> bool:
-        """Return whether the e-value after the first nonces is at its bound."""
-        return end > self.begins and self._log_e_N[end - self.begins - 1] >= -math.log(ALPHA)
+        """Return whether the e-value after so many audits is at its bound."""
+        return end > self.begins and bool(self._log_e_A[end - self.begins - 1] >= -math.log(ALPHA))
 
-    def stands(self, block_N: IntArray, aside_N: BoolArray, end: int, settled: int) -> bool:
-        """Return whether the evidence of the first nonces convicts without any one block."""
-        chosen = slice(0, end - self.begins)
-        if end <= self.begins or not self.suspicion[end - self.begins - 1]:
+    def suspects(self, end: int) -> bool:
+        """Return whether the e-value was at its bound within so many audits."""
+        return end > self.begins and bool(self.suspicion[end - self.begins - 1])
+
+    def stands(self, block_A: IntArray, aside_AP: FloatArray, end: int, settled: int) -> bool:
+        """Return whether so many audits convict without any one block.
+
+        ``aside_AP`` is what residuals at faulty places add, and pools before ``settled`` are over.
+        """
+        if not self.suspects(end):
             return False
-        steps_NP = np.where(aside_N[self.begins : end, None], 0.0, self.steps[chosen])
-        blocks, index_N = np.unique(block_N[self.begins : end], return_inverse=True)
+        blocks, index_A = np.unique(block_A[self.begins : end], return_inverse=True)
         if len(blocks) < 2:
             return False
-        sums_BP = np.zeros((len(blocks), steps_NP.shape[1]))
-        np.add.at(sums_BP, index_N, steps_NP)
+        sums_BP = np.zeros((len(blocks), self.sums.shape[1]))
+        np.add.at(sums_BP, index_A, self.sums[: end - self.begins] - aside_AP[self.begins : end])
         path = self.test.prior + sums_BP.sum(axis=0)
         left_B = self.test.log_e(path - sums_BP)
         if settled > self.begins:  # of an earlier pool, only some blocks can be left out
-            old = np.unique(index_N[: settled - self.begins])
+            old = np.unique(index_A[: settled - self.begins])
             weight_B = self.test.log_e(self.test.prior + sums_BP)
             apart = old[np.argsort(-weight_B[old])[:APART]]
             left_B = np.delete(left_B, np.setdiff1d(old, apart))
@@ -120,70 +144,73 @@ def run_life(
     audit: int = 16,
     looks: int = LOOKS,
 ) -> LifeResult:
-    """Judge a whole life, of which ``cheap_N`` says which nonces were computed cheaply."""
+    """Judge a whole life, of which ``cheap_N`` says which nonces were computed cheaply.
+
+    All nonces of an audit are of one block.
+    """
     sizes_N = residual_N / noise.size
-    count = len(sizes_N)
-    second = -(-EPOCH // audit) * audit  # the first audit after an epoch
-    test = sequential_test(noise, alpha=ALPHA, beta=BETA)
-    steps_NP = test.steps(residual_N)
+    audits = len(sizes_N) // audit
+    at_N = np.arange(len(sizes_N)) // audit
+    block_A = block_N[::audit]
+    second = -(-EPOCH // audit)  # the first audit after an epoch
+    test, grid_G, steps_GP = _test_and_steps(noise)
+    index_N = np.searchsorted(grid_G[1:], residual_N)
+    sums_AP = steps_GP[index_N].reshape(audits, audit, -1).sum(axis=1)
     tests = [
-        _Test(test, math.log(error_share(number)), begins, steps_NP[begins:])
+        _Test(test, math.log(error_share(number)), begins, sums_AP[begins:])
         for number, begins in ((1, 0), (2, second))
-        if begins < count
+        if begins < audits
     ]
-    suspected = min(one.begins / audit + _first(one.suspicion, audit) for one in tests)
-    aside_N = np.zeros(count, dtype=np.bool_)
-    uncredited_N = np.zeros(count, dtype=np.bool_)
+    aside_AP = np.zeros_like(sums_AP)
+    uncredited_N = np.zeros(len(sizes_N), dtype=np.bool_)
     pools: list[FaultyPool | None] = []
     begins = 0
     fault = None
     convicted = math.inf
-    ends = sorted(
-        {*range(looks * audit, count, looks * audit), *range(second, count, second), count}
-    )
-    for end in ends:
-        pool = slice(begins, end)
-        suspected_before = any(one.suspicion[: max(0, end - one.begins)].any() for one in tests)
-        # Without a suspicion, the places change nothing before their pool is complete.
-        if not suspected_before and end < count and end - begins < second:
-            continue
-        if end - begins >= PLACES:
+    for end in sorted({*range(looks, audits, looks), *range(second, audits, second), audits}):
+        is_complete = end - begins >= second
+        # Within a pool, its places matter only where the evidence convicts without them.
+        if not (is_complete or end == audits):
+            aside_AP[begins:end] = 0.0
+            if not any(one.stands(block_A, aside_AP, end, begins) for one in tests):
+                continue
+        pool = slice(begins * audit, end * audit)
+        if len(sizes_N[pool]) >= PLACES:
             found = stats.place_test(
                 sizes_N[pool], position_N[pool], batch_size=BATCH, honest_size=1.0
             )
-            aside_N[pool] = found.set_aside
+            aside = np.flatnonzero(found.set_aside) + pool.start
+            aside_AP[begins:end] = 0.0
+            np.add.at(aside_AP, at_N[aside], steps_GP[index_N[aside]])
             is_accused = any(one.accuses(end) for one in tests)
             is_fault = found.faulty or (is_accused and found.suspected)
             fault = found.bad_places if is_fault else None
+            if any(one.stands(block_A, aside_AP, end, begins) for one in tests):
+                convicted = end
         uncredited_N[pool] = False if fault is None else fault.contain(position_N[pool])
-        if end - begins >= PLACES and any(
-            one.stands(block_N, aside_N, end, begins) for one in tests
-        ):
-            convicted = end / audit
-            break
-        if end - begins >= second:
+        if is_complete:
             blocks = frozenset(map(str, np.unique(block_N[pool])))
             pools.append(None if fault is None else FaultyPool(fault, blocks))
-            if count_strikes(pools) >= STRIKES:
-                convicted = end / audit
-                break
+            convicted = end if count_strikes(pools) >= STRIKES else convicted
             begins = end
-    paid_N = ~uncredited_N if convicted == math.inf else np.zeros(count, dtype=np.bool_)
+        if convicted < math.inf:
+            break
+    paid_N = ~uncredited_N & (convicted == math.inf)
     return LifeResult(
         convicted=convicted,
-        suspected=suspected,
+        suspected=min(one.begins + _first(one.suspicion) for one in tests),
         faulty=fault is not None,
         paid=int(paid_N.sum()),
         paid_cheap=int((paid_N & cheap_N).sum()),
-        nonces=count,
+        nonces=len(sizes_N),
         cheap=int(cheap_N.sum()),
-        honest=_first(tests[0].excludes, audit),
+        honest=_first(tests[0].excludes),
     )
 
 
-def _first(is_so_N: BoolArray, audit: int) -> float:
-    """Return the audit with the first nonce at which something is so; infinite for never."""
-    return int(np.argmax(is_so_N)) // audit + 1 if is_so_N.any() else math.inf
+def _first(is_so_A: BoolArray) -> float:
+    """Return after how many audits something is so; infinite for never."""
+    return int(np.argmax(is_so_A)) + 1 if is_so_A.any() else math.inf
 
 
 def draw_sizes(law: stats.NoiseLaw, count: int, rng: Rng) -> FloatArray:
