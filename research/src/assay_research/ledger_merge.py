@@ -229,7 +229,8 @@ def _stopped(
                 log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()}
             )
             fault = life_evidence.faulty_places
-            if (life_evidence.strikes or 0) >= STRIKES:  # fraud in this ledger, also when it has ended
+            # Fraud in this ledger, also when the fault has ended.
+            if (life_evidence.strikes or 0) >= STRIKES:
                 fault = fault or f"{life_evidence.strikes} strikes"
             share = LedgerShare(
                 ledger=genesis.id,
