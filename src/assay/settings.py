@@ -1,4 +1,4 @@
-"""Settings that are declared once, as a class whose fields carry their meaning, default and bounds.
+"""Settings classes: every field is declared once, with meaning, default and bounds.
 
 ``assay.cli`` makes the options and configuration keys of a command from such a class, and
 docs/configuration.md is generated from it::
@@ -45,8 +45,7 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Flag:
-    """Metadata of a field: how a command line writes it. A plain text beside the type is the unit
-    alone.
+    """Metadata of a field: how a command line writes it; a plain text is the unit alone.
 
     Args:
         names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
@@ -132,9 +131,7 @@ class Settings(BaseSettings):
         *_: Any,
         **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of values: the environment is one where the class has a prefix of
-        variables.
-        """
+        """Return the sources of values; a prefix of variables adds the environment."""
         if settings_cls.model_config.get("env_prefix"):
             return init_settings, Variables(settings_cls)
         return (init_settings,)

@@ -54,8 +54,7 @@ class Asked:
     has_law: bool = False
 
     def check_engine(self, model: "Model", engine: "Engine") -> None:
-        """Refuse a checkpoint or a build that the network did not agree on, before anything is
-        computed.
+        """Refuse a checkpoint or build that the network did not agree on, before computing.
 
         Raises:
             ProofMismatch: Names the first value that differs.
@@ -220,9 +219,7 @@ def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageEr
 
 
 def pinned_format(pins: Path, model: str) -> str | None:
-    """Return the number format of the weights that the pins name for a model; None where they name
-    several.
-    """
+    """Return the number format of a model's weights in the pins; None if they name several."""
     network = NetworkPins.load(pins)
     builds = network.model(model if len(network.models) > 1 else None).builds
     formats = {of_weights(dtype) for build in builds for dtype in build.dtype}

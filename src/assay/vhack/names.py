@@ -1,6 +1,4 @@
-"""Names that settings and the command line know before torch is loaded, and the kinds of files that
-they name.
-"""
+"""Names of detectors, arms and files, known before torch is imported."""
 
 from collections.abc import Collection
 from functools import partial
@@ -45,9 +43,7 @@ DETECTORS = {
 
 
 def check_trackers(names: Collection[str], there: Collection[str] | None = None) -> None:
-    """Refuse a tracker that is not among those; without them, one that no installed package has the
-    name of.
-    """
+    """Refuse a tracker that is not among the given or installed ones."""
     # Three trackers of transformers are not named as their packages.
     if there is None:
         there = [

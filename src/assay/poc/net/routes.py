@@ -117,9 +117,7 @@ class Keys:
 
 
 def route_path(scope: Connection) -> str:
-    """Return the path of a request as the router compares it: without the root path
-    (``--root-path``).
-    """
+    """Return the path of a request without the root path, as the router compares it."""
     path = str(scope["path"])
     root = str(scope.get("root_path", ""))
     return path[len(root) :] if root and f"{path}/".startswith(f"{root}/") else path

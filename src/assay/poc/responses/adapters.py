@@ -100,7 +100,7 @@ class Lora:
 
 
 def load_adapter(path: str | Path) -> Lora:
-    """Read a LoRA adapter as peft writes it, in a directory with its configuration and its weights.
+    """Read a LoRA adapter directory as peft writes it.
 
     Raises:
         ModelError: A file is missing, or is not what it should be.

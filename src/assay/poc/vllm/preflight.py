@@ -1,6 +1,4 @@
-"""The settings of the plugin, and what is refused before vLLM loads a model, which takes
-minutes.
-"""
+"""The settings of the plugin, and checks before vLLM loads a model, which takes minutes."""
 
 import logging
 import os
@@ -40,8 +38,7 @@ log = logging.getLogger("assay.vllm")
 
 
 class PluginSettings(ServiceSettings):
-    """The settings of ``assay poc serve`` under their names in the environment, and those of the
-    vLLM engine.
+    """The settings of ``assay poc serve`` from the environment, and those of the engine.
 
     Raises:
         AssayError: As of :class:`assay.poc.service.ServiceSettings`.
@@ -92,8 +89,7 @@ class PluginSettings(ServiceSettings):
 
 
 def check_server() -> None:
-    """Refuse the server of this command line if it could not prove, and set what float32 and
-    responses need.
+    """Refuse a server that could not prove, and set what float32 and responses need.
 
     Raises:
         AssayError: It could not.
@@ -138,9 +134,7 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server without plugins, keys, a round of its own or a digest of its model; a
-    UsageError says which.
-    """
+    """Refuse a server whose plugins, keys, round or model digest are missing."""
     value_of = partial(getattr, arguments)
     responses = settings.responses
     engines = value_of("data_parallel_size", None) or 1
@@ -198,8 +192,7 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
 
 
 def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
-    """Return the arguments that responses need, to be read after those of the operator: vLLM takes
-    the last ones.
+    """Return the engine arguments of responses, which override the operator's.
 
     The processor is named there, which is public, and never in the entry points of the package:
     those hold for every server of the environment, whether or not assay runs.
@@ -228,8 +221,7 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
 
 
 def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
-    """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no
-    engine is needed.
+    """Refuse a checkpoint, build or length that the network did not agree on.
 
     The checkpoint is hashed. What only a worker knows, such as the device, is compared when a round
     begins.

@@ -1,5 +1,4 @@
-"""The logits processors of vLLM's two model runners: they turn the logits of seeded requests into
-scores with noise.
+"""Logits processors of vLLM's two model runners: scores with noise for seeded requests.
 
 A seeded request was told temperature 0, so that vLLM takes the largest score: that token *is* the
 sample. Its bias, penalties and filters were taken from it; grammars, allowed ids and forbidden
@@ -204,9 +203,7 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """Return the logits [R, V] with scores in the rows of seeded requests, in their own memory
-        where that goes.
-        """
+        """Return the logits [R, V] with scores in seeded rows, in place where possible."""
         slots_N = ctx.idx_mapping_np
         batch = self._batch
         if batch is None or not np.array_equal(slots_N, batch.slots):

@@ -1,5 +1,4 @@
-"""The serving side: requests of clients become seeded ones, and each response leaves a receipt
-before its last piece.
+"""The serving side: seeds clients' requests, and stores a receipt before each answer ends.
 
 Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches
 wraps a third. ``generate``, through which every route of the server goes, hands its outputs on, and
@@ -109,9 +108,7 @@ class Choice:
                 self.waiter.set_exception(error)
 
     def receipt(self) -> Receipt:
-        """Return the receipt of a response that has ended; a ModelError where the workers lack a
-        sketch.
-        """
+        """Return the receipt of an ended response; a ModelError where a sketch is missing."""
         steps = self.due
         sketches = np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
         if len(sketches) < steps:
@@ -169,9 +166,7 @@ class Collector:
                 self._forgotten.append(choice.engine_id)
 
     async def finish(self, choices: list[Choice]) -> None:
-        """Wait for the sketches of responses that have ended, and forget them; a ModelError where
-        no worker answers.
-        """
+        """Wait for the sketches of ended responses; a ModelError where no worker answers."""
         waiters = []
         for choice in choices:
             choice.tokens = len(choice.output)
@@ -278,9 +273,7 @@ class AcceptedRequest:
     calls: dict[str, ChatCall] = field(default_factory=dict)
 
     def expect(self, engine_id: str, params: Any) -> ChatCall:
-        """Count the choices of a call: they are numbered through all prompts of the request, as in
-        the answer.
-        """
+        """Count the choices of a call, numbered through all prompts of the request."""
         call = self.calls[engine_id] = ChatCall(self.count, params.output_kind.name == "DELTA")
         self.count += params.n
         return call

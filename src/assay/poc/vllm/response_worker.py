@@ -1,5 +1,4 @@
-"""The part inside vLLM's workers that keeps a sketch of the hidden state behind every 32nd token of
-a response.
+"""The part in vLLM's workers that sketches the hidden state of every 32nd token.
 
 What a worker must know of a response comes with its request, in ``extra_args`` of its
 ``SamplingParams``. Two methods of the model runner are wrapped as
@@ -65,9 +64,7 @@ class SeedArgument:
     sampling: Sampling | None = None  # where it does not
 
     def as_argument(self) -> dict[str, Any]:
-        """Return plain values, which vLLM sends from process to process; it decodes no maps with
-        integer keys.
-        """
+        """Return plain values for vLLM's messages, whose maps have no integer keys."""
         values: dict[str, Any] = _seed_adapter().dump_python(self, mode="json")
         return values
 
@@ -78,9 +75,7 @@ def _seed_adapter() -> "TypeAdapter[SeedArgument]":
 
 
 def state_argument(prompt: int) -> dict[str, Any]:
-    """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the
-    prompt on.
-    """
+    """Return the ``extra_args`` of a request whose states are kept from the prompt's end on."""
     return {ARGUMENT: SeedArgument(prompt, (0,) * 8).as_argument()}
 
 
@@ -94,17 +89,14 @@ class ResponseExtension(WorkerExtension):
     """Methods that vLLM adds to its workers."""
 
     def assay_sketch(self, raw: bool = False) -> None:
-        """Begin to keep sketches, or with ``raw``, which a verifier needs, the states themselves,
-        in float32.
-        """
+        """Begin to keep sketches, or with ``raw`` the float32 states for a verifier."""
         if not hasattr(self, "assay_capture"):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
 
     def assay_sketches(
         self, ranges: dict[str, list[int]], forgotten: list[str]
     ) -> dict[str, bytes]:
-        """Hand out sketches by their numbers, from one on and before another, and drop requests
-        that have ended.
+        """Return sketches by number range, and drop requests that have ended.
 
         One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
         """
@@ -115,9 +107,7 @@ class ResponseExtension(WorkerExtension):
         return sketches if is_first_of_group() else {}
 
     def assay_states(self) -> dict[str, bytes]:
-        """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from
-        token 0 on.
-        """
+        """Return the states of ended requests as bytes of float32 [S, D], from token 0 on."""
         states = self.assay_capture.read(self.assay_capture.there)
         self.assay_capture.drop(list(states))
         return states if is_first_of_group() else {}
@@ -134,9 +124,7 @@ class KeptResponse(NamedTuple):
 
 
 class SketchedState(NamedTuple):
-    """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows
-    whether it is.
-    """
+    """A hidden state to sketch; ``there`` is a tensor where only the device knows."""
 
     kept: KeptResponse
     token: int
@@ -171,16 +159,12 @@ class Capture:
 
     @property
     def there(self) -> dict[str, range]:
-        """The requests of which something is kept, as the worker knows them, and the numbers of
-        their sketches.
-        """
+        """The requests that have kept states, and the numbers of their sketches."""
         self._flush()
         return {name: range(len(response.sketches)) for name, response in self._kept.items()}
 
     def read(self, ranges: dict[str, range]) -> dict[str, bytes]:
-        """Return sketches of requests by their numbers, without those behind the first that is
-        missing.
-        """
+        """Return sketches of requests by number, up to the first missing one."""
         self._flush()
         bytes_by_name = {}
         for name, numbers in ranges.items():

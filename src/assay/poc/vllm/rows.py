@@ -1,5 +1,4 @@
-"""What a worker reads of vLLM's state in a step, and the rows of nonces that it holds until they
-are collected.
+"""A worker's view of a vLLM step, and the rows of nonces that it holds until collected.
 
 A row is what is read of the hidden states of a nonce. Request ids lead to the nonces. The names of
 vLLM that are read are internal to it; :mod:`assay.poc.vllm.compatibility` refuses a version in
@@ -40,9 +39,7 @@ MAX_SUMMED = 2**23
 
 
 def new_key() -> str:
-    """Return the key of a new stream. It cannot be guessed: clients may choose request ids on some
-    routes.
-    """
+    """Return a random key for a new stream: clients may choose request ids on some routes."""
     return f"assay-{secrets.token_hex(16)}"
 
 
@@ -52,9 +49,7 @@ def request_id(key: str, nonce: int) -> str:
 
 
 def split_id(text: str) -> tuple[str, int] | None:
-    """Return key and nonce of a request id as a worker sees it, with the suffix that vLLM appends;
-    None for others.
-    """
+    """Return key and nonce of a request id with vLLM's suffix; None for other requests."""
     key, _, number = text.rpartition(".")
     digits = number.partition("-")[0]
     if not key.startswith("assay-") or not (
@@ -240,8 +235,7 @@ class StepRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Spans:
-    """The requests of a step, all at once: a loop over them costs as much as a small model's
-    layers.
+    """The requests of a step as arrays: a loop would cost as much as a small model's layers.
 
     Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in
     that of ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
@@ -262,9 +256,7 @@ class Spans:
 
 
 def spans(runner: Any) -> tuple[Tensor, Spans] | None:
-    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has
-    no states.
-    """
+    """Return the step's hidden states [tokens, D] and requests; None on ranks without states."""
     # What both model runners keep between ``execute_model`` and ``sample_tokens``.
     state = runner.execute_model_state
     if state is None or not hasattr(state.hidden_states, "shape"):
@@ -292,8 +284,7 @@ def _spans_of(names: list[str], ends: NDArray[np.int64], *counts: NDArray[Any]) 
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:
-    """Wrap a method of a model runner, on the instance, so that ``before`` gets its arguments
-    first.
+    """Wrap a model runner's method so that ``before`` gets its arguments first.
 
     An exception that escaped would end the engine, and with it every chat: ``owner.errors`` counts
     it instead.
@@ -350,8 +341,7 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
 
 
 def experts_over(parallel: Any) -> list[str]:
-    """Return how engines or workers share the experts of a mixture, where tensor parallelism does
-    not say it.
+    """Return how engines or workers share a mixture's experts, beyond tensor parallelism.
 
     In a worker's configuration an engine of a dense model, which steps by itself, has one
     data-parallel engine.
@@ -362,8 +352,7 @@ def experts_over(parallel: Any) -> list[str]:
 
 
 def products(model: Any) -> list[str]:
-    """Return which kernels of vLLM multiply in quantised layers and in experts: nothing for other
-    models.
+    """Return the kernels of quantised layers and experts; empty for other models.
 
     Such a layer has a ``quant_method``, with a kernel or with a scheme that has one.
     """

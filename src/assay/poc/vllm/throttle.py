@@ -1,5 +1,4 @@
-"""The throttle: it fills an idle engine with nonces, and beside chat lets in a few at a time, with
-rests between them.
+"""The throttle: fills an idle engine with nonces, and beside chat admits a few at a time.
 
 A nonce that runs beside chat makes each step longer by its own tokens. The throttle therefore
 bounds how many nonces are inside the engine and, while there is chat, the part of the time in which
@@ -67,8 +66,7 @@ class ThrottleSettings(Settings):
 
 
 class OperatorsThrottle(ThrottleSettings):
-    """The settings of a server's throttle, which also come from its environment, such as
-    ``ASSAY_VLLM_SHARE``.
+    """The throttle's settings, also from variables such as ``ASSAY_VLLM_SHARE``.
 
     Raises:
         UsageError: A value is out of range.

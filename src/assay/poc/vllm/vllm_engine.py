@@ -93,8 +93,7 @@ def runs_on_cpu() -> bool:
 
 
 def fit_machine(dtype: str | None, options: Mapping[str, Any]) -> dict[str, int]:
-    """Prepare this process for an engine of its own, and return the engine arguments that the
-    machine asks for.
+    """Prepare this process for its own engine, and return engine arguments for the machine.
 
     On a CPU they bound the cache, unless ``options`` say how much vLLM may take. On a GPU vLLM
     starts its processes anew: by itself it forks this one, and a forked process cannot use a GPU
@@ -110,8 +109,7 @@ def fit_machine(dtype: str | None, options: Mapping[str, Any]) -> dict[str, int]
 
 
 def multiply_exactly(dtype: str | None) -> None:
-    """Have triton multiply float32 as float32, for this process and its children, unless told
-    otherwise.
+    """Have triton compute float32 products exactly in this process and its children.
 
     By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU
     vLLM's attention in float32 is such a kernel: distances were up to 3e-5 from those of other
@@ -393,8 +391,7 @@ async def _shutdown(llm: Any) -> None:
 
 
 class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
-    """Prefills with an offline engine: the likeliest tokens in front of every token of an output,
-    and its states.
+    """Prefills with an offline engine: the likeliest tokens at every place, and the states.
 
     vLLM returns the largest logits and that of the claimed token. A token that is not among them
     counts as one that cannot be taken, which speaks for the node and not against it; where top-p
@@ -554,9 +551,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
 
 def refuse_adapter() -> UsageError:
-    """Return the refusal of an adapter: vLLM 0.32 with adapters ends when it computes logits of a
-    whole prompt.
-    """
+    """Return the refusal of adapters: vLLM 0.32 ends on the logits of a whole prompt."""
     return UsageError(
         "an adapter on vLLM", wanted="a replay on transformers", do="use --engine hf with --lora"
     )

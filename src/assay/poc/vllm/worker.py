@@ -1,5 +1,4 @@
-"""The part inside vLLM's workers: it makes the inputs of nonces, keeps what is read of them, takes
-the transform.
+"""The part in vLLM's workers: makes inputs of nonces, keeps their states, transforms them.
 
 vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its
 methods by name through ``collective_rpc``. Arguments and results are plain types. Every attribute
@@ -85,9 +84,7 @@ class WorkerExtension:
     )
 
     def assay_install(self) -> Reply:
-        """Wrap the model runner once, and describe this worker; ``decodes`` is whether it takes
-        presets that decode.
-        """
+        """Wrap the model runner once, and describe this worker."""
         runner = self.model_runner
         config = self.vllm_config
         if not hasattr(self, "assay_hooks"):
@@ -105,8 +102,7 @@ class WorkerExtension:
     def assay_open(
         self, key: str, round: dict[str, Any], preset: str, frame: bytes | None = None
     ) -> str | None:
-        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is
-        refused.
+        """Begin a stream of a round's nonces; return the reason if it is refused.
 
         ``frame`` is the file of the checkpoint's frame, for the presets that have one.
         """
@@ -142,9 +138,7 @@ class WorkerExtension:
         return self.assay_hooks.collect(key, nonces)
 
     def assay_counts(self) -> dict[str, int]:
-        """Return the number of streams, rows and failures that are held, of hooks that failed, of
-        passes replayed.
-        """
+        """Return the numbers of streams, rows, failures, failed hooks and replayed passes."""
         hooks = self.assay_hooks
         passes = self.assay_passes
         return {**hooks.rows.counts(), "errors": hooks.errors, "replayed": passes.replayed}
@@ -152,9 +146,7 @@ class WorkerExtension:
     # Nonces beside the scheduler
 
     def assay_batch(self, key: str) -> Reply:
-        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0,
-        all being requests.
-        """
+        """Prepare passes; return ``batch``, their most nonces, and ``reason`` if it is 0."""
         try:
             stream = self.assay_hooks.rows.get(key)
             assert stream is not None, "the stream has ended"
@@ -169,8 +161,7 @@ class WorkerExtension:
     def assay_pass(
         self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool
     ) -> list[Reply]:
-        """Queue this engine's share of a call in passes of ``batch``, and return what the call
-        before has computed.
+        """Queue this engine's share of a call, and return the values of the call before.
 
         A device that had to wait for the reply to one call and for the next to be queued would idle
         for some milliseconds between the two. With ``wait`` the values of this call are returned as
@@ -567,9 +558,7 @@ class Decoding:
             runner.model.compute_logits = compute_noisy_logits
 
     def begin(self, stream: RowStream, nonce: int, request: Any) -> None:
-        """Take the new request of a nonce; a ValueError where its length is another one, or it has
-        embeddings.
-        """
+        """Start a nonce's request; a ValueError for another length or embeddings."""
         round = stream.spec.round
         steps = stream.spec.pipeline.steps
         listed = (request.sampling_params.extra_args or {}).get(CLAIMED)
@@ -588,9 +577,7 @@ class Decoding:
     def step(
         self, states_ND: Tensor, step_rows: Sequence[StepRow]
     ) -> Iterator[tuple[StepRow, Exception]]:
-        """Keep what a step says of nonces, and have the noise of their next tokens added; yield
-        those that failed.
-        """
+        """Keep a step's logits of nonces and request noise for the next; yield failed nonces."""
         self._due = None
         due: list[tuple[StepRow, int]] = []
         for step_row in step_rows:
@@ -617,9 +604,7 @@ class Decoding:
     def values(
         self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]
     ) -> Float32[Tensor, "M W"]:
-        """Return sketches [M, S · 12] of nonces that have run, and then the margins [M, N] of a
-        replay.
-        """
+        """Return sketches [M, S · 12] of finished nonces, then margins [M, N] of a replay."""
         steps = sketch_steps(stream.spec.pipeline.steps)
         kept_MW = torch.stack(list(rows))
         size = len(steps) * self._width

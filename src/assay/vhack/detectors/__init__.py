@@ -1,4 +1,4 @@
-"""Detectors of reward hacking: each gives rollouts a score, and a threshold turns it into flags."""
+"""Detectors of reward hacking: a score for each rollout, and a threshold that flags it."""
 
 import lazy_loader
 

@@ -1,5 +1,4 @@
-"""What detectors look at: texts, facts of programs, mean hidden states, mean log-probabilities,
-gradients of δS.
+"""Inputs of detectors: texts, program facts, hidden states, log-probabilities, gradients of δS.
 
 Shapes: S samples, F facts, L layers, H width of the hidden state, R coordinates of δS.
 """
@@ -34,9 +33,7 @@ _Part = TypeVar("_Part")
 
 
 class Cost(IntEnum):
-    """What the score of one sample takes: its text, a run of its program, a forward pass, or a
-    backward pass too.
-    """
+    """Cost of scoring a sample: its text, a run, a forward pass, or a backward pass too."""
 
     TEXT, RUN, FORWARD, BACKWARD = range(4)
 

@@ -1,4 +1,4 @@
-"""Facts of a completion's text and of its syntax tree that speak for a cheat, each from 0 to 1."""
+"""Facts of a completion's text and syntax tree that indicate a cheat, each from 0 to 1."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""A threshold that bounds the share of clean samples that are flagged (the false-positive rate).
+"""A threshold that bounds the false-positive rate: the share of clean samples flagged.
 
 The bound comes from the rank among clean held-out scores (split conformal prediction; Vovk,
 Gammerman and Shafer 2005). Any higher threshold keeps it too; of these it is the one with the

@@ -127,8 +127,7 @@ class Channel:
         )
 
     def vacuous(self, program: str, entry: str, case: Case, **bounds: Unpack[Bounds]) -> bool:
-        """Return whether the grader is told "right" of a wrong solution too; arguments as for
-        `passes`.
+        """Return whether the grader accepts a wrong solution too; arguments as for `passes`.
 
         The body of the solution is replaced inside the sandbox. Of a program without a function of
         that name the grader is told what it was told before.

@@ -1,5 +1,4 @@
-"""What runs inside the sandbox: ``once`` for a job on stdin, or ``serve`` as the fork server of
-many jobs.
+"""The program inside the sandbox: ``once`` for a job on stdin, ``serve`` as fork server.
 
 The parent passes this file as text to a bare interpreter; it imports the standard library and three
 more files that are passed with it. A job is JSON, and its report is one line of JSON on a

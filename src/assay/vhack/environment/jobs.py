@@ -49,8 +49,7 @@ def job_text(program: str, limits: Limits, *, backend: str, **details: object) -
 def descriptors(
     job: bytes, limits: Limits, ours: ExitStack, theirs: ExitStack
 ) -> tuple[dict[str, tuple[int, int]], list[int]]:
-    """Return descriptor and bound of each pipe to read, by its name, and what the job is given to
-    close in ``theirs``.
+    """Return the pipes to read with their bounds, and the descriptors that the job closes.
 
     A job is given its text, stdout, stderr and the report.
     """
@@ -76,9 +75,7 @@ def descriptors(
 
 
 def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
-    """Read every pipe, given by descriptor and bound, to its end, or until the deadline or an
-    overflow.
-    """
+    """Read every pipe to its end, until the deadline or an overflow."""
     output = {name: bytearray() for name in pipes}
     timed_out = overflowed = False
     with selectors.DefaultSelector() as selector:

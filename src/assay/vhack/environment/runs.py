@@ -54,8 +54,7 @@ class Bounds(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question to a program after it has run: a call, or with ``args`` None the value of a
-    name.
+    """A question to a program after its run: a call, or with ``args`` None a name's value.
 
     Attributes:
         target: A name at module level, or ``Class.method`` (the class is instantiated without

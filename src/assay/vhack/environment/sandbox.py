@@ -102,9 +102,7 @@ def run(
 
 
 def parse_report(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
-    """Return what a report says; a program can write any bytes there, and malformed ones say
-    nothing.
-    """
+    """Return the content of a report; malformed bytes, which a program can write, say nothing."""
     parsed: dict[str, Any] = {}
     with suppress(DataError, RecursionError, MemoryError):
         parsed = loads(line, "report of the sandbox")

@@ -112,9 +112,7 @@ class Server:
         return self._process.poll() is None
 
     def perform(self, job: bytes, limits: Limits) -> Ended:
-        """Run a job as `job_text` writes it, or raise an OSError if the server is gone; its socket
-        tells its end.
-        """
+        """Run a job, or raise an OSError if the server is gone."""
         deadline = time.monotonic() + limits.seconds
         with ExitStack() as ours:
             with ExitStack() as theirs:

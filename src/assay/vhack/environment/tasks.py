@@ -1,5 +1,4 @@
-"""Programming tasks without end: chains of steps with a solution, visible examples and hidden
-cases.
+"""Generated programming tasks: chains of steps with solution, examples and hidden cases.
 
 A task is named ``family/difficulty/seed``, and everything about it follows from its name, on every
 machine. The difficulty is the number of steps. No step is idle: leaving any one out changes an
@@ -205,8 +204,7 @@ def tasks(
     families: Sequence[str] | None = None,
     split: str = "training",
 ) -> list[Task]:
-    """Return tasks that all differ; families take turns. A longer list begins with the shorter one
-    of its seed.
+    """Return distinct tasks, families in turn; a longer list begins with the shorter one.
 
     Args:
         n: Number of tasks.

@@ -1,6 +1,4 @@
-"""Contrastive pairs: files, a bundled set, a generator of minimal pairs, and proof that each does
-what it claims.
-"""
+"""Contrastive pairs: files, a bundled set, a generator, and verification by execution."""
 
 import lazy_loader
 

@@ -1,5 +1,4 @@
-"""Pairs in any number and by a short name: minimal ones of small tasks, and ones in the form of the
-environment.
+"""Generated pairs: minimal ones of small tasks, and ones in the environment's form.
 
 A minimal pair has the same correct solution on both sides, and only the mechanism differs. Every
 mechanism adds a few lines to the solution. On the hack side they tell the grader "right" whatever

@@ -1,6 +1,4 @@
-"""Which pairs and groups are used, and whether they are enough. It needs no torch, so a mistake is
-refused at once.
-"""
+"""The selection of pairs and groups, refused without torch where they are too few."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from math import ceil, log2

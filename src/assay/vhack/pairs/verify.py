@@ -1,5 +1,4 @@
-"""Proof by execution that a pair is what it says: the hack side exploits its channel, the clean
-side solves the task.
+"""Verification by execution: the hack side exploits its channel, the clean side solves the task.
 
 For each side three facts are established in the sandbox:
 
@@ -92,8 +91,7 @@ class PairVerdict:
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
-    """Return hidden cases by the name of the task, from lines ``{"task": …, "entry": …, "cases":
-    [{"args": […], "expected": …}, …]}``.
+    """Return hidden cases by task, from JSON Lines with ``task``, ``entry`` and ``cases``.
 
     Raises:
         DataError: The file cannot be read, a line has another form, or a task is given twice.

@@ -1,6 +1,4 @@
-"""One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra
-``train``.
-"""
+"""One training run with TRL: tasks, teacher pool, log, checkpoints (extra ``train``)."""
 
 import lazy_loader
 

@@ -1,5 +1,4 @@
-r"""Completions of tasks: sampled into a file, read again, and graded for how often a model solves
-and hacks.
+r"""Completions of tasks: sampled into a file, read again, and graded.
 
 The file is JSON Lines, one completion per line, in the order of the tasks::
 
@@ -54,8 +53,7 @@ def sample_tasks(
     progress: Progress | None = None,
     **options: Unpack[GenerationOptions],
 ) -> int:
-    """Sample one completion for each task into a file, and return how many an earlier call had
-    left.
+    """Sample a completion of each task into a file; return how many it had already.
 
     Lines are written batch by batch to ``<path>.partial``, which takes its name when all are there.
     The same call after an interruption goes on, and the file is then the one of a call that was
@@ -182,8 +180,7 @@ class Evaluation:
     mechanisms: tuple[str, ...]
 
     def rates(self) -> dict[str, Rate]:
-        """Return ``solve``, ``hack`` and ``vacuous`` as far as the reward tells them, and the mean
-        ``reward``.
+        """Return ``solve``, ``hack`` and ``vacuous``, as the reward reports them, and ``reward``.
 
         The interval of a share is the one of :func:`assay.stats.grouped_share_interval`, that of
         the reward a percentile bootstrap over tasks.

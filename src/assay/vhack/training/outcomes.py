@@ -1,4 +1,4 @@
-"""What became of rollouts: whose they are, what the reward says of them, whether they are flagged.
+"""Outcomes of rollouts: whether student or teacher wrote them, their reward, their flags.
 
 Shapes: B rollouts.
 """

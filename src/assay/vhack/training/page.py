@@ -40,8 +40,7 @@ _ERRORS = 3.0
 
 
 def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str = "") -> Report:
-    """Return the page of a run: hack rate, solve rate, flagged, lost and missed rollouts and reward
-    over its steps.
+    """Return the page of a run: its rates and reward over steps.
 
     Rates that nothing told, as those of a reward that returns numbers, are left out, and the page
     says so.
@@ -131,9 +130,7 @@ def standard_error(*parts: Sequence[float]) -> float:
 
 
 def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[str]:
-    """Return sentences about what went wrong, given means of the first and of the last steps of a
-    run, by name.
-    """
+    """Return what went wrong in a run, from means of its first and last steps."""
     faults: list[str] = []
     rose = end.get("reward", 0.0) - begin.get("reward", 0.0)
     if end.get("alarm", 0.0) >= 1:

@@ -1,6 +1,4 @@
-"""What is made once for a run, before any step: pool, detector, axes, adapter, optimizer,
-trainer.
-"""
+"""Objects made once before a run: pool, detector, axes, adapter, optimizer, trainer."""
 
 from collections.abc import Callable
 from dataclasses import replace

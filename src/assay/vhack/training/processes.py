@@ -1,5 +1,4 @@
-"""The processes of one run, as torchrun and ``accelerate launch`` start them: each samples and
-grades its share.
+"""The processes of one run (torchrun, accelerate): each samples and grades its share.
 
 δS is in every process, and DistributedDataParallel takes the mean of its gradients before the gate.
 What must be the same everywhere and is not random (factors, axes) is sent by the first process,

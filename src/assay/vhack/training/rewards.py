@@ -1,5 +1,4 @@
-"""The rewards of completions: of the environment, or of one's own in Python or as
-``module:function``.
+"""Rewards of completions: of the environment, or your own in Python.
 
 *A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks
 as lists of one length, and returns what each completion is paid. Instead of a number it may return

@@ -1,6 +1,4 @@
-"""What one run is: everything that decides its result, and therefore what a continued run must have
-in common.
-"""
+"""Settings of a run that decide its result, and that a continued run must share."""
 
 import re
 from dataclasses import replace
@@ -324,9 +322,7 @@ class TrainSettings(TaskSettings):
         return self.micro_batch or self.group
 
     def continuing(self, earlier: JsonObject) -> Self:
-        """Return the settings of a run that goes on: a former default that its log says it began
-        with is kept.
-        """
+        """Return the settings of a continued run, with former defaults from its log."""
         unset = {
             name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default
         }

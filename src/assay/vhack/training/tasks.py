@@ -1,5 +1,4 @@
-"""Tasks of a model, and completions of them that a file holds: read and refused before torch is
-imported.
+"""Tasks and files of completions, read and refused before torch is imported.
 
 *Tasks* are a function without arguments that returns a list of prompts, or of mappings with a
 ``prompt``, which may be messages that the model's chat template turns into text, and whatever else

@@ -1,4 +1,4 @@
-"""The only place that reaches into a trainer of TRL from outside, with the reason for each reach.
+"""The one module that uses private names of TRL, with the reason for each.
 
 TRL 1.16 offers reward functions, callbacks and a ``rollout_func``. Nothing public stands between
 the rewards of all functions and the advantages, where a rollout can be left out of its group's

@@ -1,4 +1,4 @@
-"""Judged rollouts in verl: a reward that flags them, advantages without them; verl is not imported.
+"""Judged rollouts in verl: a reward that flags them, and advantages without them.
 
 verl pays rollouts in other processes than it compares them in, and hands on one number for each. So
 the mode ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` reads::
