@@ -90,7 +90,7 @@ class ClusterResult(EValueResult):
 
 
 class ClusterTest:
-    """The test of clusters for one law: it takes clusters, and always has a verdict.
+    """The sequential test of clusters, such as responses, for one law.
 
     Other arguments are those of `SequentialTest`.
 

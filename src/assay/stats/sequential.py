@@ -78,7 +78,7 @@ class SequentialResult(EValueResult):
 
 
 class SequentialTest:
-    """The residual test for one noise law: it takes residuals, and always has a verdict.
+    """The sequential residual test for one noise law.
 
     The bound alpha is that of one object over all its values: keep one per node and calibration, or
     divide alpha among several. An object can be pickled.

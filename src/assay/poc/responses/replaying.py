@@ -248,7 +248,7 @@ def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor
 
 @dataclass(frozen=True, eq=False)
 class ReplayedResponse:
-    """A receipt beside what a prefill of it gives.
+    """A receipt with the margins and residuals of its replay.
 
     Args:
         receipt: Receipt that was replayed.

@@ -29,7 +29,7 @@ _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ResponseName):
-    """One request: a prompt, what names it, and how to sample.
+    """One request: a prompt, its id and user seed, and its sampling.
 
     Args:
         user_seed, request_id, index: As of :class:`ResponseName`. prompt: Text, messages, or token

@@ -30,7 +30,7 @@ Evidence = Literal["both", "tokens", "sketches"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiptPins:
-    """Values that a validator knows before it reads receipts; None where it gives nothing.
+    """Values that a validator fixes before it reads receipts; None leaves one open.
 
     Whatever is not given is taken on the node's word, and :meth:`unpinned` names it. Without the
     requests a node may answer other ones than were asked, or choose their ids until it likes the

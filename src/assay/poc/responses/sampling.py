@@ -173,7 +173,7 @@ class ResponseName:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseSeed(ResponseName):
-    """What the noise of one response follows from.
+    """The fields that seed the noise of one response.
 
     Args:
         user_seed, request_id, index: As of :class:`ResponseName`.

@@ -9,7 +9,7 @@ NEEDS_ROUND = frozenset({"phase/generate", "phase/validate"})
 
 
 class State(StrEnum):
-    """The present work of the service."""
+    """The state of the service."""
 
     IDLE = "IDLE"
     GENERATING = "GENERATING"

@@ -22,7 +22,7 @@ from assay.stats.e_values import Outcome
 
 YOUR_MODEL = "MODEL"  # in advice to a reader whose own flags are not known
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
-"""What a command exits with, by verdict."""
+"""Exit codes of commands, by verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tasks whose grader can be told lies, and the sandbox in which model-written programs run."""
+"""Tasks with loopholes in their graders, and the sandbox for programs that models write."""
 
 from assay.vhack.environment.grading import Channel, Episode, Grade, episodes, grade
 from assay.vhack.environment.runs import Call, Limits, Outcome, Result

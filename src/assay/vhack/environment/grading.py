@@ -316,7 +316,7 @@ def episodes(
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a program is worth to the grader of an episode.
+    """The reward of a program, and whether it is correct or an exploit.
 
     Attributes:
         correct: Whether ``solve`` returned the expected value in every hidden case.

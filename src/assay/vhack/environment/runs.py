@@ -15,7 +15,7 @@ NOT_COMPARED: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
         seconds: Wall clock from start to end, start of the interpreter included; CPU seconds are
@@ -89,7 +89,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one run left behind, as seen by the parent.
+    """The result of one run, as the parent observes it.
 
     Attributes:
         returncode: Exit code of the program; None where it was killed.

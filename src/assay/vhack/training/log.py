@@ -13,7 +13,7 @@ LARGEST = 1e300  # number in a step
 
 
 class TrainLog:
-    """A log that is being written.
+    """The log of a run, while it is written.
 
     The first line says what the run is; ``kind`` tells lines apart::
 

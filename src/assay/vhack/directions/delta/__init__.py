@@ -1,4 +1,4 @@
-"""The adapter δS, the arms that hold its training back, and what they measure."""
+"""The adapter δS, the arms of training, and their measures."""
 
 import lazy_loader
 

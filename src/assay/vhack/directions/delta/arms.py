@@ -39,7 +39,7 @@ FLAGGED = ("", "filter", "quarantine", "absorb", "penalty")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; the methods without effect here are those that arms along axes override.
+    """A way to train; arms along axes override the methods that do nothing here.
 
     Attributes:
         name: Name as in `ARMS`.

@@ -34,7 +34,7 @@ _SHARES = ("cin", "cout", "leak")
 
 
 class ProjectedOptimizer(Optimizer):
-    """An optimizer around another one, which measures its steps along axes and lets an arm act.
+    """An optimizer around another, which measures steps along axes and lets an arm change them.
 
     Schedulers, GradScaler and trainers treat it like any other optimizer.
 
