@@ -400,7 +400,7 @@ async def answer(engine, ids, tokens, **options):
     started = time.perf_counter()
     first = None
     pieces = []
-    async for output in engine._client._llm.generate(prompt, sampling, uuid4().hex, **options):
+    async for output in engine.client.llm.generate(prompt, sampling, uuid4().hex, **options):
         first = first or time.perf_counter() - started
         pieces += output.outputs[0].token_ids
     return pieces, first

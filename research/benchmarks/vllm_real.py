@@ -30,7 +30,7 @@ LAW_BLOCKS = 16  # turns and nonces by the way they take
 def measure_speed(engine, options):
     """Return the nonces per second of both presets in turns, by the way they take."""
     rows = {}
-    throttle = engine._client.throttle
+    throttle = engine.client.throttle
     for method, (turns, count) in SPEED.items():
         throttle.settings = throttle.settings.model_copy(update={"path": method})
 

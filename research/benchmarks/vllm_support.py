@@ -324,7 +324,7 @@ def compare(engine, model, cheat, preset, nonces, told):
         "vllm_on_transformers": verdict(mine, model, **judge),
         "transformers_on_vllm": verdict(other_side, engine.model, engine=engine, **judge),
         "cheat_on_vllm": verdict(false, engine.model, engine=engine, **judge),
-        "beside_the_scheduler": engine._client.direct.describe(),
+        "beside_the_scheduler": engine.client.direct.describe(),
     }
 
 
@@ -399,7 +399,7 @@ def chat_beside(engine, adapter, said):
     from vllm.lora.request import LoRARequest
 
     def run(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, engine._client.loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, engine.client.loop)
 
     prompt = list(range(20, 52))
     used = {"lora_request": LoRARequest("adapter", 1, str(adapter))}
@@ -416,7 +416,7 @@ def chat_beside(engine, adapter, said):
     try:
         yield
     finally:
-        engine._client.loop.call_soon_threadsafe(ended.set)
+        engine.client.loop.call_soon_threadsafe(ended.set)
         asking.result()
         equal = sum(output == alone for output in answers)
         said |= {"answers": len(answers), "as_alone": equal, "changes_the_tokens": plain != alone}

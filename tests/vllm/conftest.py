@@ -170,12 +170,12 @@ def make_round(preset: str = "poc-2.0", *, key: str = "node", seq_len: int = SEQ
 
 def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
     """Have the workers of an engine cut calls into passes of no nonces, which fail."""
-    call = engine._client.direct._call
+    call = engine.client.direct.call
 
     async def of_no_nonces(method: str, *args: Any) -> Any:
         return await call(method, *((*args[:3], -1, *args[4:]) if method == "assay_pass" else args))
 
-    patch.setattr(engine._client.direct, "_call", of_no_nonces)
+    patch.setattr(engine.client.direct, "call", of_no_nonces)
 
 
 def check_idle(server: Any) -> dict:

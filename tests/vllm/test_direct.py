@@ -59,8 +59,8 @@ def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof,
     """Prove along one path; return the proof, and how many of its nonces ran beside the
     scheduler.
     """
-    throttle = engine._client.throttle
-    direct = engine._client.direct
+    throttle = engine.client.throttle
+    direct = engine.client.direct
     throttle.settings = throttle.settings.model_copy(update={"path": path})
     before = direct.nonces
     proof = poc.prove(engine.model, make_round(preset, key="paths"), range(count), engine=engine)
@@ -87,10 +87,10 @@ def test_both_paths_give_the_same_bits(engine, preset: str):
 def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     """Less than a block of the cache, and whole blocks."""
     other = replace_shape(engine, seq_len=seq_len, batch_size=8)
-    throttle = engine._client.throttle
+    throttle = engine.client.throttle
     round = make_round("hardened", seq_len=seq_len)
     values = []
-    before = engine._client.direct.nonces
+    before = engine.client.direct.nonces
     for path in ("auto", "requests"):
         throttle.settings = throttle.settings.model_copy(update={"path": path})
         values.append(
@@ -102,7 +102,7 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
             )
         )
     throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
-    assert engine._client.direct.nonces - before == 20
+    assert engine.client.direct.nonces - before == 20
     assert np.array_equal(*values)
 
 
@@ -116,7 +116,7 @@ def test_recorded_passes_give_the_same_bits():
         "reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **options
     ) as made:
         by_path(made, "auto", "hardened", 256)
-        batch = made._client.direct._sizers[SEQ_LEN].batch
+        batch = made.client.direct.sizers[SEQ_LEN].batch
         shorter = replace_shape(made, seq_len=32, batch_size=8)
         list(
             shorter.run(
@@ -139,7 +139,7 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(
         break_passes(patch, engine)
         failed, beside = by_path(engine, "auto", "poc-2.0")
     assert beside == 0
-    assert engine._client.direct.describe()["reason"]
+    assert engine.client.direct.describe()["reason"]
     assert np.array_equal(published(failed), expected) or ON_GPU
     assert by_path(engine, "auto", "poc-2.0")[1] == 48
     assert nothing_is_held(engine)

@@ -89,19 +89,19 @@ def test_pipelines_that_vllm_cannot_run_are_refused_in_words(engine, preset: str
 
 
 def on_loop(engine, work):
-    return asyncio.run_coroutine_threadsafe(work, engine._client.loop).result()
+    return asyncio.run_coroutine_threadsafe(work, engine.client.loop).result()
 
 
 async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
     """Send requests past the client's own checks."""
     for name, prompt in prompts.items():
-        async for _ in engine._client._llm.generate(prompt, sampling_parameters(), name):
+        async for _ in engine.client.llm.generate(prompt, sampling_parameters(), name):
             pass
 
 
 def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
     key = new_key()
-    on_loop(engine, engine._client.open(key, Spec(make_round(), poc.get_pipeline("poc-2.0"))))
+    on_loop(engine, engine.client.open(key, Spec(make_round(), poc.get_pipeline("poc-2.0"))))
     tokens = {"type": "token", "prompt_token_ids": [0] * SEQ_LEN}
     wrong = {
         f"{key}.": tokens,
@@ -120,8 +120,8 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
     on_loop(engine, hostile(engine, key, wrong))
     for nonce in (1, 2, 3, 4):
         with pytest.raises(ModelError, match=f"nonce {nonce}"):
-            on_loop(engine, engine._client.collect(key, [nonce]))
-    call = engine._client.call
+            on_loop(engine, engine.client.collect(key, [nonce]))
+    call = engine.client.call
     wrong = (
         ({"block": "b"}, "poc-2.0"),
         (asdict(make_round()), "no-preset"),
@@ -141,13 +141,13 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
 
 
 def test_a_stream_that_a_worker_refuses_is_held_by_none(engine, monkeypatch: pytest.MonkeyPatch):
-    call = engine._client.call
+    call = engine.client.call
 
     async def refuse(method, *arguments):
         return [*await call(method, *arguments), *(["a reason"] if method == "assay_open" else [])]
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._client, "call", refuse)
+        patch.setattr(engine.client, "call", refuse)
         with pytest.raises(UsageError, match="a reason"):
             next(engine.run(make_round().inputs(range(4)), poc.get_pipeline("poc-2.0")))
     assert nothing_is_held(engine)
@@ -161,23 +161,23 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
         next(outputs)
         outputs.close()
     assert nothing_is_held(engine)
-    assert engine._client.throttle.in_flight == 0
+    assert engine.client.throttle.in_flight == 0
 
 
 def test_requests_that_are_aborted_run_again(engine, monkeypatch: pytest.MonkeyPatch):
-    throttle = engine._client.throttle
+    throttle = engine.client.throttle
     monkeypatch.setattr(
         throttle, "settings", throttle.settings.model_copy(update={"path": "requests"})
     )
 
     async def scenario():
         spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
-        stream = NonceStream(engine._client, spec, range(16), 16)
+        stream = NonceStream(engine.client, spec, range(16), 16)
         await stream.open()
         waiting = asyncio.ensure_future(stream.next())
         for _ in range(2):  # a nonce is tried three times
             await asyncio.sleep(0.01)
-            await engine._client._llm.abort([request_id(stream._key, nonce) for nonce in range(16)])
+            await engine.client.llm.abort([request_id(stream.key, nonce) for nonce in range(16)])
         values = await waiting
         await stream.close()
         return values
@@ -214,7 +214,7 @@ def test_ten_thousand_nonces_leave_no_rows(engine):
 
 def replace_shape(engine, *, seq_len: int, batch_size: int):
     """Another shape on the engine that runs."""
-    return RequestEngine(engine._client, batch_size=batch_size, seq_len=seq_len)
+    return RequestEngine(engine.client, batch_size=batch_size, seq_len=seq_len)
 
 
 def test_the_longest_sequence_is_refused_before_it_runs(engine):

@@ -84,8 +84,7 @@ class Workers:
         assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
         self.dealt += [args[2]] if method == "assay_pass" else []
         return [
-            await self.collective_rpc(method, args, engine)
-            for engine in range(self.client._engines)
+            await self.collective_rpc(method, args, engine) for engine in range(self.client.engines)
         ]
 
     @staticmethod
@@ -206,10 +205,10 @@ async def test_beside_chat_a_burst_leaves_before_the_next_and_rests_in_between()
     await throttle.admit()
     await throttle.admit()
     throttle.leave()
-    assert not throttle._may_start()  # one of two has left, and the burst is not over
+    assert not throttle.may_start()  # one of two has left, and the burst is not over
     await asyncio.sleep(0.002)
     throttle.leave()
-    assert not throttle._may_start()
+    assert not throttle.may_start()
 
 
 async def test_exclusive_mode_waits_for_chat_and_no_longer_than_its_deadline():

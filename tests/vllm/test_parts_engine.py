@@ -92,7 +92,7 @@ def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(
         next(engine.run(SPEC.round.inputs(range(64)), SPEC.pipeline))
     gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
     assert logged == []
-    assert engine._client.throttle.in_flight == 0
+    assert engine.client.throttle.in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(
     waiting = threading.Thread(target=work)
     waiting.start()
     until(lambda: llm.asked == 4)
-    asyncio.run_coroutine_threadsafe(engine._client.end(), made).result(10)
+    asyncio.run_coroutine_threadsafe(engine.client.end(), made).result(10)
     waiting.join(10)
     assert [error.seen for error in raised] == ["the engine of vLLM has ended"]
     assert (llm.given_up, llm.called) == (4, ["assay_open", "assay_close"])
-    assert engine._client.throttle.in_flight == 0
+    assert engine.client.throttle.in_flight == 0
     with pytest.raises(ModelError, match="has ended"):
         next(engine.run(SPEC.round.inputs(range(64)), SPEC.pipeline))
     gc.collect()
@@ -190,7 +190,7 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
         "format": "",
         "products": [],
     }
-    engine._client.description |= worker | {"experts_over": []} | said
+    engine.client.description |= worker | {"experts_over": []} | said
     assert (engine.fingerprint.dtype, engine.fingerprint.kernels) == (
         dtype,
         ("runner v2", "tp 2", "pp 1", *kernels),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT
+from assay.cli.flags import ARGUMENT, OUTPUT, BlockNonces, Blocks
 from assay.cli.framework import extension, resumable
 from assay.cli.output import emit_json, progress_bar, say_next, show_values, table
 from assay.cli.poc import PresetName, in_column, poc
@@ -67,12 +67,8 @@ class CalibrateSettings(Settings):
     dimension: Annotated[int | None, "NUMBER"] = Field(
         None, ge=2, description="Dimension of the output."
     )
-    blocks: Annotated[int, "NUMBER"] = Field(
-        16, ge=1, description="Blocks that --model is measured in."
-    )
-    nonces: Annotated[int, "NUMBER"] = Field(
-        64, ge=1, description="Nonces of each of these blocks."
-    )
+    blocks: Blocks = 16
+    nonces: BlockNonces = 64
     formats: Annotated[Names, Flag(("--formats", "--dtype"), unit="DTYPES")] = Field(
         ("bfloat16", "float16", "float32"),
         description="Number formats that --model is measured in; float32 with --quick.",

@@ -25,7 +25,7 @@ SAMPLING = "assay.vhack.training.settings:SampleSettings"
 DELTA = Flag(reads="assay.vhack.names:check_delta")
 
 Delta = Annotated[
-    Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")
+    Path | None, DELTA, Field(description="File of δS of this model, merged into its weights.")
 ]
 
 
@@ -33,7 +33,7 @@ class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
     delta: Annotated[Path, DELTA] = Field(
-        description="File of δS that training or DeltaS.save wrote for this model."
+        description="File of δS of this model, merged into its weights."
     )
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
     overwrite: Overwrite = False
@@ -43,7 +43,7 @@ class SampleCommand(WeightSettings):
     """Settings of ``assay vhack sample`` beside those of sampling."""
 
     delta: Delta = None
-    output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
+    output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
     overwrite: Overwrite = False
 
 
@@ -55,7 +55,8 @@ class EvaluateCommand(Settings):
     delta: Delta = None
     reward: Annotated[str | None, "MODULE:FUNCTION"] = Field(
         None,
-        description="What pays completions, in TRL's form; by default they are run and graded.",
+        description="module:function that pays completions, in TRL's form; by default they are run "
+        "and graded.",
     )
     graded: Annotated[Path | None, FILE] = Field(
         None, description="File for the completions with the grade of each."

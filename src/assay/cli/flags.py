@@ -40,7 +40,11 @@ PinsFile = Annotated[
     Field(description="What the network agreed on; other settings must agree with it."),
 ]
 _CALIBRATION = Flag(reads="assay.poc.verdict.calibration_file:Calibration.load")
-CalibrationFile = Annotated[Path | None, _CALIBRATION]
+CalibrationFile = Annotated[
+    Path | None,
+    _CALIBRATION,
+    Field(description="Measured honest noise; else the pins' or bundled models'."),
+]
 CalibrationFiles = Annotated[tuple[Path, ...], _CALIBRATION]
 CommitmentFiles = Annotated[
     tuple[Path, ...], Flag(reads="assay.poc.protocol.commitments:Commitment.load")
@@ -60,6 +64,26 @@ Overwrite = Annotated[bool, Field(description="Replace what exists.")]
 Unsandboxed = Annotated[
     bool, Field(description="Run programs even where nothing can isolate them.")
 ]
+NodeCount = Annotated[
+    int | None,
+    "NUMBER",
+    Field(ge=1, description="Number of nodes that share the nonces of the key; else 1."),
+]
+NodeId = Annotated[
+    int | None, "NUMBER", Field(description="Number of the node, from 0 or 1; else 0.")
+]
+Strength = Annotated[
+    Literal[32, 256] | None,
+    Field(description="Bits of the seed of each input; else 32. 256 cannot collide."),
+]
+Limit = Annotated[
+    int, "ROWS", Field(ge=1, lt=2**63, description="Most rows of each table, the newest ones.")
+]
+Blocks = Annotated[int, "NUMBER", Field(ge=1, description="Blocks that are computed.")]
+BlockNonces = Annotated[int, "NUMBER", Field(ge=1, description="Nonces of each block.")]
+DtypeName = Annotated[
+    Literal["float32", "float16", "bfloat16"], Field(description="float32, float16 or bfloat16.")
+]
 Seed = Annotated[int, "NUMBER", Field(ge=0, lt=2**63, description="The same seed draws the same.")]
 
 
@@ -77,25 +101,27 @@ class LaunchSettings(ModelSettings):
     engine: EngineName = "hf"
 
 
-class RoundSettings(Settings):
-    """What a round is; each value that is left out is the published one, or that of the pins."""
+class AgreedSettings(Settings):
+    """What a network agrees on; what is left out is the published value, or that of a file."""
 
+    preset: Annotated[str | None, "NAME"] = Field(
+        None, description="Preset agreed on; else poc-2.0."
+    )
     seq_len: Annotated[int | None, "POSITIONS"] = Field(
         None, description="Input positions of a nonce; else 256. With decode, its prompt."
     )
-    strength: Literal[32, 256] | None = Field(
-        None, description="Bits of the seed of each input; else 32. 256 cannot collide."
-    )
+    strength: Strength = None
     r_target: Annotated[float | None, "DISTANCE"] = Field(
         None, description="Distance below which a nonce is valid; else 1.416."
     )
-    node_id: Annotated[int | None, "NUMBER"] = Field(
-        None, description="Number of the node, from 0 or 1; else 0."
-    )
-    node_count: Annotated[int | None, "NUMBER"] = Field(
-        None, description="Number of nodes that share the nonces of the key; else 1."
-    )
+    node_count: NodeCount = None
     frame: FrameFile = None
+
+
+class RoundSettings(AgreedSettings):
+    """What a network agrees on, and the share of one node."""
+
+    node_id: NodeId = None
 
 
 class AuditSettings(LaunchSettings):
@@ -104,9 +130,7 @@ class AuditSettings(LaunchSettings):
     pins: PinsFile = None
     block_hash: BlockHash = None
     public_key: PublicKey = None
-    calibration: CalibrationFile = Field(
-        None, description="Measured honest noise; else the pins' or bundled models'."
-    )
+    calibration: CalibrationFile = None
     ledger: LedgerFile = Field(
         None, description="Ledger of nodes' lives to add the audit to; the life then counts."
     )
@@ -117,7 +141,7 @@ class AuditSettings(LaunchSettings):
         None,
         gt=0,
         lt=1,
-        description="Chance of ever accusing an honest node; else that of the pins, or 0.001.",
+        description="Chance of ever accusing an honest node; else the pins', or 0.001.",
     )
     seed: Annotated[int | None, "NUMBER"] = Field(
         None, ge=0, description="Draws the sample; else unpredictable."

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import click
 from pydantic import AfterValidator, Field
 
-from assay.cli.flags import ARGUMENT, FOLDER
+from assay.cli.flags import ARGUMENT, FOLDER, DtypeName
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
 from assay.devices import device_name
@@ -58,9 +58,7 @@ class RandomSettings(InfoSettings):
     weights: Literal["random-all", "random-embed"] = Field(
         "random-all", description="random-all or random-embed."
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "bfloat16", description="float32, float16 or bfloat16."
-    )
+    dtype: DtypeName = "bfloat16"
 
 
 @models.add("list", example="assay models list")
@@ -155,9 +153,7 @@ class NumberSettings(Settings):
     strength: Literal[32, 256] = Field(
         32, description="Bits of the seed of normals: 32, as published, or 256."
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="Dtype of normals."
-    )
+    dtype: DtypeName = "float32"
 
 
 def streams(chosen: NumberSettings, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite
+from assay.cli.flags import ARGUMENT, OUTPUT, Limit, Overwrite
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
 from assay.errors import UsageError, visible
@@ -36,9 +36,7 @@ class ShowSettings(LedgerSettings):
     public_key: Annotated[str | None, "KEY"] = Field(
         None, description="Key of one node, to list its audits too."
     )
-    limit: Annotated[int, "ROWS"] = Field(
-        100, ge=1, lt=2**63, description="Most accounts, and most audits of each."
-    )
+    limit: Limit = 100
 
 
 class LedgerAuditSettings(Settings):

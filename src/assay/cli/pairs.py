@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite, Unsandboxed
+from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite, Seed, Unsandboxed
 from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.cli.vhack import PAIRS_HELP, pairs
 from assay.settings import Flag, Settings
@@ -26,7 +26,7 @@ class GenerateSettings(Settings):
     n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(
         96, lt=100_000, description="Number of pairs."
     )
-    seed: Annotated[int, "NUMBER"] = Field(0, description="The same seed gives the same pairs.")
+    seed: Seed = 0
     mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
         None, description="Use this mechanism only; may be repeated."
     )

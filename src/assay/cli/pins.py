@@ -1,7 +1,7 @@
 """``assay poc pins``: write the pins file of a network, and hold a proof against it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,12 +10,15 @@ from assay.cli.flags import (
     OUTPUT,
     PINS,
     PROOF,
+    AgreedSettings,
     BlockHash,
     CalibrationFiles,
-    FrameToRead,
     ModelName,
+    NodeCount,
+    NodeId,
     Overwrite,
     PublicKey,
+    Strength,
 )
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import pins
@@ -23,7 +26,7 @@ from assay.errors import UsageError
 from assay.settings import Settings
 
 
-class NewPinsSettings(Settings):
+class NewPinsSettings(AgreedSettings):
     """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
 
     model: ModelName
@@ -35,30 +38,14 @@ class NewPinsSettings(Settings):
     public_key: Annotated[tuple[str, ...], "KEY"] = Field(
         (), description="Key of a node that may prove; else any."
     )
-    preset: Annotated[str | None, "NAME"] = Field(
-        None, description="Preset; that of the proof, or poc-2.0."
-    )
-    seq_len: Annotated[int | None, "POSITIONS"] = Field(
-        None, description="Positions; as in the proof, or 256."
-    )
-    strength: Literal[32, 256] = Field(
-        256, description="Bits of the input seeds; those of 256 cannot collide."
-    )
-    node_count: Annotated[int, "NUMBER"] = Field(
-        1, ge=1, description="Number of machines of one key."
-    )
+    strength: Strength = 256
+    node_count: NodeCount = 1
     false_convictions: Annotated[str | None, "K/N"] = Field(
         None, description="Accepted ones over all nodes: 1/100000."
     )
     overwrite: Overwrite = False
-    r_target: Annotated[float | None, "DISTANCE"] = Field(
-        None, description="As in the proof, or 1.416."
-    )
     fewest_nonces: Annotated[int, "NONCES"] = Field(
         32, ge=1, description="Number of nonces of the smallest proof."
-    )
-    frame: FrameToRead = Field(
-        None, description="Frame of the model to pin, for tokens-1, the preset then."
     )
     dtype: Annotated[str | None, "DTYPE"] = Field(
         None,
@@ -71,12 +58,10 @@ class CheckPinsSettings(Settings):
     """Settings of ``assay poc pins check``: what is known of the round of a proof."""
 
     pins: Annotated[Path, ARGUMENT, PINS] = Field(description="Pins file.")
-    proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(
-        None, description="Proof file that is held against it."
-    )
+    proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(None, description="Proof file.")
     block_hash: BlockHash = None
     public_key: PublicKey = None
-    node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node.")
+    node_id: NodeId = None
 
 
 @pins.add(

@@ -20,11 +20,14 @@ from assay.cli.flags import (
     PROOF,
     AuditSettings,
     BlockHash,
+    BlockNonces,
+    Blocks,
     CommitmentFiles,
     EngineName,
     FrameFile,
     KernelName,
     LaunchSettings,
+    ModelName,
     ModelSettings,
     NumberFormat,
     Overwrite,
@@ -114,9 +117,6 @@ class VerifySettings(RoundSettings, AuditSettings):
     sample: Annotated[int | None, "NONCES"] = Field(
         None, description="Nonces to recompute; else what the law needs."
     )
-    preset: Annotated[str | None, "NAME"] = Field(
-        None, description="Preset agreed on; else poc-2.0."
-    )
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
@@ -131,9 +131,7 @@ class VerifySettings(RoundSettings, AuditSettings):
 class FrameSettings(ModelSettings):
     """Settings of ``assay poc frame``."""
 
-    model: Annotated[str, ARGUMENT] = Field(
-        description="Model: a directory, a hub id, or a name of models list."
-    )
+    model: Annotated[ModelName, ARGUMENT]
     output: Annotated[Path, OUTPUT] = Field(description="Frame file to write.")
     overwrite: Overwrite = False
 
@@ -142,15 +140,11 @@ class CollectSettings(LaunchSettings):
     """Settings of ``assay poc collect``."""
 
     output: Annotated[Path, FOLDER] = Field(description="Folder for the proofs, one of each block.")
-    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset of the network.")
+    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset agreed on; else poc-2.0.")
     seq_len: Positions = POSITIONS
-    blocks: Annotated[int, "NUMBER"] = Field(
-        16, ge=1, description="Blocks that are proved, collect-1 and so on."
-    )
-    nonces: Annotated[int, "NUMBER"] = Field(256, ge=1, description="Nonces of each block.")
-    batch_size: Annotated[int, "NONCES"] = Field(
-        32, ge=1, description="Nonces per forward pass, as in production."
-    )
+    blocks: Blocks = 16
+    nonces: BlockNonces = 256
+    batch_size: Annotated[int, "NONCES"] = Field(32, ge=1, description="Nonces per forward pass.")
     frame: FrameFile = None
 
 

@@ -20,7 +20,11 @@ from assay.cli.poc import auditor_values, life_rows, noting_new, poc
 from assay.settings import Flag
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
-RequestFile = Annotated[Path | None, REQUESTS]
+RequestFile = Annotated[
+    Path | None,
+    REQUESTS,
+    Field(description="Requests that were sent: for exit code 0, and for hashed prompts."),
+]
 NoiseFile = Annotated[
     Path | None, Flag(reads="assay.poc.responses.response_calibration:ResponseCalibration.load")
 ]
@@ -81,9 +85,7 @@ class ReplaySettings(AuditSettings):
         None, description="Measured honest noise of responses; else the default."
     )
     receipts: Annotated[Path, ARGUMENT, RECEIPTS] = Field(description="File of receipts.")
-    requests: RequestFile = Field(
-        None, description="Requests that were sent; needed for exit code 0."
-    )
+    requests: RequestFile = None
     sample: Annotated[int | None, "RESPONSES"] = Field(
         None, description="Responses to replay; all by default."
     )
@@ -103,9 +105,7 @@ class CalibrateResponsesSettings(LaunchSettings):
         description="Receipts of nodes of one build."
     )
     output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
-    requests: RequestFile = Field(
-        None, description="Requests that were sent, for receipts with hashes of prompts."
-    )
+    requests: RequestFile = None
     batch_size: Batch = 16
 
 

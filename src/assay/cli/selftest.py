@@ -38,9 +38,7 @@ class SelftestSettings(LaunchSettings):
     batch_size: Annotated[int, "NONCES"] = Field(
         16, ge=2, le=4096, description="Nonces of the usual batch."
     )
-    calibration: CalibrationFile = Field(
-        None, description="Measured honest noise; else that of the bundled models."
-    )
+    calibration: CalibrationFile = None
     frame: FrameFile = None
     api_key_file: Annotated[Path | None, KEY] = Field(
         None, description="File with the key for --url."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelSettings
+from assay.cli.flags import ARGUMENT, FOLDER, KernelName, Limit, ModelSettings
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
@@ -35,7 +35,7 @@ LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the
 DataDir = Annotated[
     Path,
     Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"),
-    Field(description="Directory of the service's database."),
+    Field(description="Directory of the database. One service runs per directory."),
 ]
 
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
@@ -88,9 +88,7 @@ class CallbackListSettings(Settings):
     every: Annotated[bool, Flag(("--all",))] = Field(
         False, description="List delivered callbacks too."
     )
-    limit: Annotated[int, "ROWS"] = Field(
-        100, ge=1, lt=2**63, description="Largest number to list, newest first."
-    )
+    limit: Limit = 100
 
 
 @poc.add(

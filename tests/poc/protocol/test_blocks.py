@@ -28,7 +28,7 @@ def test_the_cosine_of_a_nonce_is_a_product_with_the_folded_head(preset: str):
     )
     x_ND = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
     cosines_N = 1 - transform(x_ND, round.inputs(range(64))).numpy().astype(float) ** 2 / 2
-    lengths_N = np.linalg.norm(transform._head(x_ND).numpy(), axis=1) / 0.02
+    lengths_N = np.linalg.norm(transform.apply_head(x_ND).numpy(), axis=1) / 0.02
     assert cosines_N * lengths_N == pytest.approx(
         x_ND.numpy() @ folded_head(round, WIDTH), abs=2e-3
     )

@@ -203,7 +203,7 @@ def test_an_adapter_that_finds_no_room_leaves_the_model_as_it_was(
     before = (
         hooks()
     )  # transformers keeps some of its own on a model that has shown its hidden states
-    monkeypatch.setattr("assay.poc.responses.adapters._adds", adds)
+    monkeypatch.setattr("assay.poc.responses.adapters.addition_hook", adds)
     with pytest.raises(MemoryError), load_adapter(directory).on(small_model):
         pass
     assert made

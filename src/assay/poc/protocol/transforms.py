@@ -225,14 +225,15 @@ class Transform:
             x_BD = self._step(step, x_BD, inputs)
         if self._target_V is None:
             return x_BD.to(torch.float16)
-        y_BV = self._head(x_BD)
+        y_BV = self.apply_head(x_BD)
         for step in self.pipeline.logits:
             y_BV = self._step(step, y_BV, inputs)
         y_BV = y_BV / torch.linalg.vector_norm(y_BV, dim=-1, keepdim=True)
         distances_B: Tensor = torch.linalg.vector_norm(y_BV - self._target_V, dim=-1)
         return distances_B
 
-    def _head(self, x_BD: Tensor) -> Tensor:
+    def apply_head(self, x_BD: Tensor) -> Tensor:
+        """Return the values [B, V] of the preset's head, or the rows themselves without one."""
         if self._random_head_VD is not None:
             return project(x_BD, self._random_head_VD)
         return x_BD if self._trained_head is None else self._trained_head(x_BD)

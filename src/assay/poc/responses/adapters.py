@@ -95,7 +95,9 @@ class Lora:
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
-                hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
+                hooks.enter_context(
+                    layer.register_forward_hook(addition_hook(a_RI, b_OR, self.scale))
+                )
             yield
 
 
@@ -177,9 +179,11 @@ def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
     return layer
 
 
-def _adds(
+def addition_hook(
     a_RI: Tensor, b_OR: Tensor, scale: float
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return the forward hook that adds the product of a layer's two factors to its output."""
+
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + scale * (inputs[0] @ a_RI.T @ b_OR.T)
 

@@ -108,5 +108,5 @@ class ServiceSettings(ServerSettings):
         "contradict it are refused.",
     )
     ledger: Path | None = Field(
-        None, description="Ledger of nodes' lives to which the residuals of validations are added."
+        None, description="Ledger of nodes' lives to add the audit to; the life then counts."
     )

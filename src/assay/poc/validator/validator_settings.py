@@ -35,7 +35,7 @@ class ValidatorSettings(Settings):
         description="Number formats in which every nonce is computed again, where the calibration "
         "measured them.",
     )
-    batch_size: Count = Field(32, description="Nonces per forward pass, of any nodes.")
+    batch_size: Count = Field(32, description="Nonces per forward pass.")
     minimum_share: float = Field(
         0.1,
         ge=0,

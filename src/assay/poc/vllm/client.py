@@ -66,8 +66,8 @@ class Client:
         self.ended: Future[None] = Future()
         # The `close` of every open stream of nonces.
         self.closers: set[Callable[[], Awaitable[None]]] = set()
-        self._llm = llm
-        self._engines = engines
+        self.llm = llm
+        self.engines = engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
@@ -76,10 +76,8 @@ class Client:
 
     async def install(self) -> None:
         """Prepare the workers; the device names all kinds that compute one pass."""
-        self.loop, self.positions = (
-            asyncio.get_running_loop(),
-            most_positions(self._llm.vllm_config),
-        )
+        self.loop = asyncio.get_running_loop()
+        self.positions = most_positions(self.llm.vllm_config)
         replies = await self.call("assay_install")
         self.description = replies[-1] | {
             "device": " + ".join(sorted({reply["device"] for reply in replies}))
@@ -131,7 +129,7 @@ class Client:
         # it other requests would find the blocks of a nonce in the prefix cache, where all nonces
         # have the same placeholder tokens.
         prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": name}
-        async for output in self._llm.generate(prompt, sampling, name, priority=self._priority):
+        async for output in self.llm.generate(prompt, sampling, name, priority=self._priority):
             last = output
         return last
 
@@ -165,11 +163,11 @@ class Client:
 
     def release(self) -> None:
         """Drop the reference to an ended engine, so that it cleans up before the process ends."""
-        self._llm = None
+        self.llm = None
 
     async def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker."""
-        return await call_workers(self._llm, method, *args, engines=self._engines)
+        return await call_workers(self.llm, method, *args, engines=self.engines)
 
     async def counts(self) -> list[Any]:
         """Return what the workers hold; all who ask within :data:`COUNTS_KEPT` share one call."""
@@ -269,7 +267,7 @@ class NonceStream:
         self._batches: asyncio.Queue[asyncio.Task[Rows] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
-        self._key = ""
+        self.key = ""
         self._passes = 1  # of the engine, for each nonce
         self._sizer = CallSizer(0)
         self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -283,9 +281,9 @@ class NonceStream:
 
     async def open(self) -> None:
         """Announce the stream to the workers, which may refuse the round, and begin."""
-        self._key = new_key()
+        self.key = new_key()
         self._client.closers.add(self.close)
-        await self._client.open(self._key, self._spec)
+        await self._client.open(self.key, self._spec)
         self._producer = self._start(self._produce())
 
     async def next(self) -> Rows | None:
@@ -307,8 +305,8 @@ class NonceStream:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        key = self._key
-        self._key = ""
+        key = self.key
+        self.key = ""
         if key:
             # The engine may have ended, and its workers with it.
             with suppress(Exception):
@@ -329,7 +327,7 @@ class NonceStream:
     async def _produce(self) -> None:
         # Nonces that decode are requests.
         if not self._spec.pipeline.steps:
-            self._sizer = await self._client.direct.open(self._key, self._spec.round.seq_len)
+            self._sizer = await self._client.direct.open(self.key, self._spec.round.seq_len)
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
@@ -352,7 +350,7 @@ class NonceStream:
         nonces = list(self._nonces[place : place + count])
         self._covered = place + len(nonces)
         self._call = self._start(
-            self._client.direct.run(self._key, self._sizer, nonces, admitted=count)
+            self._client.direct.run(self.key, self._sizer, nonces, admitted=count)
         )
         self._call.add_done_callback(lambda _: self._client.direct.leave(count))
         self._calls.add(self._call)
@@ -361,7 +359,7 @@ class NonceStream:
     async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
         request = await asyncio.to_thread(self._request, nonce)
         await self._client.throttle.admit()
-        task = self._start(self._client.run(self._key, nonce, *request))
+        task = self._start(self._client.run(self.key, nonce, *request))
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
@@ -417,7 +415,7 @@ class NonceStream:
                     raise _failure(outcome)(
                         seen, wanted="an engine that takes its length", do="see the log of vLLM"
                     ) from outcome
-            collected = await self._client.collect(self._key, list(pending))
+            collected = await self._client.collect(self.key, list(pending))
             complete = {
                 nonce
                 for nonce, outcome in zip(pending, outcomes, strict=True)

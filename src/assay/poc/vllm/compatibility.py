@@ -164,28 +164,34 @@ def check_numbers(config: Any) -> None:
     """
     precision = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest")
     model = config.model_config
-    variable = f"VLLM_FLOAT32_MATMUL_PRECISION={precision}"
     rows: list[Refusal] = [
-        (precision != "highest", variable, "products of float32 in full", "unset it")
+        (
+            precision != "highest",
+            f"VLLM_FLOAT32_MATMUL_PRECISION={precision}",
+            "products of float32 in full",
+            "unset it",
+        )
     ]
     for kind, limit in rotary_limits(getattr(model, "hf_text_config", None)):
         if kind == "longrope":
-            beyond = (
-                f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have "
-                f"long factors too"
-            )
             rows.append(
                 (
                     model.max_model_len > limit,
-                    beyond,
+                    f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have "
+                    f"long factors too",
                     f"at most {limit}",
                     f"pass --max-model-len {limit}",
                 )
             )
         else:
-            seen = "dynamic NTK, which it scales at every length"
-            prove_elsewhere = "prove with --engine hf"
-            rows.append((True, seen, "rotary embeddings as transformers has them", prove_elsewhere))
+            rows.append(
+                (
+                    True,
+                    "dynamic NTK, which it scales at every length",
+                    "rotary embeddings as transformers has them",
+                    "prove with --engine hf",
+                )
+            )
     refuse_first(rows, "vLLM with ")
 
 
@@ -195,27 +201,37 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
     count = config.parallel_config.data_parallel_size
     if count == 1:
         return
-    together = config.model_config.is_moe and device not in SHARED_EXPERTS
-    balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     local = parallel.data_parallel_size_local == count and parallel.data_parallel_backend == "mp"
-    wanted = (
-        "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32"
-    )
-    do = "start one server per engine, each with its own node_id and data directory"
     for applies, seen in (
-        (together, f"of a mixture on {device}, which step together"),
-        (balanced, "behind another load balancer"),
+        (
+            config.model_config.is_moe and device not in SHARED_EXPERTS,
+            f"of a mixture on {device}, which step together",
+        ),
+        (
+            parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
+            "behind another load balancer",
+        ),
         (not local, "that it does not start on this host by itself"),
     ):
-        yield applies, f"{count} data-parallel engines {seen}", wanted, do
+        yield (
+            applies,
+            f"{count} data-parallel engines {seen}",
+            "engines on one host behind one server, of a dense model unless on a GPU, with vLLM "
+            "0.32",
+            "start one server per engine, each with its own node_id and data directory",
+        )
 
 
 def _executors(config: Any, device: str) -> Iterator[Refusal]:
     """Ways to run workers that were not tried."""
     executor = config.parallel_config.distributed_executor_backend
     wanted = "mp, uni or ray, which call between steps"
-    omit = "leave --distributed-executor-backend out"
-    yield executor not in EXECUTORS, f"--distributed-executor-backend {executor}", wanted, omit
+    yield (
+        executor not in EXECUTORS,
+        f"--distributed-executor-backend {executor}",
+        wanted,
+        "leave --distributed-executor-backend out",
+    )
     if executor == "ray":
         from vllm import envs
 
@@ -235,21 +251,13 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     parallel = config.parallel_config
     cache = config.cache_config
     quantised = model.quantization is not None and _stated_quantisation(model) is None
-    visual = model.is_multimodal_model and not model.multimodal_config.language_model_only
-    split = any(
-        getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode")
-    )
     extension = parallel.worker_extension_cls
-    stages = parallel.pipeline_parallel_size > 1
-    sharing = getattr(cache, "kv_sharing_fast_prefill", None)
-    dealt = getattr(parallel, "enable_expert_parallel", None)
     other_formats = ", ".join(other_cache(config))
     loaded = str(config.load_config.load_format)
     caches = (
         "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and "
         "--mamba-cache-dtype"
     )
-    own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"
     checkpoint = "the checkpoint, which the proof names"
     omit = "leave it out"
     serve = "serve it as it is"
@@ -274,7 +282,7 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     yield getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve
     yield model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"
     yield (
-        visual,
+        model.is_multimodal_model and not model.multimodal_config.language_model_only,
         "a model that reads more than text",
         "its language model alone",
         "add --language-model-only",
@@ -286,27 +294,39 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
         f"add --worker-extension-cls {EXTENSION}",
     )
     yield (
-        split,
+        any(
+            getattr(parallel, f"{part}_context_parallel_size", 1) > 1
+            for part in ("prefill", "decode")
+        ),
         "context parallelism",
         "all of a nonce on one worker",
         "use tensor or pipeline parallelism",
     )
-    yield sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit
+    yield (
+        getattr(cache, "kv_sharing_fast_prefill", None),
+        "--kv-sharing-fast-prefill",
+        "every layer at every position",
+        omit,
+    )
     yield (
         other_formats,
         f"a cache of another number format ({other_formats})",
-        own_or_fp8,
+        "a cache of the model's own format, or --kv-cache-dtype fp8 alone",
         f"leave {caches} out",
     )
     if device == "cpu":
         yield (
-            stages,
+            parallel.pipeline_parallel_size > 1,
             "pipeline stages on the CPU, where the second one fails",
             "one stage",
             "use tensor parallelism",
         )
-        crash = "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes"
-        yield dealt, crash, "every expert on every worker", omit
+        yield (
+            getattr(parallel, "enable_expert_parallel", None),
+            "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes",
+            "every expert on every worker",
+            omit,
+        )
         # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one:
         # beside a request with an adapter the nonces, and the chat without one, are computed with
         # that adapter.
@@ -365,20 +385,26 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
     for name, description, kind, tested, do in used:
         tested_here = tested.get(device, {})
         dtypes = tested_here.get(name) or (dtype,)
-        slow = cpu in WITHOUT_AVX512 and tested is not WITH_STATE
-        stateful = has_state and tested is EIGHT_BIT_CACHES
-        wanted = f"{kind} that was run there: {', '.join(tested_here) or 'none yet'}"
-        run_so = f"pass --dtype {dtypes[0]}"
-        yield name not in tested_here, f"{description} on {device}", wanted, do
+        yield (
+            name not in tested_here,
+            f"{description} on {device}",
+            f"{kind} that was run there: {', '.join(tested_here) or 'none yet'}",
+            do,
+        )
         yield (
             dtype not in dtypes,
             f"{description} and --dtype {dtype} on {device}",
             " or ".join(dtypes),
-            run_so,
+            f"pass --dtype {dtypes[0]}",
         )
-        yield slow, f"{description} on {cpu}", "a CPU with AVX-512, or a GPU", do
         yield (
-            stateful,
+            cpu in WITHOUT_AVX512 and tested is not WITH_STATE,
+            f"{description} on {cpu}",
+            "a CPU with AVX-512, or a GPU",
+            do,
+        )
+        yield (
+            has_state and tested is EIGHT_BIT_CACHES,
             f"{description} and layers that keep a state",
             "such a cache of attention alone",
             do,
@@ -442,9 +468,13 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
         # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from
         # triton's.
         chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
-        seen = f"{name} and --gdn-prefill-backend {chosen or 'auto'}"
         wanted = "its linear attention by triton"
-        yield chosen != "triton", seen, wanted, "pass --gdn-prefill-backend triton"
+        yield (
+            chosen != "triton",
+            f"{name} and --gdn-prefill-backend {chosen or 'auto'}",
+            wanted,
+            "pass --gdn-prefill-backend triton",
+        )
 
 
 def processor_for(config: Any) -> str:
@@ -465,21 +495,23 @@ def check_responses(config: Any, mode: ResponseMode) -> None:
     ]
     drafts = getattr(config, "speculative_config", None)
     reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
-    drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
     noisy = reported.startswith("processed")
-    plain_logits = "those of the model, without the noise"
-    describes_other = f"with {', '.join(described)}, which describes another sampler"
     rows = (
         (
             drafts and not v2,
-            drafted,
+            "with speculative decoding on the V1 runner, which takes no logits processor then",
             "the V2 runner, or no drafts",
             "leave it or ASSAY_RESPONSES out",
         ),
-        (seeded and noisy, f"with --logprobs-mode {reported}", plain_logits, "leave it out"),
+        (
+            seeded and noisy,
+            f"with --logprobs-mode {reported}",
+            "those of the model, without the noise",
+            "leave it out",
+        ),
         (
             seeded and described,
-            describes_other,
+            f"with {', '.join(described)}, which describes another sampler",
             "one sampler",
             "leave it out, or ASSAY_RESPONSES=sketched",
         ),

@@ -106,8 +106,8 @@ class DirectPath:
         self.most = MOST * engines  # nonces of a call
         self._engines = engines
         self._throttle = throttle
-        self._call = call
-        self._sizers: dict[int, CallSizer] = {}
+        self.call = call
+        self.sizers: dict[int, CallSizer] = {}
         self._running = self._failures = 0
         self._names = count()
         self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
@@ -123,9 +123,9 @@ class DirectPath:
             return CallSizer(0)
         # A stream tries again, whatever ended the calls of the one before.
         self._failures = 0
-        replies = await self._call("assay_batch", key)
+        replies = await self.call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
-        sizer = self._sizers.setdefault(seq_len, CallSizer(0))
+        sizer = self.sizers.setdefault(seq_len, CallSizer(0))
         sizer.batch = 0 if self.reason else min(reply["batch"] for reply in replies) * self._engines
         return sizer
 
@@ -206,7 +206,7 @@ class DirectPath:
         A call that is given up does not take along the values of another one, which are in its
         reply.
         """
-        asking = asyncio.ensure_future(self._call(method, *args))
+        asking = asyncio.ensure_future(self.call(method, *args))
         self._asked.add(asking)
         asking.add_done_callback(self._settle)
         await asyncio.shield(asking)

@@ -139,13 +139,6 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     responses = settings.responses
     engines = value_of("data_parallel_size", None) or 1
     servers = value_of("api_server_count", None) or 1
-    several = "start one server per engine, or leave ASSAY_RESPONSES out"
-    recorded = f"ASSAY_RESPONSES={responses} with {engines} data-parallel engines"
-    balanced = value_of("data_parallel_multi_port_external_lb", False)
-    alone = "one server, which deals out the nonces"
-    per_engine = (
-        "leave it out, or start one server per engine, each with its own node_id and data directory"
-    )
     revision = value_of("revision", None)
     host = value_of("host", None)
     guarded = (
@@ -154,9 +147,6 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
         or (host and is_loopback(host))
         or settings.has_keys
     )
-    without = f"--host {host or '0.0.0.0'} without a key of assay"
-    a_key = "a key of its own for /api/v1/pow"
-    set_key = "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1"
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
@@ -168,21 +158,37 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             "unset VLLM_USE_RUST_FRONTEND",
         ),
         (value_of("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
-        (responses != "off" and engines > 1, recorded, "one that has all answers", several),
+        (
+            responses != "off" and engines > 1,
+            f"ASSAY_RESPONSES={responses} with {engines} data-parallel engines",
+            "one that has all answers",
+            "start one server per engine, or leave ASSAY_RESPONSES out",
+        ),
         (
             servers > 1,
             f"{servers} API servers",
             "one, which has the round and all chat",
             "pass --api-server-count 1",
         ),
-        (balanced, "--data-parallel-multi-port-external-lb", alone, per_engine),
+        (
+            value_of("data_parallel_multi_port_external_lb", False),
+            "--data-parallel-multi-port-external-lb",
+            "one server, which deals out the nonces",
+            "leave it out, or start one server per engine, each with its own node_id and data "
+            "directory",
+        ),
         (
             revision,
             f"--revision {revision}",
             "a checkpoint with a digest",
             "download it, and serve the directory",
         ),
-        (not guarded, without, a_key, set_key),
+        (
+            not guarded,
+            f"--host {host or '0.0.0.0'} without a key of assay",
+            "a key of its own for /api/v1/pow",
+            "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1",
+        ),
     )
     refuse_first(rows)
     if value_of("worker_extension_cls", None) == OLD_EXTENSION:

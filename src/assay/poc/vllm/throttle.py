@@ -131,7 +131,7 @@ class Throttle:
     async def admit(self) -> None:
         """Wait until one more nonce may run, and count it."""
         self.look()
-        while not self._may_start():
+        while not self.may_start():
             # One of them will leave, and nothing else can make room.
             if self.in_flight:
                 self._left.clear()
@@ -174,7 +174,8 @@ class Throttle:
     def _paces(self) -> bool:
         return self.settings.mode == "chat-first" and self.settings.share < 1 and self.busy
 
-    def _may_start(self) -> bool:
+    def may_start(self) -> bool:
+        """Return whether one more nonce may enter the engine now."""
         if self.in_flight >= self.limit:
             return False
         if not self._paces:

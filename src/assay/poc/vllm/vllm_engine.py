@@ -163,7 +163,7 @@ class RequestEngine(Engine):
         _check_positions(seq_len, client.positions)
         self.batch_size = batch_size
         self.seq_len = seq_len
-        self._client = client
+        self.client = client
         self.frame = frame
         worker = client.description
         self.hidden_size = worker["hidden_size"]
@@ -177,7 +177,7 @@ class RequestEngine(Engine):
     @override
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        return self._client.fingerprint(self.batch_size, self.seq_len)
+        return self.client.fingerprint(self.batch_size, self.seq_len)
 
     @override
     def run(
@@ -193,13 +193,13 @@ class RequestEngine(Engine):
         if pipeline.steps:
             spec = Spec(round, pipeline)
             points = pipeline.output == "points"
-            _check_positions(self.seq_len, self._client.positions, pipeline.steps + points)
+            _check_positions(self.seq_len, self.client.positions, pipeline.steps + points)
             stream: NonceStream
             if points:
-                stream = PointStream(self._client, spec, nonces, self.batch_size, claimed_MN)
+                stream = PointStream(self.client, spec, nonces, self.batch_size, claimed_MN)
             else:
                 stream = TokenStream(
-                    self._client,
+                    self.client,
                     spec,
                     nonces,
                     self.batch_size,
@@ -211,7 +211,7 @@ class RequestEngine(Engine):
                 pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size
             )
             spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
-            stream = NonceStream(self._client, spec, nonces, self.batch_size)
+            stream = NonceStream(self.client, spec, nonces, self.batch_size)
         for rows in self._run(stream):
             yield stream.values(rows)
 
@@ -223,16 +223,16 @@ class RequestEngine(Engine):
                 yield values
         finally:
             # Client.end closes every stream.
-            if not self._client.ended.done():
+            if not self.client.ended.done():
                 self._wait(stream.close())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the engine's loop; an engine that ends meanwhile is an EngineEnded."""
-        if self._client.ended.done() or self._client.loop.is_closed():
+        if self.client.ended.done() or self.client.loop.is_closed():
             work.close()
         else:
-            running = asyncio.run_coroutine_threadsafe(work, self._client.loop)
-            either: set[Future[Any]] = {running, self._client.ended}
+            running = asyncio.run_coroutine_threadsafe(work, self.client.loop)
+            either: set[Future[Any]] = {running, self.client.ended}
             wait(either, return_when=FIRST_COMPLETED)
             if running.done() and not running.cancelled():
                 return running.result()
@@ -325,7 +325,7 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
         """Return what every worker holds; between two streams everything but ``dropped`` is
         zero.
         """
-        return self._thread.run(self._client.call("assay_counts"))
+        return self._thread.run(self.client.call("assay_counts"))
 
     def close(self) -> None:
         """End the engine and its processes."""

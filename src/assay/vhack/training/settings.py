@@ -67,7 +67,7 @@ class FlagSource(NamedTuple):
 class TaskSettings(Settings):
     """Settings that say which tasks a model works on."""
 
-    seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
+    seed: int = Field(0, ge=0, description="The same seed draws the same.")
     modes: Names = Field(
         MODES[:-1], description="What the grader may look at, separated by commas."
     )
@@ -200,7 +200,7 @@ class TrainSettings(TaskSettings):
         0, ge=0, description="Steps after which axes and detector are renewed; 0 keeps them."
     )
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of tasks, sampling and control axes.")
+    seed: int = Field(0, ge=0, lt=2**32, description="The same seed draws the same.")
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw",
         description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9).",
@@ -230,8 +230,7 @@ class TrainSettings(TaskSettings):
     )
     dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
         None,
-        description="Dtype of the weights: float32 or bfloat16; by default the one they are "
-        "stored in.",
+        description="float32 or bfloat16; by default the stored one.",
     )
     device: Device = None
     allow_partial: bool = Field(
