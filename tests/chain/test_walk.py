@@ -213,7 +213,7 @@ class Walk:
 @pytest.mark.timeout(7200)
 def test_no_sequence_of_calls_is_answered_otherwise_than_upstream(serving):  # noqa: F811
     with serving(compatibility="gonka", job_ttl=3600, wait=PATIENCE) as service:
-        service.rig.pause = 0.02  # a round that runs free would take the time of all calls
+        service.rig.pause = 0.005  # a round that runs free would take the time of all calls
         for seed in range(FIRST, FIRST + WALKS):
             Walk(service, seed).run()
 
