@@ -14,6 +14,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import reference  # noqa: E402
 
+MOST_WORDS = 60_000
+"""Words of the README and of the pages in docs that are written by hand, code included."""
+
 
 @pytest.mark.parametrize("page", reference.PAGES)
 def test_a_generated_page_is_up_to_date(page):
@@ -50,3 +53,11 @@ def test_tables_are_those_of_the_results():
         [*command, *map(str, pages)], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pages_written_by_hand_are_short():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    written = [page for page in pages if page.name not in reference.PAGES]
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in written)
+    assert len(written) > 25
+    assert words <= MOST_WORDS
