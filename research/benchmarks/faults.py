@@ -7,6 +7,7 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
   as the upper end of the 95 % interval of the mean of every setting;
 - pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`, `--data`), in
   none of its lives, whose audits are drawn anew from its nonces with the fault in place;
+- strikes: of sequences of complete pools of each pair, none is fraud before its fourth (`--data`);
 - honest: none of 20 000 honest lives of 100 audits under each law is convicted. Lives whose e-value
   reaches the bound of a test are run as a `Life`; for the strikes, complete pools of sound machines
   are tested for places;
@@ -19,6 +20,7 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 from _common import parser, publish
@@ -44,6 +46,8 @@ PATTERNS = {
 }
 MULTIPLES = (5.0, 30.0)
 LAW_OF_LIARS = "smollm2, tokens-1"  # whose tail is the widest
+MOST_POOLS = 16
+PARTS = ["liars", "pairs", "strikes", "free_block", "honest"]
 CHANCE = 0.4  # of a pool in which places for a time lie: below half, so the median stays honest
 
 
@@ -95,11 +99,10 @@ def of_audits(pair, noise, rng, audits):
     return faulty, fraud, (evidence.credited or evidence.n) / evidence.n
 
 
-def strikes_of(pair, noise, rng):
-    """Return the strikes of a pair after each of its complete pools."""
+def pools_to_fraud(pair, noise, rng):
+    """Return after how many complete pools the strikes of a pair are fraud."""
     pools = []
-    strikes = []
-    for _ in range(STRIKES + 1):
+    while count_strikes(pools) < STRIKES and len(pools) < MOST_POOLS:
         chosen = rng.choice(len(pair.nonces), POOL)
         place_test = stats.place_test(
             pair.distances[chosen] / noise.size,
@@ -109,31 +112,44 @@ def strikes_of(pair, noise, rng):
         )
         places = place_test.bad_places if place_test.faulty else None
         pools.append(places and FaultyPool(places, frozenset("ab")))
-        strikes.append(count_strikes(pools))
-    return strikes
+    return len(pools)
 
 
-def pairs(path, rng, audits, repeats):
-    """Return when each real faulty pair is called faulty and fraud, and its strikes by pool."""
-    rows = []
+def faulty_pairs(path):
+    """Yield the real faulty pairs of the clusters, with the nearest noise and what names them."""
     groups = builds_of(read_vector_sets(path))
     for group in (group for group in groups if group.faults):
         noise = _nearest_noise(group, sound_builds(groups))
         for members, fault in group.faults.items():
-            pair = group.pairs[members]
-            lives = [of_audits(pair, noise, rng, audits) for _ in range(repeats)]
-            row = {
-                "model": group.model,
-                "pattern": fault.pattern,
-                "nonces": len(pair.nonces),
-                "lives": repeats,
-                "convicted": sum(fraud is not None for _, fraud, _ in lives),
-                "faulty": [faulty for faulty, _, _ in lives],
-                "credited": [share for _, _, share in lives],
-                "strikes_by_pool": strikes_of(pair, noise, rng),
-            }
-            rows.append(row)
-            print(row, flush=True)
+            names = {"model": group.model, "pattern": fault.pattern}
+            yield group.pairs[members], noise, names
+
+
+def strikes(path, rng, repeats):
+    """Return how many sequences of pools of each real faulty pair are fraud after so many pools."""
+    rows = []
+    for pair, noise, names in faulty_pairs(path):
+        ends = Counter(pools_to_fraud(pair, noise, rng) for _ in range(repeats))
+        rows.append({**names, "pools_to_fraud": dict(ends)})
+        print(rows[-1], flush=True)
+    return {"rows": rows, "least": min(min(row["pools_to_fraud"]) for row in rows)}
+
+
+def pairs(path, rng, audits, repeats):
+    """Return when each real faulty pair is called faulty, and how many are ever fraud."""
+    rows = []
+    for pair, noise, names in faulty_pairs(path):
+        lives = [of_audits(pair, noise, rng, audits) for _ in range(repeats)]
+        row = {
+            **names,
+            "nonces": len(pair.nonces),
+            "lives": repeats,
+            "convicted": sum(fraud is not None for _, fraud, _ in lives),
+            "faulty": [faulty for faulty, _, _ in lives],
+            "credited": [share for _, _, share in lives],
+        }
+        rows.append(row)
+        print(row, flush=True)
     convicted = sum(row["convicted"] > 0 for row in rows)
     # A pair counts once: its lives share its nonces.
     interval = stats.proportion_interval(convicted, len(rows))
@@ -209,7 +225,7 @@ def free_block(noise, truth, rng, lives):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--data", help="vector sets of clusters, for the part `pairs`")
-    arguments.add_argument("--parts", nargs="*", default=["liars", "pairs", "free_block", "honest"])
+    arguments.add_argument("--parts", nargs="*", default=PARTS)
     arguments.add_argument(
         "--laws", nargs="*", help="laws of `honest` and `free_block`; all of them"
     )
@@ -231,6 +247,9 @@ def main():
         rng = np.random.default_rng(2)
         found["pairs"] = pairs(options.data, rng, options.audits, options.repeats)
         holds["pairs"] = found["pairs"]["convicted"] == 0
+    if "strikes" in options.parts:
+        found["strikes"] = strikes(options.data, np.random.default_rng(5), options.repeats)
+        holds["strikes"] = found["strikes"]["least"] > 3
     if "free_block" in options.parts:
         found["free_block"] = {
             name: free_block(by_name[name][1], by_name[name][0], np.random.default_rng(3), 40)

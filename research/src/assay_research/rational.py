@@ -236,28 +236,20 @@ class Strategy:
     more: tuple[int, ...] = ()
 
 
-def _chances(
-    strategy: Strategy, audits: int, audit: int, position_N: IntArray, block_N: IntArray
-) -> FloatArray:
-    """Return the chance of each nonce to be cheap, [N], by its audit, place and block."""
-    share = strategy.share
-    at_N = np.arange(audits * audit) // audit  # audit of each nonce
+def _chances(strategy: Strategy, at_N: IntArray, position_N: IntArray) -> FloatArray:
+    """Return the chance of each nonce to be cheap, [N], by its audit and place."""
     way = strategy.way
-    if way == "late":  # honest for so many audits first
-        (first,) = strategy.more
-        return np.where(at_N >= first, min(1.0, share * audits / max(1, audits - first)), 0.0)
-    if way == "early":
-        (last,) = strategy.more
-        return np.where(at_N < last, min(1.0, share * audits / last), 0.0)
-    if way in ("bursts", "restarts", "kinds"):  # so many audits of every `period`
-        length, period = strategy.more
-        return np.where(at_N % period < length, min(1.0, share * period / length), 0.0)
-    if way == "one block":  # all in the first one, of so many audits
-        (length,) = strategy.more
-        return np.where(block_N == 0, min(1.0, share * audits / length), 0.0)
     if "places" in way:
         return _chances_of_places(strategy, at_N, position_N)
-    return np.full(len(at_N), share)
+    is_time_N = np.ones(len(at_N), dtype=np.bool_)
+    if way == "late":  # honest for so many audits first
+        is_time_N = at_N >= strategy.more[0]
+    elif way in ("early", "one block"):
+        is_time_N = at_N < strategy.more[0]
+    elif way in ("bursts", "restarts", "kinds"):  # so many audits of every `period`
+        length, period = strategy.more
+        is_time_N = at_N % period < length
+    return is_time_N * min(1.0, strategy.share / float(is_time_N.mean()))
 
 
 def _chances_of_places(strategy: Strategy, at_N: IntArray, position_N: IntArray) -> FloatArray:
@@ -285,16 +277,6 @@ def _chances_of_places(strategy: Strategy, at_N: IntArray, position_N: IntArray)
     return np.where(at_place_N, chance_N, 0.0)
 
 
-def _drawn_beside_copies(strategy: Strategy, audits: int, audit: int, rng: Rng) -> BoolArray:
-    """Return which drawn nonces are cheap, where copies of honest messages stand beside them."""
-    (copies,) = strategy.more
-    cheap = round(strategy.share * HANDED_IN)
-    nonces = np.concatenate([np.arange(HANDED_IN), np.repeat(np.arange(cheap, HANDED_IN), copies)])
-    # As the validator draws: a nonce once, however many messages have it.
-    drawn = [rng.choice(np.unique(nonces), audit, replace=False) for _ in range(audits)]
-    return np.concatenate(drawn) < cheap
-
-
 def live(
     strategy: Strategy,
     noise: Noise,
@@ -320,11 +302,14 @@ def live(
         block_N = np.where(at_N % POOL < strategy.more[2], -1 - at_N // POOL, at_N)
     drawn = [np.sort(rng.choice(4096, audit, replace=False)) for _ in range(audits)]
     position_N = start_N + np.concatenate(drawn)
-    cheap_N = rng.random(count) < _chances(strategy, audits, audit, position_N, block_N)
+    cheap_N = rng.random(count) < _chances(strategy, at_N, position_N)
     if strategy.way == "blocks":
         cheap_N = (rng.random(block_N.max() + 1) < strategy.share)[block_N]
     elif strategy.way == "copies":
-        cheap_N = _drawn_beside_copies(strategy, audits, audit, rng)
+        # A nonce is drawn once, however many messages have it, so copies of honest ones draw none.
+        handed_in = np.arange(HANDED_IN) < round(strategy.share * HANDED_IN)
+        drawn = [rng.choice(handed_in, audit, replace=False) for _ in range(audits)]
+        cheap_N = np.concatenate(drawn)
     honest_N = draw_sizes(truth or noise.law, count, rng) * math.exp(
         noise.spread.sd * rng.standard_t(noise.spread.dof)
     )
@@ -343,9 +328,4 @@ def paid_share(strategy: Strategy, results: Sequence[LifeResult]) -> FloatArray:
     """
     if strategy.way != "keys":
         return np.array([one.paid_cheap / one.nonces for one in results])
-    shares = []
-    for one in results:
-        audits = min(one.suspected, one.nonces / 16)
-        was_honest = one.honest < one.suspected
-        shares.append(one.cheap / one.nonces if was_honest and audits > 0 else 0.0)
-    return np.array(shares)
+    return np.array([(one.honest < one.suspected) * one.cheap / one.nonces for one in results])

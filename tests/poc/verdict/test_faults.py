@@ -17,7 +17,8 @@ ACCOUNT = account()
 PER_AUDIT = 128
 """Nonces of an audit here: a pool is complete after eight of them."""
 POOL = 8
-OLD_LEDGER = Path(__file__).parents[2] / "vectors" / "first" / "faulty_ledger.jsonl"
+VECTORS = Path(__file__).parents[2] / "vectors" / "first"
+OLD_LEDGER = VECTORS / "faulty_ledger.jsonl"
 
 
 def audit(number: int, places: range, modulus: int = 16, times: float = 20.0):
@@ -250,3 +251,32 @@ def test_such_a_ledger_goes_on_under_the_present_rule(old_ledger, tmp_path):
     assert audit_ledger(old_ledger).clean
     old = OLD_LEDGER.read_bytes().splitlines()[:-1]
     assert (tmp_path / "export.jsonl").read_bytes().splitlines()[: len(old)] == old
+
+
+def test_an_honest_entry_of_before_is_clean_and_the_next_one_opens_the_fault(tmp_path):
+    """Commit 0944c8c1 wrote it: honest at e^309, for the accusation rests on suspected places."""
+    old = VECTORS / "suspected_ledger.jsonl"
+    assert audit_ledger(old).clean
+    path = tmp_path / "old.sqlite3"
+    database = open_database(path)
+    read_export(old, database)
+    database.close()
+    sizes, positions, _ = hide(5, 0.2)
+    with Ledger(path) as ledger:
+        (before,) = ledger.standings()
+        update = LedgerUpdate(
+            account=before.account,
+            round="5",
+            block_hash="5",
+            noise=NOISE,
+            nonces=positions.tolist(),
+            residuals=sizes.tolist(),
+            batch_size=16,
+        )
+        (after,) = ledger.append([update])
+        ledger.export(tmp_path / "export.jsonl")
+    assert (before.verdict, before.evidence.log_e_max > 300) == ("honest", True)
+    assert (after.verdict, after.payable) == ("faulty", 0.0)
+    assert audit_ledger(path).clean
+    lines = old.read_bytes().splitlines()[:-1]
+    assert (tmp_path / "export.jsonl").read_bytes().splitlines()[: len(lines)] == lines

@@ -3,7 +3,7 @@
 A pool has the nonces of about 64 audits of 16 (`assay.poc.verdict.life_test.EPOCH`). What stands at
 places that a pool calls faulty is neither paid nor credited, so who lies there earns nothing by it.
 A machine is repaired, or it is not: every complete pool of the last `POOLS` that shows a fault is a
-strike, and `MOVED` strikes where its places are others than before, since a broken row or rank
+strike, and `MOVED` strikes where all its places are others than before, since a broken row or rank
 stays where it is. `STRIKES` of them are fraud. So no fault convicts in its first two pools, and
 none that stays at its places in its first three.
 
@@ -49,8 +49,6 @@ def count_strikes(pools: Sequence[FaultyPool | None]) -> int:
 
 
 def _overlap(first: Places, second: Places) -> bool:
-    """Return whether half of the fewer places are among the others."""
+    """Return whether any place is among the others: those beside a bad row differ by pool."""
     modulus = math.lcm(first.modulus, second.modulus)
-    of_first = first.at_multiple(modulus)
-    of_second = second.at_multiple(modulus)
-    return 2 * len(of_first & of_second) >= min(len(of_first), len(of_second))
+    return bool(first.at_multiple(modulus) & second.at_multiple(modulus))
