@@ -212,9 +212,9 @@ def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: 
 
 def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
     """Print the parameters of a chain's rule, and what they and its defaults cost."""
-    other = chosen.model_fields_set - {"export", "calibration", "checked", "alpha"}
-    if other or chosen.calibration is None:
-        flags = ", ".join(chosen.spelling(name) for name in sorted(other)) or "no --calibration"
+    unused = chosen.model_fields_set - {"export", "calibration", "checked", "alpha"}
+    if unused or chosen.calibration is None:
+        flags = ", ".join(chosen.spelling(name) for name in sorted(unused)) or "no --calibration"
         raise UsageError(
             f"--export with {flags}",
             wanted="a calibration that was measured before, and nothing else",

@@ -206,19 +206,11 @@ class Command(click.Command):
     @cached_property
     def settings(self) -> dict[str, Setting]:
         """The fields of the settings classes by name."""
-        fields = [
-            (kind, name, field.annotation)
-            for kind in self.kinds
-            for name, field in kind.model_fields.items()
-        ]
-        nested = [
-            isinstance(annotation, type) and issubclass(annotation, Settings)
-            for _, _, annotation in fields
-        ]
         return {
             name: Setting(kind, name)
-            for (kind, name, _), inner in zip(fields, nested, strict=True)
-            if not inner
+            for kind in self.kinds
+            for name, field in kind.model_fields.items()
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings))
         }
 
     def is_shown(self, name: str) -> bool:

@@ -328,7 +328,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 
     The page of several runs, with a final table, needs assay-research.
     """
-    (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
+    first, *more = chosen.results
+    command = f"assay vhack report {first}"
     from assay.files.jsonl import read_json, read_jsonl
 
     logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
@@ -382,7 +383,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     values = {"path": str(chosen.output)}
     if page is None:
         read = CheckReport.from_dict(parsed)
-        page, values["verdict"] = make_page(read, command=command), read.verdict
+        page = make_page(read, command=command)
+        values["verdict"] = read.verdict
     page.write(chosen.output)
     show_values("assay.vhack.report/1", values, as_json)
 

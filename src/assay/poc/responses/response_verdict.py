@@ -202,12 +202,12 @@ class ResponseVerdict:
         A node chooses which answers it shows: those that it would rather not have replayed may be
         among these. Every whole answer has the token that ended it.
         """
-        answered = {
+        replied = {
             receipt.name
             for receipt in self.receipts.receipts
             if receipt.finish != "abort" and receipt.output
         }
-        return len({request.name for request in self.pins.requests or ()} - answered)
+        return len({request.name for request in self.pins.requests or ()} - replied)
 
     @property
     def exit_code(self) -> int:
@@ -363,26 +363,26 @@ def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receip
     Raises:
         UsageError: The file has no response with a token, or the sample is larger than the file.
     """
-    answered = [receipt for receipt in receipts.receipts if receipt.output]
-    size = len(answered) if sample is None else sample
-    if not answered or type(size) is not int or not 1 <= size <= len(answered):
-        seen = f"a sample of {size} receipts" if answered else "receipts without a token"
+    replied = [receipt for receipt in receipts.receipts if receipt.output]
+    size = len(replied) if sample is None else sample
+    if not replied or type(size) is not int or not 1 <= size <= len(replied):
+        seen = f"a sample of {size} receipts" if replied else "receipts without a token"
         wanted = (
-            f"1 to {len(answered)}, the responses of this file"
-            if answered
+            f"1 to {len(replied)}, the responses of this file"
+            if replied
             else "one response or more"
         )
         raise UsageError(
             seen,
             wanted=wanted,
-            do="change --sample" if answered else "ask the node for its receipts",
+            do="change --sample" if replied else "ask the node for its receipts",
         )
     if sample is None:
         return receipts
     chosen = sorted(
-        np.random.default_rng(seed).choice(len(answered), size=size, replace=False).tolist()
+        np.random.default_rng(seed).choice(len(replied), size=size, replace=False).tolist()
     )
-    return replace(receipts, receipts=tuple(answered[index] for index in chosen))
+    return replace(receipts, receipts=tuple(replied[index] for index in chosen))
 
 
 def _reason(result: ResponseResult, alpha: float, noise: ResponseNoise) -> str:

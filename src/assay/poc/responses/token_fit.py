@@ -59,9 +59,16 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     Raises:
         UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
     """
-    logs = [given for one in clusters if (given := np.asarray(one, dtype=np.float64)).size]
+    logs = [
+        log_ratios
+        for cluster in clusters
+        if (log_ratios := np.asarray(cluster, dtype=np.float64)).size
+    ]
     n = sum(map(len, logs))
-    good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
+    good = all(
+        cluster.ndim == 2 and cluster.shape[1] == COLUMNS and bool(np.all(cluster <= 0))
+        for cluster in logs
+    )
     check_number_of_tokens(n if good else 0, len(logs))
     chances = np.exp(np.concatenate(logs))
     starts = np.cumsum([0, *map(len, logs[:-1])])
@@ -72,8 +79,8 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
                 chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)
             )
         )
-    best = max(found for _, found in fits)
-    chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - INDIFFERENT)
+    best = max(likelihood for _, likelihood in fits)
+    chosen = max(i for i, (_, likelihood) in enumerate(fits) if likelihood >= best - INDIFFERENT)
     weights = (n * fits[chosen][0] + UNSEEN / COLUMNS) / (n + UNSEEN)
     weights[-1] = max(weights[-1], LEAST_STRAY)
     law = TokenNoise(tuple((weights / weights.sum()).tolist()))

@@ -130,8 +130,8 @@ def attach(
     if settings.compatibility == "gonka":
         chain = chain_router(controller, of_chain, prefix=PREFIX)
         # Of two routes alike the first answers here, and the last one inside vLLM.
-        taken = [_named(route) for route in chain.routes]
-        published.routes[:] = [route for route in published.routes if _named(route) not in taken]
+        paths = [_named(route) for route in chain.routes]
+        published.routes[:] = [route for route in published.routes if _named(route) not in paths]
         app.include_router(chain)
     app.include_router(published)
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))

@@ -349,5 +349,5 @@ def _packed(artifact: Any) -> Any:
     points = artifact.get("k_points_steps") if isinstance(artifact, dict) else None
     if not isinstance(points, list) or any(type(point) is not int for point in points):
         return artifact
-    rest = {name: value for name, value in artifact.items() if name != "k_points_steps"}
-    return rest | {"vector_b64": pack_points(points)}
+    others = {name: value for name, value in artifact.items() if name != "k_points_steps"}
+    return others | {"vector_b64": pack_points(points)}

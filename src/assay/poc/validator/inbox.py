@@ -543,9 +543,9 @@ def _add_nonces(
 
 def _forget_nonces(connection: sa.Connection, number: int) -> int:
     """Forget nonces of a round of a node, and the round with the last; return how many."""
-    some = f"SELECT nonce FROM round_nonces WHERE node_round = ? LIMIT {FORGOTTEN}"
+    oldest = f"SELECT nonce FROM round_nonces WHERE node_round = ? LIMIT {FORGOTTEN}"
     count = connection.exec_driver_sql(
-        f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({some})", (number, number)
+        f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({oldest})", (number, number)
     ).rowcount
     change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
     if count < FORGOTTEN:

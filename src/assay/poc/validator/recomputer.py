@@ -260,14 +260,14 @@ class Recomputer(EngineThread):
         others.
         """
         failed: list[Draw] = []
-        for one in draws:
+        for single in draws:
             try:
-                self._record(deployment, [one])
+                self._record(deployment, [single])
             except BadWeights as error:
-                failed.append(one)
+                failed.append(single)
                 if len(failed) == len(draws):  # the fault may be this machine's
                     raise
-                log.warning("a draw cannot be computed", id=one.id, reason=error.seen)
+                log.warning("a draw cannot be computed", id=single.id, reason=error.seen)
         if failed:
             self._inbox.finish(failed)
             self._metrics.dropped.inc(len(failed))
@@ -311,7 +311,7 @@ class Recomputer(EngineThread):
                 inputs = [Input(claim.round, claim.nonces[place]) for place in places]
                 records = [claim.record(place, registry.pipeline) for place in places]
                 samples.append(ClaimSample(source, claim.round, inputs, records, noise, build))
-        inputs = [each for sample in samples for each in sample.inputs]
+        inputs = [entry for sample in samples for entry in sample.inputs]
         received = [record for sample in samples for record in sample.received]
         size = self._settings.batch_size
         again = recompute(deployment, size, inputs, received)

@@ -203,10 +203,10 @@ class _Tail:
         fewest = rule.fewest(self._checked)
         ends_S2 = np.array(self._intervals(rule.dist_threshold))
         formats = dict.fromkeys(" / ".join(pair) for pair in self._build.formats)
-        known = " and ".join(formats) or f"{len(self._build.machines)} machines"
+        measured = " and ".join(formats) or f"{len(self._build.machines)} machines"
         return RuleCost(
             rule=name,
-            machines=known,
+            machines=measured,
             false_accusation=self.power(rule, Cheat(0.0, 1.0)),
             low=self._accused(ends_S2[:, 0], fewest),
             high=self._accused(ends_S2[:, 1], fewest),

@@ -248,7 +248,7 @@ def _split_round(inputs: Sequence[Input]) -> tuple[Round, Sequence[int]]:
     # A range of nonces may be longer than a list could be.
     if isinstance(inputs, RoundInputs):
         return round, inputs.nonces
-    if any(other != round for other, _ in inputs):
+    if any(other_round != round for other_round, _ in inputs):
         raise UsageError(
             "inputs of several rounds on vLLM",
             wanted="those of one round",

@@ -392,8 +392,8 @@ class Hooks:
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
         for steps in (self._decoding, self._chains):
             if steps is not None and decoding:
-                for one, reason in steps.step(states_ND, decoding):
-                    self._fail(one.stream, one.nonce, reason)
+                for failed, reason in steps.step(states_ND, decoding):
+                    self._fail(failed.stream, failed.nonce, reason)
 
     def _add_part(
         self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]

@@ -83,17 +83,17 @@ class SampleEvidence:
     def take(self, rows: Sequence[int]) -> "SampleEvidence":
         """Return the evidence of some of the samples."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        taken = SampleEvidence(tuple(self.texts[row] for row in rows))
+        selected = SampleEvidence(tuple(self.texts[row] for row in rows))
         if self.facts is not None:
-            taken = replace(taken, facts=self.facts[index])
+            selected = replace(selected, facts=self.facts[index])
         if self.activations is not None:
-            taken = replace(taken, activations=self.activations[:, index])
+            selected = replace(selected, activations=self.activations[:, index])
         if self.logprobs is not None:
-            taken = replace(taken, logprobs=self.logprobs[index])
+            selected = replace(selected, logprobs=self.logprobs[index])
         if self.gradients is not None:
             gradients = {name: rows_SR[index] for name, rows_SR in self.gradients.items()}
-            taken = replace(taken, gradients=gradients)
-        return taken
+            selected = replace(selected, gradients=gradients)
+        return selected
 
 
 @dataclass(frozen=True, eq=False)

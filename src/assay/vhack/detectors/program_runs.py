@@ -173,8 +173,8 @@ def _change(value: Any, step: int) -> Any:
     if isinstance(value, str):
         return "".join(_shift(letter, step) for letter in value)
     if isinstance(value, list):
-        rest = value[step % max(1, len(value)) :] + value[: step % max(1, len(value))]
-        return [_change(part, step) for part in rest] if step > 1 else rest
+        rotated = value[step % max(1, len(value)) :] + value[: step % max(1, len(value))]
+        return [_change(part, step) for part in rotated] if step > 1 else rotated
     return value
 
 

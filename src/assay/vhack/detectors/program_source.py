@@ -90,9 +90,9 @@ def _named(prompt: str) -> Iterator[Example]:
 
 
 def _called(prompt: str) -> Iterator[Example]:
-    for name, given, expected in _CALLED.findall(prompt):
+    for name, arguments, expected in _CALLED.findall(prompt):
         try:
-            values = ast.literal_eval(f"({given},)" if given.strip() else "()")
+            values = ast.literal_eval(f"({arguments},)" if arguments.strip() else "()")
             yield Example(name, values, ast.literal_eval(expected))
         except (SyntaxError, ValueError):
             continue

@@ -234,8 +234,8 @@ def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
     value = ast.parse(repr(stub[1]), mode="eval").body
     for node in ast.walk(tree):
         if isinstance(node, _FUNCTIONS) and node.name == name:
-            kept = node.body[:1] if ast.get_docstring(node, clean=False) is not None else []
-            node.body = [*kept, ast.Return(value)]
+            docstring = node.body[:1] if ast.get_docstring(node, clean=False) is not None else []
+            node.body = [*docstring, ast.Return(value)]
     function = ast.parse(f"{name} = lambda *_, **__: {stub[1]!r}").body[0]
     blocks: list[ast.AST] = [tree]
     while blocks:

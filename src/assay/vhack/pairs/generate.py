@@ -106,7 +106,7 @@ class PairTask(Shown):
         for _ in range(_TRIES):
             argument = _DRAWS[self.family.draw](rng)
             answer = namespace["solve"](argument)
-            is_new = all((argument,) != other for other, _ in distinct)
+            is_new = all((argument,) != earlier for earlier, _ in distinct)
             if is_new and (len(distinct) != 1 or answer != distinct[0][1]):
                 distinct.append(((argument,), answer))
             if len(distinct) == 2 + _N_HIDDEN:

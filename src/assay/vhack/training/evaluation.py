@@ -109,10 +109,10 @@ def sample_tasks(
             file.append_lines(lines[:first])
         count = first
         for part in sample_batches(model, prompts, ids, first, **options):
-            these = tasks[count : count + len(part)]
+            part_tasks = tasks[count : count + len(part)]
             records = (
-                {**asdict(one), **_about(task), "origin": about}
-                for task, one in zip(these, part, strict=True)
+                {**asdict(completion), **_about(task), "origin": about}
+                for task, completion in zip(part_tasks, part, strict=True)
             )
             file.append_lines(map(dumps, records))
             count += len(part)

@@ -183,7 +183,7 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         path = Path(log) / "log.jsonl" if Path(log).is_dir() else Path(log)
         if path.suffix != ".json":
             head, steps = read_steps(path)
-            chosen = found if isinstance(found := head.get("settings"), dict) else {}
+            chosen = settings if isinstance(settings := head.get("settings"), dict) else {}
             named = {
                 name: chosen[name] for name in ("model", "arm", "detector") if chosen.get(name)
             }

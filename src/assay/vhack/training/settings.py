@@ -130,7 +130,8 @@ class SampleSettings(TaskSettings):
     @override
     def episodes(self, count: int, split: str = "") -> list[Episode]:
         return [
-            replace(one, split=self.markers) for one in super().episodes(count, split or self.split)
+            replace(episode, split=self.markers)
+            for episode in super().episodes(count, split or self.split)
         ]
 
     @property
