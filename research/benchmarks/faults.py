@@ -12,7 +12,7 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
   reaches the bound of a test are run as a `Life`; for the strikes, complete pools of sound machines
   are tested for places;
 - free block: how many cheap nonces of a second block convict, ten or ninety audits after a first
-  block of lies, and how many without it.
+  block of lies, and how many without it; and what a block of lies in every so many is paid.
 
     python research/benchmarks/faults.py --data cluster_nonces.jsonl.gz \
       -o research/results/faults.json
@@ -47,7 +47,7 @@ PATTERNS = {
 MULTIPLES = (5.0, 30.0)
 LAW_OF_LIARS = "smollm2, tokens-1"  # whose tail is the widest
 MOST_POOLS = 16
-PARTS = ["liars", "pairs", "strikes", "free_block", "honest"]
+PARTS = ["liars", "pairs", "strikes", "free_block", "lying_blocks", "honest"]
 CHANCE = 0.4  # of a pool in which places for a time lie: below half, so the median stays honest
 
 
@@ -222,6 +222,23 @@ def free_block(noise, truth, rng, lives):
     return rows
 
 
+def lying_blocks(noise, truth, rng, lives):
+    """Return what a block of lies in every so many is paid, over 200 audits of a block each."""
+    rows = []
+    for period in (32, 64, 80, 100):
+        # Whole blocks: all nonces of an audit in every period.
+        strategy = Strategy("bursts", 1.0 / period, 5.0, (1, period))
+        results = [
+            live(strategy, noise, rng, truth=truth, audits=AUDITS, looks=8) for _ in range(lives)
+        ]
+        row = {"every": period, "lives": lives}
+        row["convicted"] = sum(one.convicted < math.inf for one in results)
+        row["paid_cheap"] = float(np.mean([one.paid_cheap / one.nonces for one in results]))
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--data", help="vector sets of clusters, for the part `pairs`")
@@ -253,6 +270,11 @@ def main():
     if "free_block" in options.parts:
         found["free_block"] = {
             name: free_block(by_name[name][1], by_name[name][0], np.random.default_rng(3), 40)
+            for name in chosen
+        }
+    if "lying_blocks" in options.parts:
+        found["lying_blocks"] = {
+            name: lying_blocks(by_name[name][1], by_name[name][0], np.random.default_rng(6), 20)
             for name in chosen
         }
     if "honest" in options.parts:
