@@ -99,9 +99,7 @@ def chain_router(
 
     @router.post("/generate", **checks, responses=works)
     async def generate(body: requests.ChainJob, request: Request) -> Response:
-        """Queue a job that computes vectors or checks them. With ``wait``, answer with its
-        result, or with 503 where none came.
-        """
+        """Queue a job for vectors; with ``wait`` answer with its result, or 503 without one."""
         # Where the operator says so, all that comes is of one client, which has the whole queue.
         alone = controller.settings.compatibility == "gonka"
         state, _ = await controller.run_job(body, None if alone else request.state.client)

@@ -191,10 +191,9 @@ class Validation(BaseModel):
 
 
 class StatTest(BaseModel):
-    """The published count test on vectors. What a chain agreed on is computed, be it of no use: its
-    client takes a refusal for the fault of the prover.
-    """
+    """The published count test on vectors, with any values that a chain agreed on."""
 
+    # Useless values are computed too: the chain's client takes a refusal as the prover's fault.
     model_config = ConfigDict(allow_inf_nan=False)
 
     dist_threshold: Annotated[float, Field(ge=0)] = 0.02

@@ -1,4 +1,4 @@
-"""The chain's decode proof in vLLM's workers: seeded inputs and reflections for nonce rows only.
+"""The chain's decode proof in vLLM's workers: inputs and reflections of nonce rows alone.
 
 A nonce is a request whose prompt is noise. With every step of the engine its state becomes a point,
 and before the next step the embedding of the token that vLLM sampled is replaced by the input that

@@ -1,4 +1,4 @@
-"""Inputs of detectors: texts, program facts, hidden states, log-probabilities, gradients of δS.
+"""Inputs of detectors: texts, program facts, hidden states, log-probabilities, gradients.
 
 Shapes: S samples, F facts, L layers, H width of the hidden state, R coordinates of δS.
 """

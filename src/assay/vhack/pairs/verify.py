@@ -1,4 +1,4 @@
-"""Verification by execution: the hack side exploits its channel, the clean side solves the task.
+"""Verification by execution: the hack side exploits its channel, the clean side is right.
 
 For each side three facts are established in the sandbox:
 
