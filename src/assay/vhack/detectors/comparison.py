@@ -25,7 +25,8 @@ class DetectorResult:
         name: Name of the detector.
         cost: Cost of one sample, in words.
         auroc: AUROC with the 95 % interval of its group bootstrap.
-        threshold: Threshold that loses at most 5 % of clean samples; None with too few of them.
+        threshold: Threshold with the least share of a new group lost that its groups can promise,
+            0.05 or more; None with too few clean samples.
     """
 
     name: str
@@ -41,7 +42,8 @@ class DetectorResult:
         if self.threshold is not None:
             limit = self.threshold
             caught = f"{limit.caught:.3f}"
-            lost = f"{limit.lost:.3f} ({limit.low:.3f} to {limit.high:.3f})"
+            interval = f"{limit.low:.3f} to {limit.high:.3f}"
+            lost = f"{limit.lost:.3f} ({interval}); {limit.promised:.3f} promised"
         interval = f"{area.low:.3f} to {area.high:.3f}"
         return (self.name, f"{area.value:.3f}", interval, caught, lost, self.cost)
 

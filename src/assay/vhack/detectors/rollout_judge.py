@@ -12,8 +12,10 @@ from assay.vhack.detectors.evidence import Cost, LabelledEvidence, collect_evide
 from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.detectors.threshold import Threshold, check_fittable, choose_threshold
 from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.division import division_of
 from assay.vhack.directions.gradients.per_sample import encode_samples
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
+from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair, Sample
 
 if TYPE_CHECKING:
@@ -48,8 +50,20 @@ class RolloutJudge:
         """Return the scores of samples.
 
         A sample without a prompt or a completion has −∞. A sample that cannot be read has ∞: a
-        policy may write tokens whose text is longer than the context.
+        policy may write tokens whose text is longer than the context. Processes that share the
+        weights of a model call this together, each with samples of its own.
         """
+        division = None
+        if self.model is not None and self.detector.cost >= Cost.FORWARD:
+            division = division_of(module_of(self.model))
+        if division is None or division.group is None:
+            return self._scores(samples)
+        parts = division.gather(list(samples))
+        start = sum(map(len, parts[: division.rank]))
+        scores = self._scores([sample for part in parts for sample in part])
+        return scores[start : start + len(samples)]
+
+    def _scores(self, samples: Sequence[Sample]) -> list[float]:
         scores = [-math.inf] * len(samples)
         rows = [row for row, sample in enumerate(samples) if sample.prompt and sample.completion]
         if not rows:
@@ -66,7 +80,7 @@ class RolloutJudge:
             # One unreadable sample refuses the batch, so each is judged alone.
             if len(samples) == 1:
                 return [math.inf]
-            return [self.scores([sample])[0] for sample in samples]
+            return [self._scores([sample])[0] for sample in samples]
         for row, score in zip(rows, self.scorer(evidence), strict=True):
             scores[row] = float(score)
         return scores
@@ -77,7 +91,7 @@ def fit_judge(
     model: "Model | PreTrainedModel",
     *,
     detector: str = "cin-lda",
-    promised: float = 0.05,
+    promised: float | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
     progress: Progress | None = None,
@@ -88,7 +102,8 @@ def fit_judge(
         pairs: Pairs of a hack and a clean completion, in three groups or more.
         model: Model whose passes it looks at.
         detector: Name in ``DETECTORS``.
-        promised: Share of clean samples, of such as the clean sides are, that may be lost.
+        promised: Share of the clean samples of a new group, of such as the clean sides are, that
+            may be lost; None stands for 0.05, or 1/(G+1) with fewer than 19 groups.
         tokenizer: Tokenizer, as in :func:`assay.vhack.per_sample_gradients`, which also says what
             it raises.
         svd: Factors of all weights; None computes them.
@@ -118,7 +133,7 @@ def fit_judge(
 
 
 def fit_scorer(
-    detector: Detector, evidence: LabelledEvidence, promised: float = 0.05
+    detector: Detector, evidence: LabelledEvidence, promised: float | None = None
 ) -> tuple[Scorer, Threshold]:
     """Return a detector fitted to all samples, and the threshold of held-out scores."""
     hack_scores, clean_scores = cross_score(detector, evidence)

@@ -31,9 +31,10 @@ from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.judged import as_sample
 from assay.vhack.training.labels import Labels, break_even
+from assay.vhack.training.lora_blocks import CLEAN, DOUBTFUL, FLAGGED, LoraBlocks
 from assay.vhack.training.outcomes import MARKS, Outcomes
 from assay.vhack.training.page import training_page
-from assay.vhack.training.trl_internals import intercept_rewards, log_values
+from assay.vhack.training.trl_internals import intercept_rewards, log_values, train_blocks
 
 if TYPE_CHECKING:
     from assay.pages.report import Report
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
 
 SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
+_TRL_EPSILON = 1e-4  # that TRL adds to a spread of rewards
 
 Mode = Literal["watch", "penalty", "filter", "quarantine", "absorb"]
 """What becomes of flagged rollouts: nothing; they are paid less; they give no gradient and are in
-no baseline; they train a second δS, which is deleted in the end; the same, and what the detector is
-in doubt about trains both."""
+no baseline; they train a second δS, or half of the rank of LoRA, which is deleted in the end; the
+same, and what the detector is in doubt about trains both."""
 
 
 class Guard:
@@ -64,7 +66,7 @@ class Guard:
         judge: Detector and threshold of :func:`assay.vhack.detectors.fit_judge`; None flags what
             the reward calls exploited, which takes a trainer with assay's :class:`Reward`.
         mode: What becomes of flagged rollouts: one of ``Mode``. A second δS takes assay's trainer
-            :class:`assay.vhack.training.grpo.GRPO`.
+            :class:`assay.vhack.training.grpo.GRPO`; any other needs LoRA of even rank.
         penalty: How much less a flagged rollout is paid in mode ``penalty``; None takes the
             :func:`break_even` of the detector's held-out scores.
         at_random: Whether to flag as many others, drawn at random: the control.
@@ -77,6 +79,9 @@ class Guard:
     Attributes:
         trainer: The trainer; None while detached.
         flags: Flags of this process's last rollouts.
+        doubtful: Which of them the detector is in doubt about, in mode ``absorb``.
+        blocks: Blocks of the LoRA of a trainer that is not assay's, with a second one; it is
+            deleted when training ends.
         judged: The last rollouts, each with whether it cheats: flagged, or marked as exploited.
         alarm: Evidence that the detector misses exploits.
         log: Step, rates and reward of each judged step. Empty for assay's own trainer, which has
@@ -111,11 +116,15 @@ class Guard:
         self.every = every
         self.trainer: Any = None
         self.flags: list[bool] = []
+        self.doubtful: list[bool] = []
+        self.blocks: LoraBlocks | None = None
         self.judged: deque[tuple[Sample, bool]] = deque(maxlen=REMEMBERED)
         self.alarm = Alarm()
         self.log: list[JsonObject] = []
         self._callback = _Resume(self)
         self._restore: Callable[[], None] = _nothing
+        self._restore_blocks: Callable[[], None] = _nothing
+        self._marks: tuple[Tensor, Tensor]  # of the last batch, for the blocks of LoRA
         # Of the batch that `flags` are of.
         self._completions: object = None
 
@@ -137,12 +146,10 @@ class Guard:
                 do="fit one with assay.vhack.detectors.fit_judge",
             )
         if self.mode in SECOND and getattr(trainer, "projected", None) is None:
-            raise UsageError(
-                f"mode {self.mode} in another trainer",
-                wanted="assay.vhack.training.grpo.GRPO",
-                do="take filter",
-            )
+            self.blocks = LoraBlocks(trainer.accelerator.unwrap_model(trainer.model))
         self._restore = intercept_rewards(trainer, self._act)
+        if self.blocks is not None:
+            self._restore_blocks = train_blocks(trainer, self.blocks, lambda: self._marks)
         self.trainer = trainer
         if self.mode == "penalty":
             weights_F = trainer.reward_weights
@@ -159,6 +166,9 @@ class Guard:
         if self.trainer is None:
             return
         self._restore()
+        self._restore_blocks()
+        self._restore_blocks = _nothing
+        self.blocks = None
         trainer = self.trainer
         trainer.remove_callback(self._callback)
         if self.mode == "penalty":
@@ -229,9 +239,28 @@ class Guard:
             self._log_rates(paid_BF, flags_B)
         if self.mode == "filter":
             return rewards_BF.masked_fill(flags_B[:, None], torch.nan)
-        if self.mode in SECOND:
+        if self.mode in SECOND and self.blocks is None:
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
+        elif self.mode in SECOND:
+            self._marks = self._mark_blocks(rewards_BF, flags_B)
         return rewards_BF
+
+    def _mark_blocks(self, rewards_BF: Tensor, flags_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kind of each rollout of this process, and the correction of its advantage."""
+        trainer = self.trainer
+        paid_B = rewards_BF.nan_to_num() @ trainer.reward_weights.to(rewards_BF)
+        shift_B = shift_baseline(paid_B, flags_B, trainer.num_generations)
+        if trainer.scale_rewards == "batch":
+            shift_B = shift_B / (paid_B.std() + _TRL_EPSILON)
+        elif trainer.scale_rewards != "none":
+            spread_P = paid_B.view(-1, trainer.num_generations).std(dim=1) + _TRL_EPSILON
+            shift_B = shift_B / spread_P.repeat_interleave(trainer.num_generations)
+        kinds = [
+            FLAGGED if is_flagged else DOUBTFUL if is_doubtful else CLEAN
+            for is_flagged, is_doubtful in zip(self.flags, self.doubtful, strict=True)
+        ]
+        start = trainer.accelerator.process_index * len(kinds)
+        return torch.tensor(kinds), shift_B[start : start + len(kinds)]
 
     def _judge_once(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         """Return the flags of a batch, which reward function and mode both ask for."""
@@ -278,6 +307,7 @@ class Guard:
             order = random.Random(step_key).sample(range(len(flags)), len(flags))
             flags = [flags[row] for row in order]
             doubtful = [doubtful[row] for row in order]
+        self.doubtful = doubtful
         if reward is not None:
             reward.last = reward.last.flagged(torch.tensor(flags), torch.tensor(doubtful))
             reward.known_flags = [*reward.known_flags, "flagged"]
@@ -317,7 +347,7 @@ class Guard:
 
 
 class _Resume(TrainerCallback):
-    """Take up a guard's log and alarm when a trainer goes on from a checkpoint."""
+    """Take up a guard's log and alarm with a checkpoint, and delete the second block in the end."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -325,6 +355,11 @@ class _Resume(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Read the log history, which is that of the checkpoint, or empty."""
         self.guard.resume(state.log_history)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the kept block of LoRA, which is what is saved from now on."""
+        if self.guard.blocks is not None:
+            self.guard.blocks.delete()
 
 
 def _nothing() -> None:

@@ -49,7 +49,7 @@ class Labels:
         if self.recall == 1:
             return Threshold(0.5, 0.0, 0.0, 0.0, 1.0, 0.5)
         value = NormalDist().inv_cdf(1 - self.lost)
-        return Threshold(value, self.lost, self.lost, self.lost, self.recall, 0.0)
+        return Threshold(value, self.lost, self.lost, self.lost, self.recall, 0.0, self.lost)
 
     def scores(self, reward: Reward, key: str) -> list[float]:
         """Return the scores of the rollouts that were paid last, [B].

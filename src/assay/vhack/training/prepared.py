@@ -120,7 +120,7 @@ class PreparedRun:
         if source.detector is not None:
             labels = None
             if source.detector == "labels":
-                labels = Labels(source.mechanisms, source.recall, settings.clean_lost)
+                labels = Labels(source.mechanisms, source.recall, settings.false_alarms)
             guard = Guard(
                 self.judge,
                 cast(Mode, self.arm.flagged or "watch"),
@@ -175,7 +175,8 @@ class PreparedRun:
         limit = judge.threshold
         self._say(
             f"detector {detector}: flags {limit.caught:.3f} of the hack sides held out, and "
-            f"{limit.lost:.3f} ({limit.low:.3f} to {limit.high:.3f}) of the clean sides"
+            f"{limit.lost:.3f} ({limit.low:.3f} to {limit.high:.3f}) of the clean sides; at most "
+            f"{limit.promised:.3f} of a new group, on average"
         )
         return judge
 

@@ -12,7 +12,7 @@ from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.settings import Flag, Names, Settings, Spelling
 from assay.vhack.environment.grading import MODES, Episode, episodes
-from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
+from assay.vhack.names import DEFAULT_ARM, DETECTORS, LOST, METHODS
 
 if TYPE_CHECKING:
     from assay.vhack.directions.delta.arms import Arm
@@ -174,12 +174,12 @@ class TrainSettings(TaskSettings):
         "as labels=A+B those of some mechanisms only, as labels@0.6 with a recall of 0.6 "
         "and clean-lost false alarms; with :random after it, as many others.",
     )
-    clean_lost: float = Field(
-        0.05,
+    clean_lost: float | None = Field(
+        None,
         gt=0,
         lt=1,
-        description="Share of clean samples that the detector may flag, by held-out sides of "
-        "pairs.",
+        description="Share of the clean samples of a new group that the detector may flag; 0.05 by "
+        "default, or 1/(G+1) where the pairs have fewer than 19 groups G.",
     )
     pairs: str = Field(
         "exploits:48",
@@ -254,8 +254,8 @@ class TrainSettings(TaskSettings):
         _expect(
             "detector",
             self.detector,
-            self.clean_lost < source.recall <= 1,
-            f"a recall above the share of false alarms, {self.clean_lost:g}, and at most 1",
+            self.false_alarms < source.recall <= 1,
+            f"a recall above the share of false alarms, {self.false_alarms:g}, and at most 1",
         )
         rollouts = self.prompts * self.group
         teachers = round(self.group * self.teacher_share)
@@ -294,6 +294,11 @@ class TrainSettings(TaskSettings):
         from assay.vhack.directions.delta.arms import arm_named
 
         return arm_named(self.arm, gain=self.gain)
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of clean samples that labels with a recall below 1 flag."""
+        return LOST if self.clean_lost is None else self.clean_lost
 
     @property
     def flags_by(self) -> "FlagSource":
@@ -336,6 +341,9 @@ class TrainSettings(TaskSettings):
         """
         mine = self.model_dump(mode="json")
         before = {name: type(self).model_fields[name].default for name in _NEWER} | earlier
+        # The default of earlier versions, whatever the groups of the pairs.
+        if self.clean_lost is None and before["clean_lost"] == self.false_alarms:
+            before["clean_lost"] = None
         names = [name for name in mine if name not in _MAY_GROW and before.get(name) != mine[name]]
         return [f"{name} {before.get(name)!r}, now {mine[name]!r}" for name in names]
 

@@ -3,10 +3,12 @@
 TRL 1.16 offers reward functions, callbacks and a ``rollout_func``. Nothing public stands between
 the rewards of all functions and the advantages, where a rollout can be left out of its group's
 baseline: a reward function cannot take back what others pay. Values can be logged from reward
-functions alone, one process at a time. And with vLLM, TRL sends every parameter, of adapters that
-vLLM does not know too. So three private names are used:
+functions alone, one process at a time. What a rollout is marked as has to travel with it through
+TRL's shuffled batches. And with vLLM, TRL sends every parameter, of adapters that vLLM does not
+know too. So these private names are used:
 
 - ``GRPOTrainer._calculate_rewards`` by :func:`intercept_rewards`;
+- ``GRPOTrainer._generate_and_score_completions`` by :func:`train_blocks`;
 - ``GRPOTrainer._metrics`` by :func:`log_values`;
 - ``VLLMGeneration._iter_named_params`` and ``_fix_param_name_to_vllm`` by :func:`sync_merged`.
 
@@ -15,6 +17,7 @@ and says at its head what it overrides.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,11 +26,14 @@ from assay.errors import UsageError
 
 if TYPE_CHECKING:
     from assay.vhack.directions.delta.adapter import DeltaS
+    from assay.vhack.training.lora_blocks import LoraBlocks
 
 TRL_VERSIONS = "1.16"
 """Versions of TRL in which these names were seen."""
 
 _REWARDS = "_calculate_rewards"
+_GENERATE = "_generate_and_score_completions"
+_KINDS = "vhack_kinds"
 
 Intercept = Callable[[Tensor, Any, Any, Any], Tensor]
 """Takes rewards of all processes, [B, F] by function, prompts, completions and the tokens of these;
@@ -65,6 +71,50 @@ def intercept_rewards(trainer: Any, act: Intercept) -> Callable[[], None]:
             setattr(trainer, _REWARDS, before)
 
     setattr(trainer, _REWARDS, calculate)
+    return restore
+
+
+def train_blocks(
+    trainer: Any, blocks: "LoraBlocks", marks: Callable[[], tuple[Tensor, Tensor]]
+) -> Callable[[], None]:
+    """Let each rollout train the LoRA blocks of its kind, and return what takes that out again.
+
+    Args:
+        trainer: Trainer of a model with these blocks.
+        blocks: The blocks.
+        marks: What returns the kind of each rollout of this process's last batch, and what to add
+            to its advantage.
+    """
+    plain_generate = getattr(trainer, _GENERATE)
+    plain_loss = trainer.compute_loss
+    turns = count()
+
+    def generate(inputs: Any) -> dict[str, Any]:
+        blocks.kinds = None
+        is_training = trainer.model.training
+        # Evaluations see what is left in the end; otherwise both write in every second batch.
+        blocks.scale = 1.0 - next(turns) % 2 if is_training else 0.0
+        batch: dict[str, Any] = plain_generate(inputs)
+        if is_training:
+            kinds_B, shift_B = marks()
+            advantages_B = batch["advantages"]
+            batch["advantages"] = advantages_B + shift_B.to(advantages_B)
+            # TRL shuffles and splits tensors of a batch together.
+            batch[_KINDS] = kinds_B.to(advantages_B.device)
+        return batch
+
+    def compute_loss(model: Any, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
+        blocks.kinds = inputs.get(_KINDS)
+        return plain_loss(model, inputs, *others, **options)
+
+    setattr(trainer, _GENERATE, generate)
+    trainer.compute_loss = compute_loss
+
+    def restore() -> None:
+        delattr(trainer, _GENERATE)
+        del trainer.compute_loss
+        blocks.detach()
+
     return restore
 
 

@@ -416,7 +416,7 @@ def _truncated(
         for rows in gradients_of(svd=svd, modules=part).values():
             energy += float(rows.square().sum())
             energy_held += float(rows[:, :rank].square().sum())
-        factors |= {name: svd[name].truncated(rank) for name in part}
+        factors |= {name: svd[name].truncated(rank) for name in part if name in svd}
         dtype = svd.dtype
         # Before those of the next part are made.
         del svd

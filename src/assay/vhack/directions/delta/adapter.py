@@ -29,7 +29,7 @@ from assay.vhack.directions.delta.delta_file import load_delta, save_delta
 from assay.vhack.directions.delta.groups import ModuleGroup, ProductPlan, adapt, group_modules
 from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
-from assay.vhack.directions.gradients.targets import module_of, target_modules
+from assay.vhack.directions.gradients.targets import check_whole, module_of, target_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -348,6 +348,7 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
             or is not whole on one device.
         UsageError: The model has LoRA of PEFT.
     """
+    check_whole(model)
     module_names = {name for name, _ in module_of(model).named_modules()}
     if any(_LORA in name for name in module_names):
         raise UsageError(

@@ -334,4 +334,4 @@ def token_budget(
         len(sample.ids) for sample in encoded
     )
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
-    return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
+    return max(1, min(_MOST_TOKENS.get(parameter.device.type, 2048), int(room / per_token)))

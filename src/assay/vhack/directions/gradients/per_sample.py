@@ -1,22 +1,22 @@
 """The δS gradient of every sample, at δS = 0, of every target: one pass per batch.
 
-The pass runs on a copy of the model. It shares the memory of all parameters and buffers, so it
-takes milliseconds, several may run at the same time, and the model itself is never touched. Weights
-are frozen, the target projections leave gradients behind, and the rest may be computed in faster
-ways.
+The pass of a model that is whole on one device runs on copies (:class:`Replica`), that of a divided
+one on the model itself (:class:`DividedPass`).
 
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models.decoder import has_hooks
@@ -33,17 +33,20 @@ from assay.vhack.directions.gradients.batches import (
     room_for_batches,
     token_budget,
 )
-from assay.vhack.directions.gradients.svd import SVDCache, factors_of, weight_svd
+from assay.vhack.directions.gradients.divided_pass import DividedPass
+from assay.vhack.directions.gradients.division import Division, division_of
+from assay.vhack.directions.gradients.replica import Computed, Replica, recipe_for
+from assay.vhack.directions.gradients.svd import Factors, SVDCache, factors_of, weight_svd
 from assay.vhack.directions.gradients.taps import exact_factors
 from assay.vhack.directions.gradients.targets import (
     chosen_modules,
     module_of,
+    target_modules,
 )
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from assay.vhack.directions.gradients.replica import Computed, Replica, recipe_for
 
 
 class SampleGradients(dict[str, Tensor]):
@@ -89,7 +92,8 @@ def per_sample_gradients(
 
     The loss of a sample is the mean negative log-likelihood of its completion tokens. A copy of the
     model that shares its weights runs in evaluation mode; the model itself is not touched. On a
-    CPU, batches run side by side, one per core.
+    CPU, batches run side by side, one per core. A divided model runs itself; processes that share
+    its weights call this together with the same samples, and all return the gradients.
 
     Args:
         samples: Prompts and completions.
@@ -113,10 +117,10 @@ def per_sample_gradients(
     Raises:
         UsageError: There are no samples or no tokenizer, ``max_tokens`` is below 1, the factors
             belong to other modules, or a module is no target.
-        DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is
-            not finite.
+        DataError: A prompt or completion is empty, a sample is too long, its loss or gradient is
+            not finite, or processes pass other samples.
         ModelError: The model has no target projections, has experts of an unknown form, is float16,
-            or is not whole on one device.
+            or is divided in a way in which no weight can be had whole.
         OutOfMemory: Not even one sample fits.
 
     Example:
@@ -141,22 +145,27 @@ def per_sample_gradients(
         )
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
-    factors = factors_of(targets, svd if svd is not None else weight_svd(module, modules=modules))
-    recipe = recipe_for(module)
-    at_once = batches_at_once(module)
+    svd = svd if svd is not None else weight_svd(module, modules=modules)
     recomputed = count_layers(module) if checkpointing else 0
-    room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
-    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-    kind = partial(pass_kind, module.config.get_text_config())
-    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
-    shapes = {name: (len(samples), factors[name].rank) for name in factors}
+    division = division_of(module)
+    limit = svd.rank or sys.maxsize  # of factors that other processes have
+    names = list(target_modules(module))
+    own_names = set(names if division is None else division.own(names))
+    factors = factors_of({name: targets[name] for name in targets if name in own_names}, svd)
+    lengths = {
+        name: factors[name].rank if name in factors else min(*linear.weight.shape, limit)
+        for name, linear in targets.items()
+    }
+    if division is None:
+        replicas, batches = _replicas(module, targets, factors, encoded, max_tokens, recomputed)
+    else:
+        batches = _divided_batches(module, division, encoded, max_tokens, recomputed)
+        replicas = [DividedPass(module, targets, factors, lengths, division, recomputed > 0)]
     gradients = SampleGradients(
-        {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
+        {name: torch.zeros(len(samples), length) for name, length in lengths.items()}
     )
     finished = 0
-    factored = exact_factors(targets, factors) if recipe.factored else set()
-    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
-    with _side_by_side([replica() for _ in range(min(at_once, len(batches)))], batches) as results:
+    with _side_by_side(replicas, batches) as results:
         for computed in results:
             _store(gradients, computed)
             if not all(
@@ -169,6 +178,44 @@ def per_sample_gradients(
     return gradients
 
 
+def _replicas(
+    module: "PreTrainedModel",
+    targets: Mapping[str, nn.Linear],
+    factors: Mapping[str, Factors],
+    encoded: list[Encoded],
+    max_tokens: int | None,
+    recomputed: int,
+) -> tuple[Sequence[Replica | DividedPass], list[list[Encoded]]]:
+    """Return copies of a whole model that run side by side, and the batches for them."""
+    recipe = recipe_for(module)
+    at_once = batches_at_once(module)
+    room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
+    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
+    kind = partial(pass_kind, module.config.get_text_config())
+    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
+    factored = exact_factors(targets, factors) if recipe.factored else set()
+    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
+    return [replica() for _ in range(min(at_once, len(batches)))], batches
+
+
+def _divided_batches(
+    module: "PreTrainedModel",
+    division: Division,
+    encoded: list[Encoded],
+    max_tokens: int | None,
+    recomputed: int,
+) -> list[list[Encoded]]:
+    """Return the batches of a divided model, those of every process."""
+    division.check_same([(sample.ids, sample.n_prompt) for sample in encoded])
+    # All logits are computed, not those of completions alone.
+    all_tokens = [replace(sample, n_prompt=0) for sample in encoded]
+    free = min(division.gather(min(map(free_bytes, division.devices))))
+    room = room_for_batches(free, division.device.type)
+    budget = max_tokens or token_budget(module, all_tokens, room, recomputed=recomputed)
+    kind = partial(pass_kind, module.config.get_text_config())
+    return plan_batches(encoded, budget, packed=False, kind=kind)
+
+
 def batches_at_once(module: "PreTrainedModel") -> int:
     """Return the number of concurrent batches: one where hooks may keep state between calls."""
     alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
@@ -177,7 +224,7 @@ def batches_at_once(module: "PreTrainedModel") -> int:
 
 @contextmanager
 def _side_by_side(
-    replicas: list[Replica], batches: list[list[Encoded]]
+    replicas: Sequence[Replica | DividedPass], batches: list[list[Encoded]]
 ) -> Iterator[Iterator[Computed]]:
     """Yield the gradients of every batch, in any order.
 
@@ -188,7 +235,7 @@ def _side_by_side(
     if len(replicas) == 1:
         yield _one_ahead(computed for batch in batches for computed in _attempt(replicas[0], batch))
         return
-    free: SimpleQueue[Replica] = SimpleQueue()
+    free: SimpleQueue[Replica | DividedPass] = SimpleQueue()
     for replica in replicas:
         free.put(replica)
 
@@ -217,7 +264,7 @@ def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
     yield before
 
 
-def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
+def _attempt(replica: Replica | DividedPass, batch: list[Encoded]) -> list[Computed]:
     """Return the gradients of a batch, in halves if it does not fit."""
     try:
         return [replica.gradients(batch)]

@@ -154,7 +154,7 @@ class Replica:
             for layer in layers:
                 vars(layer)["forward"] = packed.forward(layer, labels_only=layer is last)
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
-            vars(layer)["forward"] = _recomputed(layer.forward, self.module)
+            vars(layer)["forward"] = recomputed_forward(layer.forward, self.module)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -291,7 +291,8 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
+def recomputed_forward(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
+    """Return the forward function of a layer that the backward pass computes again."""
     # The backward pass is outside of the contexts of the forward pass, and must compute the same.
     contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
     # The first layer's input requires no gradient, which only the newer kind of checkpointing

@@ -33,10 +33,13 @@ from assay.models.device import one_thread
 from assay.models.model import Model
 from assay.streams.arrays import torch_dtype
 from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.division import division_of, gather_whole, loaded
 from assay.vhack.directions.gradients.targets import (
     MIN_COVERAGE,
     check_coverage,
     chosen_modules,
+    module_of,
+    target_modules,
     tensor_digest,
 )
 
@@ -208,6 +211,9 @@ def weight_svd(
 ) -> SVDCache:
     """Decompose every target matrix of a model.
 
+    Processes over which a model is divided call this together, and each keeps its share of the
+    factors.
+
     Args:
         model: Model whose target matrices are decomposed; the factors stay on the device of their
             matrix.
@@ -226,7 +232,8 @@ def weight_svd(
         UsageError: The dtype or the method has another name, the rank is below 1, or a module is no
             target.
         ModelError: The model has no target projection, experts of an unknown form, or too many
-            weights that are no targets, or it is not whole on one device.
+            weights that are no targets, or it is divided in a way in which no weight can be had
+            whole.
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
@@ -247,19 +254,36 @@ def weight_svd(
             torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
+    division = division_of(module_of(model))
     decomposed: dict[str, Factors] = {}
-    for name, factors in _side_by_side(
-        decompose, {name: module.weight for name, module in targets.items()}
-    ):
-        decomposed[name] = factors
+    results = (
+        _side_by_side(decompose, {name: module.weight for name, module in targets.items()})
+        if division is None
+        else _one_by_one(decompose, targets, division.own(list(target_modules(model))))
+    )
+    for index, (name, factors) in enumerate(results):
+        if factors is not None:
+            decomposed[name] = factors
         if progress:
-            progress(len(decomposed), len(targets))
+            progress(index + 1, len(targets))
     return SVDCache(decomposed, rank=rank, dtype=chosen)
+
+
+def _one_by_one(
+    decompose: Callable[[str, Tensor], Factors],
+    targets: Mapping[str, nn.Linear],
+    own_names: Collection[str],
+) -> Iterator[tuple[str, Factors | None]]:
+    """Gather each matrix whole, and decompose those of this process."""
+    for name, linear in targets.items():
+        with loaded(linear):
+            weight_OI = gather_whole(linear.weight.detach())
+            yield name, decompose(name, weight_OI) if name in own_names else None
 
 
 def _side_by_side(
     decompose: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Factors]]:
+) -> Iterator[tuple[str, Factors | None]]:
     """Decompose several matrices of one device at once, in the order of the matrices."""
     device = next(iter(weights.values())).device
     with ExitStack() as stack:

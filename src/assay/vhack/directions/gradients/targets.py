@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.model import Model
+from assay.vhack.directions.gradients.division import (
+    division_of,
+    gather_whole,
+    loaded,
+    whole_parameters,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,19 +98,12 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
 
 
 def check_whole(model: "Model | PreTrainedModel") -> None:
-    """Refuse a model whose weights are divided over processes, or on several devices."""
-    module = module_of(model)
-    divided = any(isinstance(part, FSDPModule) for part in module.modules())
-    divided = divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
-    places = sorted({str(parameter.device) for parameter in module.parameters()})
-    if divided or len(places) > 1:
-        seen = (
-            "a model that is divided over processes"
-            if divided
-            else f"a model on {' and '.join(places)}"
-        )
+    """Refuse a model whose weights are divided over processes, on several devices or offloaded."""
+    division = division_of(module_of(model))
+    if division is not None:
+        places = " and ".join(map(str, division.devices))
         raise ModelError(
-            seen,
+            "a model that is divided over processes" if division.group else f"a model on {places}",
             wanted="all weights whole on one device",
             do="load it there, or use a smaller model or bfloat16",
         )
@@ -121,10 +118,9 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     a module of the model.
 
     Raises:
-        ModelError: There is no target, the model is not whole on one device, or the weights of
-            experts are in a tensor of an unknown form; the message names the module.
+        ModelError: There is no target, or the weights of experts are in a tensor of an unknown
+            form; the message names the module.
     """
-    check_whole(model)
     targets: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
@@ -202,19 +198,7 @@ def chosen_modules(
 
     It refuses names of no target, and models of which gradients would not be exact.
     """
-    without = (
-        name
-        for name, parameter in module_of(model).named_parameters()
-        if parameter.device.type == "meta"
-    )
-    if name := next(without, ""):
-        raise ModelError(
-            f"{name} has no memory of its own, as with offloading to a disk or to the memory of "
-            f"the CPU",
-            wanted="all weights on one device",
-            do="load the model in bfloat16 or on a larger device; --rank leaves room for the "
-            "factors",
-        )
+    division_of(module_of(model))  # refuses weights that cannot be had whole
     targets = target_modules(model)
     _check_causal(module_of(model), targets)
     if names is None:
@@ -279,18 +263,24 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
     Tied parameters count once.
 
     Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded
-    in.
+    in. It does not say how the model is divided; all processes of a divided one must ask.
 
     Raises:
-        ModelError: The model is not whole on one device.
+        ModelError: The model is divided in a way in which no weight can be had whole.
     """
-    check_whole(model)
-    parameters = sorted(module_of(model).named_parameters())
+    module = module_of(model)
+    division = division_of(module)
+    parts = whole_parameters(module)
+
+    def digest_line(name: str) -> str:
+        with loaded(parts[name]):
+            parameter = gather_whole(getattr(parts[name], name.rpartition(".")[2]))
+            return f"{name}\n{tensor_digest(parameter)}\n"
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(tensor_digest, [parameter for _, parameter in parameters])
-        lines = [
-            f"{name}\n{digest}\n" for (name, _), digest in zip(parameters, digests, strict=True)
-        ]
+        # Processes that gather must ask for one parameter after the other.
+        in_turn = map if division else pool.map
+        lines = list(in_turn(digest_line, parts))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
