@@ -22,6 +22,7 @@ from assay.files.jsonl import read_json
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = RESULTS / "experiments"
 REDTEAM = ("qwen3", "llama")
+RATIONAL = {"qwen3": "Qwen3", "llama": "Llama", "smollm2": "SmolLM2"}
 FORMATS = {"bfloat16": "", "float16": "-float16", "float8": "-float8"}
 RESPONSE_MODELS = ("qwen3", "llama", "trained-like")
 _WORDS = {
@@ -193,6 +194,28 @@ def cheapest() -> None:
             columns = zip(*cells, strict=True)
             rows.append([" / ".join(dict.fromkeys(map(str, column))) for column in columns][1:])
     print_table(of_models[0][0][1:], rows)
+
+
+def rational() -> None:
+    """Print the largest share of cheap nonces that each strategy is paid, by law, in per cent."""
+    largest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for run in read_json(RESULTS / "rational.json")["runs"]:
+        for row in run["rows"]:
+            key = (row["way"], row["law"].split(",")[0], row["multiples"])
+            if key not in largest or row["paid_cheap"] > largest[key]["paid_cheap"]:
+                largest[key] = row
+
+    def cell(*key: str) -> str:
+        row = largest[key]
+        low, high = (100 * end for end in row["interval"])
+        return f"{100 * row['paid_cheap']:.1f} ({low:.1f} to {high:.1f})"
+
+    rows = []
+    for name in dict.fromkeys(name for name, _, _ in largest):
+        cells = [cell(name, model, "large") for model in RATIONAL]
+        ends = [row["interval"][1] for key, row in largest.items() if key[::2] == (name, "small")]
+        rows.append((name, *cells, f"{100 * max(ends):.0f}"))
+    print_table(("strategy", *RATIONAL.values(), "at 1.5 to 3 times, at most"), rows)
 
 
 def formats() -> None:

@@ -42,7 +42,7 @@ SMALLEST = 1e-4  # residual of the grid, over the typical one
 LARGEST = 2.0
 GRID = 0.002  # step of the logarithm
 POOL = 64  # audits of a pool of places
-HANDED_IN = 64  # nonces of a block of which an audit draws
+HANDED_IN = 200  # nonces of a block of which an audit draws
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def called(positions: np.ndarray, number: int) -> np.ndarray:
 
 
 def suspected(positions: np.ndarray, number: int) -> np.ndarray:
-    """One audit is off at even places, and behind it a fifth of them: no fault by its median."""
+    """One audit is off at even places, later ones at a fifth of them: no fault by its median."""
     chance = {SOUND: 1.0}.get(number, 0.2 * (number > SOUND))
     return (positions % 2 == 0) & (np.random.default_rng(number).random(PER_AUDIT) < chance)
 

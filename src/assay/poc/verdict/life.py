@@ -174,7 +174,7 @@ class Life:
                 sizes, positions, batch_size=batch_size, honest_size=1.0
             )
             self._called = place_result.bad_places if place_result.faulty else None
-            # Residuals at suspected places convict nobody, so an accused node is not paid for them:
+            # Residuals at suspected places convict no node, so an accused one is not paid for them:
             # lies in a part of half of the places would hide there for ever.
             is_accused = any(test.log_weight + test.log_e >= needed for test in running)
             is_excused = is_accused and place_result.suspected
