@@ -145,7 +145,7 @@ class LastLine:
         lines: Iterator[tuple[int, bytes]],
         count: Callable[[float], Self],
     ) -> Self:
-        """Read the last line of a file, and refuse one that was not counted or has lines behind it.
+        """Read the last line of a file, and refuse one that does not fit or has lines after it.
 
         Args:
             path: File, for errors.
