@@ -19,6 +19,14 @@ from tests.waiting import until
 
 SEQ_LEN = 4
 OWN = "02own"
+MACHINES = [
+    (1, False),
+    (2, False),
+    pytest.param((8, False), marks=pytest.mark.slow),
+    (1, True),
+    (2, True),
+]
+"""Machines of an operator, and whether they are servers of one MLNode."""
 
 
 class Host:
@@ -55,7 +63,7 @@ class Host:
             machine.end()
 
 
-@pytest.fixture(params=[(1, False), (2, False), (8, False), (1, True), (2, True)], ids=str)
+@pytest.fixture(params=MACHINES, ids=str)
 def host(request, tmp_path, small_model):
     count, behind = request.param
     made = Host(tmp_path, small_model, count, behind=behind)

@@ -1,7 +1,7 @@
 """Random legal sequences of calls against the service and a model of upstream's states.
 
 ``ASSAY_WALKS`` is the number of sequences, and ``ASSAY_WALKS_FROM`` the seed of the first, so that
-processes can share them; the ordinary suite walks a few hundred.
+processes can share them. `make test` walks a few, and `make test-all` two hundred.
 """
 
 import os
@@ -18,6 +18,7 @@ from tests.poc.service.conftest import Service, rig, serving  # noqa: F401
 from tests.waiting import until
 
 WALKS = int(os.environ.get("ASSAY_WALKS", "200"))
+FEW = 60
 FIRST = int(os.environ.get("ASSAY_WALKS_FROM", "0"))
 STEPS = 10
 PATIENCE = 600.0  # a process that is stopped for a minute answers no differently after it
@@ -211,10 +212,15 @@ class Walk:
 
 
 @pytest.mark.timeout(7200)
-def test_no_sequence_of_calls_is_answered_otherwise_than_upstream(serving):  # noqa: F811
+@pytest.mark.parametrize(
+    ("first", "walks"),
+    [(FIRST, min(FEW, WALKS)), pytest.param(FIRST + FEW, WALKS - FEW, marks=pytest.mark.slow)],
+    ids=["few", "many"],
+)
+def test_no_sequence_of_calls_is_answered_otherwise_than_upstream(serving, first, walks):  # noqa: F811
     with serving(compatibility="gonka", job_ttl=3600, wait=PATIENCE) as service:
         service.rig.pause = 0.005  # a round that runs free would take the time of all calls
-        for seed in range(FIRST, FIRST + WALKS):
+        for seed in range(first, first + walks):
             Walk(service, seed).run()
 
 
