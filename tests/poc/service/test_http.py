@@ -298,7 +298,9 @@ def test_a_client_is_an_address_or_a_network_of_ipv6():
 
 def test_a_collection_of_garbage_does_not_walk_the_libraries(monkeypatch):
     """It took .9 s, in which nothing was answered, whenever some ten thousand objects had come."""
-    runtime = SimpleNamespace(loaded=Future(), closing=threading.Event(), ended=True)
+    runtime = SimpleNamespace(
+        loaded=Future(), failed=Future(), closing=threading.Event(), ended=True
+    )
 
     def run(server, sockets):
         runtime.loaded.set_result(None)

@@ -127,6 +127,8 @@ class Runtime(ABC):
         """Set when the end begins, while connections are still open."""
         self.loaded: Future[Deployment] = Future()
         """The deployment, or the error that ended loading."""
+        self.failed: Future[None] = Future()
+        """The error that ends the process, once one does."""
         self.deployment: Deployment | None = None
         self.ended = True
         """Whether no thread computes any more."""

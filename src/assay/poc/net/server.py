@@ -216,13 +216,14 @@ def run_app(
     """Run an application on a bound socket until SIGTERM or SIGINT, with given limits.
 
     A ``runtime`` is told when the end begins, while connections are still open; it ends the server
-    where its model cannot be loaded. Where a thread of it still computes at the end, the process
-    ends without returning: the libraries below such a thread abort when Python takes them down.
+    where its model cannot be loaded or its engine keeps failing. Where a thread of it still
+    computes at the end, the process ends without returning: the libraries below such a thread abort
+    when Python takes them down.
 
     Raises:
         UsageError: The server did not start; the log says why. Or metrics would be shared with
             other processes.
-        ModelError: The model could not be loaded.
+        ModelError: The model could not be loaded, or its engine keeps failing.
     """
     # Its files outlive a restart, and would mix the counters of two servers.
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -244,6 +245,7 @@ def run_app(
 
     if runtime is not None:
         runtime.loaded.add_done_callback(on_loaded)
+        runtime.failed.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
     host, port = listener.getsockname()[:2]
     log.info(
         "serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port
@@ -254,8 +256,9 @@ def run_app(
             f"the service on {host}:{port} did not start", wanted="a start", do="see the log above"
         )
     log.info("stopped")
-    if runtime is not None and runtime.loaded.done():
-        runtime.loaded.result()
+    for future in (runtime.loaded, runtime.failed) if runtime is not None else ():
+        if future.done():
+            future.result()
     # What it computes is not on disk, and will be computed again.
     if runtime is not None and not runtime.ended:
         sys.stderr.flush()

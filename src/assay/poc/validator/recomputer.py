@@ -28,7 +28,16 @@ import numpy.typing as npt
 import structlog
 from typing_extensions import override
 
-from assay.errors import AssayError, BadWeights, StorageError, reason_of
+from assay.errors import (
+    AssayError,
+    BadWeights,
+    DataError,
+    EngineEnded,
+    ProofError,
+    StorageError,
+    UsageError,
+    reason_of,
+)
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
@@ -51,6 +60,18 @@ EXPECTED = 32.0
 BATCHES = 4  # of one pass
 IDLE = 0.5  # seconds between two looks where no node has anything to draw from
 FAILURE_PAUSE = 5.0
+MOST_FAILURES = 24  # passes in a row in which the engine failed, after which the process ends
+# What one message can cause: it must neither stop the others nor end the process.
+OF_ONE_DRAW = (
+    BadWeights,
+    DataError,
+    ProofError,
+    UsageError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 class Budget:
@@ -166,7 +187,7 @@ class Recomputer(EngineThread):
 
     ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's
     residuals in a round. Nodes of a build without one stay undecided, and their nonces are not
-    recomputed.
+    recomputed. ``give_up`` ends the process, where the engine fails again and again.
     """
 
     def __init__(
@@ -179,8 +200,11 @@ class Recomputer(EngineThread):
         noise: Callable[[Build, Round | None], Noise | None],
         settings: ValidatorSettings,
         metrics: ValidatorMetrics,
+        give_up: Callable[[AssayError], None],
     ) -> None:
         super().__init__("assay-worker", load)
+        self._give_up = give_up
+        self._failures = 0
         self._inbox = inbox
         self._ledger = ledger
         self._registry = registry
@@ -222,16 +246,29 @@ class Recomputer(EngineThread):
     def _turn(self, deployment: Deployment) -> None:
         pause = self.step(deployment)
         self.error = None
+        self._failures = 0
         self._wait(pause)
 
     @override
     def _turn_failed(self, error: Exception) -> None:
-        if isinstance(error, StorageError):
-            log.warning("waits", reason=error.seen)
-        else:  # an engine may raise any error, and messages must still be taken
-            log.error("a pass failed", exc_info=error)
         self._metrics.failures.inc()
         self.error = reason_of(error)[:300]
+        if isinstance(error, StorageError):
+            log.warning("waits", reason=error.seen)
+        elif isinstance(error, OF_ONE_DRAW):
+            log.error("a pass failed", exc_info=error)
+        else:  # an engine may raise any error, and messages are still taken
+            self._failures += 1
+            failed = EngineEnded(
+                f"pass {self._failures} in a row failed: {self.error}",
+                wanted="an engine that recomputes",
+                do=f"see the log; after {MOST_FAILURES} such passes the validator ends with exit "
+                "code 2, and a start goes on with what it has drawn",
+            )
+            self.error = failed.seen
+            log.error(failed.seen, wanted=failed.wanted, do=failed.do, exc_info=error)
+            if self._failures == MOST_FAILURES:
+                self._give_up(failed)
         self._wait(FAILURE_PAUSE)
 
     def step(self, deployment: Deployment) -> float:
@@ -249,9 +286,7 @@ class Recomputer(EngineThread):
             return IDLE
         try:
             self._record(deployment, draws)
-        except (
-            BadWeights
-        ):  # a node may choose a nonce that overflows, which must not stop the others
+        except OF_ONE_DRAW:  # a node may choose a nonce that overflows, or find a fault of the code
             self._record_apart(deployment, draws)
         return 0.0
 
@@ -263,11 +298,11 @@ class Recomputer(EngineThread):
         for single in draws:
             try:
                 self._record(deployment, [single])
-            except BadWeights as error:
+            except OF_ONE_DRAW as error:
                 failed.append(single)
                 if len(failed) == len(draws):  # the fault may be this machine's
                     raise
-                log.warning("a draw cannot be computed", id=single.id, reason=error.seen)
+                log.warning("a draw cannot be computed", id=single.id, reason=reason_of(error))
         if failed:
             self._inbox.finish(failed)
             self._metrics.dropped.inc(len(failed))

@@ -189,7 +189,7 @@ def validate(
             cannot be bound.
         StorageError: The data directory is in use or cannot be written.
         DataError: The pins or the nodes file is wrong.
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or its engine keeps failing.
     """
     check_host(host, server)
     with listen(host, port) as listener:

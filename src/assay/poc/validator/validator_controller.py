@@ -102,6 +102,7 @@ class ValidatorController(Runtime):
                 noise=self._noise,
                 settings=settings,
                 metrics=self.metrics,
+                give_up=self.failed.set_exception,
             )
             self._files = opened.pop_all()
         self._noises: Noises | None = None
