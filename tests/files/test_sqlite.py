@@ -121,3 +121,29 @@ def test_a_clock_that_is_wrong_at_the_start_makes_nothing_old(tmp_path, monkeypa
     later = Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
     assert abs(later.settled_time() - (written_at - 1e8)) < 60
     later.close()
+
+
+@pytest.mark.parametrize("step", [0.0, 3600.0])
+def test_a_backup_with_old_times_delays_deletion_by_a_day_and_a_step_of_the_clock(
+    tmp_path, monkeypatch, step
+):
+    Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS).close()
+    now = time.time
+    uptime = time.monotonic
+    year_ago = now() - 365 * 86_400
+    for path in tmp_path.iterdir():
+        os.utime(path, (year_ago, year_ago))
+    database = Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+    passed = 0.0
+    added = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: uptime() + passed)
+    monkeypatch.setattr(time, "time", lambda: now() + passed + added)
+    delays = []
+    for hour in range(60):
+        passed = hour * 3600.0
+        added = step if hour >= 12 else 0.0
+        delays.append(time.time() - database.settled_time())
+    database.close()
+    steady_from = 24 if step == 0 else 12 + 24
+    assert all(delay > 300 * 86_400 for delay in delays[:steady_from])
+    assert all(delay < 60 for delay in delays[steady_from:])

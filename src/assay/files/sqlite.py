@@ -31,6 +31,8 @@ from assay.files.sqlite_connections import (
 from assay.files.sqlite_schema import check_version, migrate
 
 CHECKPOINT_TIMEOUT_MS = 250  # for which writers wait while the journal is emptied
+LARGEST_STEP = 60.0  # seconds by which a clock may be set and count as one that was not
+STEADY = 86_400.0  # seconds without such a step, after which the clock is believed
 
 NETWORK_FILE_SYSTEMS = {
     0x517B: "SMB",
@@ -86,6 +88,8 @@ class Database:
         self._descriptor: int | None = None
         self._opened_at = time.monotonic()
         self._settled_at = time.time()
+        self._steady_since = self._opened_at
+        self._clock_offset = self._settled_at - self._opened_at
         if read_only:
             self._engine = reading_engine(self.path)
         else:
@@ -170,9 +174,17 @@ class Database:
     def settled_time(self) -> float:
         """Return the time that ages count from: the last write before opening, plus the time since.
 
-        A clock that is far ahead makes nothing old, whether it jumps or was wrong at the start.
+        A clock that is far ahead makes nothing old for a day, whether it jumps or was wrong at the
+        start; a backup that was restored with its old times delays deletion by a day at most.
         """
-        return min(time.time(), self._settled_at + time.monotonic() - self._opened_at)
+        now = time.time()
+        passed = time.monotonic()
+        if abs(now - passed - self._clock_offset) > LARGEST_STEP:
+            self._clock_offset = now - passed
+            self._steady_since = passed
+        if passed - self._steady_since >= STEADY:
+            return now
+        return min(now, self._settled_at + passed - self._opened_at)
 
     def _last_written(self) -> float:
         written = [self.path.stat().st_mtime]
