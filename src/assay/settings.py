@@ -21,6 +21,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from assay.errors import UsageError
@@ -122,6 +123,10 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise _usage_error(type(self), error) from None
+        except SettingsError as error:  # a variable whose text is no value of its kind
+            raise UsageError(
+                str(error), wanted="JSON, where a setting has parts", do="correct or unset it"
+            ) from None
 
     @classmethod
     def settings_customise_sources(

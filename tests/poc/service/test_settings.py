@@ -4,6 +4,7 @@ import pytest
 
 from assay.errors import AssayError, UsageError
 from assay.poc.service import ServiceSettings
+from assay.poc.vllm.preflight import PluginSettings
 
 KEY = "k" * 20
 OTHER = "o" * 20
@@ -86,3 +87,11 @@ def test_an_option_is_stronger_than_the_environment_and_that_than_the_file(monke
         (3.0, 5, 6, (KEY,)),
     ]
     assert [s.data_dir for s in seen] == [tmp_path / "variable", tmp_path / "flag"]
+
+
+@pytest.mark.parametrize("text", ["nan", "{", "\u0663", "x" * 10_000])
+def test_a_variable_of_a_setting_with_parts_that_is_no_value_is_refused_in_words(monkeypatch, text):
+    monkeypatch.setenv("ASSAY_THROTTLE", text)
+    with pytest.raises(UsageError) as refused:
+        PluginSettings()
+    assert "throttle" in refused.value.seen

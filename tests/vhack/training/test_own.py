@@ -138,6 +138,9 @@ def test_a_reward_that_fails_ends_the_run_in_words(run):
     ("given", "words"),
     [
         (["much", 1.0], "returned 'much'"),
+        (["1", 1.0], "returned '1'"),
+        ([{"reward": "1"}, 1.0], "returned"),
+        ([{"reward": 1, "exploited": "no"}, 1.0], "'exploited' that is neither true nor false"),
         ([1.0], "1 rewards for 2 completions"),
         ([1.0, float("inf")], "returned inf"),
         ([10**400, 1.0], "returned 1000"),
@@ -148,7 +151,7 @@ def test_a_reward_that_fails_ends_the_run_in_words(run):
         ),
         (SystemExit(0), "raised SystemExit"),
     ],
-    ids=["text", "few", "endless", "huge", "tensor", "mark", "exit"],
+    ids=["text", "1", "field", "no", "few", "endless", "huge", "tensor", "mark", "exit"],
 )
 def test_a_reward_that_is_no_number_is_answered_in_words(given, words):
     def function(**_):

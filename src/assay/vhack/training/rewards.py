@@ -217,7 +217,8 @@ def read_grade(value: Any) -> Graded:
     reward = math.nan
     with suppress(TypeError, ValueError, OverflowError):
         reward = float(marks.get("reward"))  # type: ignore[arg-type]
-    if not math.isfinite(reward):
+    # "1" is an answer that was not graded, and a text is true whatever it says.
+    if not math.isfinite(reward) or isinstance(marks["reward"], str | bytes):
         raise _bad_reward(repr(value)[:80])
     correct, exploited, vacuous = (_read_mark(marks, name) for name in MARKS)
     return Graded(reward, correct, exploited, vacuous)
@@ -227,6 +228,8 @@ def _read_mark(marks: Mapping[str, Any], name: str) -> bool | None:
     if name not in marks:
         return None
     try:
+        if isinstance(marks[name], str | bytes):
+            raise TypeError
         return bool(marks[name])
     except (TypeError, ValueError, RuntimeError):
         raise _bad_reward(f"a mark {name!r} that is neither true nor false") from None
