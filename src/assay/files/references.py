@@ -14,6 +14,7 @@ from typing import Any
 
 from assay.errors import DataError, ModelNotFound
 from assay.files.jsonl import read_json
+from assay.files.names import existing_spelling
 from assay.files.weights import check_weights
 
 _MODELS = json.loads((Path(__file__).parents[1] / "models" / "catalogue.json").read_text("utf-8"))
@@ -106,6 +107,7 @@ def find_path(reference: str) -> Path | None:
     """
     path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
     try:
+        path = existing_spelling(path)
         if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
             return path
         if path.exists():

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from assay.errors import BadWeights, ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
+from assay.files.names import normal_form
 from assay.files.references import (
     ADAPTER_CONFIG,
     CATALOGUE,
@@ -82,7 +83,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> ModelSource:
         with_weights: Whether a GGUF file is made a checkpoint directory, which takes a while at the
             first time; without, its header alone is read, and the source has no directory.
     """
-    name = os.fspath(reference)
+    name = normal_form(os.fspath(reference))
     if isinstance(reference, str) and is_bundled(name):
         path = find_bundled(name)
         if name.startswith("shape:"):

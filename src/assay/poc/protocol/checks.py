@@ -3,6 +3,7 @@
 import re
 
 from assay.errors import UsageError
+from assay.files.names import normal_form
 from assay.files.references import stated_positions
 
 # Largest nonce: exact in every JSON reader, and far beyond what a round can use.
@@ -13,15 +14,17 @@ DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters."""
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters in NFC."""
     if (
         not isinstance(value, str)
         or not fewest <= len(value) <= MAX_NAME
         or not value.isprintable()
+        or value != normal_form(value)
     ):
         raise UsageError(
-            f"{name} is {value!r:.80}",
-            wanted=f"{fewest} to {MAX_NAME} printable characters",
+            f"{name} is {value!a:.80}",
+            wanted=f"{fewest} to {MAX_NAME} printable characters in the normal form NFC, "
+            "in which names can be told apart",
             do=do,
             field=name,
         )

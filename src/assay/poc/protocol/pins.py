@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
+from assay.files.names import normal_form
 from assay.poc.protocol.checks import MAX_NONCE, check_digest, check_number
 from assay.poc.protocol.fingerprint import SEPARATOR, Fingerprint
 from assay.poc.protocol.header import Header
@@ -115,7 +116,7 @@ class Build(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Text = ""
+    name: Annotated[Text, AfterValidator(normal_form)] = ""
     engine: Words
     device: Words
     dtype: Formats

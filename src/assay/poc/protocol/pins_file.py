@@ -28,6 +28,7 @@ from pydantic import (
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject
+from assay.files.names import existing_spelling, normal_form
 from assay.files.reading import read_whole
 from assay.poc.protocol.checks import DIGEST, MAX_NONCE, check_name, check_number
 from assay.poc.protocol.node_tables import read_node_tables
@@ -75,6 +76,7 @@ def _pair(value: Any) -> Any:
 
 
 Value = Annotated[Text, AfterValidator(_one_value)]
+Name = Annotated[Value, AfterValidator(normal_form)]
 Sha256 = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 Index = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_NONCE)]
@@ -89,7 +91,7 @@ class Table(BaseModel):
 class RoundPins(Table):
     """What holds for every round of the network, and what is known of this one."""
 
-    preset: Value  # name of a row of :data:`assay.poc.PIPELINES`
+    preset: Name  # name of a row of :data:`assay.poc.PIPELINES`
     seq_len: Count  # number of positions of a nonce
     strength: Literal[32, 256]  # bits of seed of the inputs
     # distance below which a nonce is valid; left out with a preset that publishes vectors
@@ -97,7 +99,7 @@ class RoundPins(Table):
     node_count: Count  # number of machines of one key among which its nonces are dealt out
     # Number of nonces of the smallest proof.
     fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-    block_hash: Value | None = None  # block of the round, where the file is written for one
+    block_hash: Name | None = None  # block of the round, where the file is written for one
     block_height: Index | None = None  # height of that block
     # positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None
     nonces: Annotated[tuple[Index, Index], BeforeValidator(_pair)] | None = None
@@ -146,7 +148,7 @@ class NodePins(Table):
     public_key: Value  # key of the node
     node_id: Index  # number of the node, from 0 or from 1
     node_count: Count | None = None  # number of machines of this key; that of the round when None
-    build: Value | None = None  # name of the build that it runs; any build of the model when None
+    build: Name | None = None  # name of the build that it runs; any build of the model when None
 
 
 class PinnedFile(Table):
@@ -169,7 +171,7 @@ class PinnedFile(Table):
 class ModelPins(Table):
     """A model that the network runs."""
 
-    reference: Value  # name under which requests ask for the model; the digest decides what it is
+    reference: Name  # name under which requests ask for the model; the digest decides what it is
     digest: Sha256  # SHA-256 of the tensors of the checkpoint
     weights: Literal["trained", "random-all", "random-embed"] = "trained"  # weight mode
     builds: Annotated[tuple[Build, ...], Field(min_length=1)]  # builds that may prove it
@@ -377,7 +379,10 @@ class NetworkPins(Table):
         Raises:
             UsageError: There is no such model, or the name does not tell which one is meant.
         """
-        matches = [model for model in self.models if name in (None, model.digest, model.reference)]
+        chosen = name and normal_form(name)
+        matches = [
+            model for model in self.models if chosen in (None, model.digest, model.reference)
+        ]
         if len(matches) == 1:
             return matches[0]
         names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
@@ -503,7 +508,7 @@ class NetworkPins(Table):
         return None if pinned is None else self._pinned(pinned)
 
     def _pinned(self, pinned: PinnedFile) -> Path:
-        path = self._path.parent / pinned.file
+        path = existing_spelling(self._path.parent / pinned.file)
         on_disk = PinnedFile.of(path, path.parent)
         if on_disk.sha256 != pinned.sha256:
             raise DataError(

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from assay.errors import UsageError
+from assay.files.names import normal_form
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
@@ -515,9 +516,10 @@ def _check_params(
             "transformers",
             fields={"fields": ["preset"]},
         )
-    aliases = (*deployment.aliases, *settings.served_model_names)
+    aliases = (deployment.reference, *deployment.aliases, *settings.served_model_names)
+    is_served = normal_form(params.model) in map(normal_form, aliases)
     deployed = {
-        "model": params.model if params.model in aliases else deployment.reference,
+        "model": params.model if is_served else deployment.reference,
         "seq_len": params.seq_len if chain else settings.seq_len,
         # No vector is published of a chain, and its client leaves the size at the default.
         "k_dim": pipeline.vector_size or params.k_dim,

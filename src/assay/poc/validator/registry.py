@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from unicodedata import normalize
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
+from assay.files.names import normal_form
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.server_settings import ServerSettings, check_secrets
 from assay.poc.net.signatures import Signatures
@@ -40,12 +41,12 @@ class NodeEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    public_key: str
+    public_key: Annotated[str, AfterValidator(normal_form)]
     secrets: Secrets | None = (
         None  # of its callbacks, as Standard Webhooks has them; ``--callback-secret`` when None
     )
     relay: str | None = None  # name of a trusted relay that signs for several nodes with one secret
-    build: str | None = (
+    build: Annotated[str, AfterValidator(normal_form)] | None = (
         None  # needed where the model has several builds and the pins do not say which
     )
     url: str | None = None  # address of its service, for a node that is polled

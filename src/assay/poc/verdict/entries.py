@@ -21,6 +21,7 @@ from pydantic import (
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
+from assay.files.names import normal_form
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.pool_faults import STRIKES
@@ -199,6 +200,11 @@ class LedgerUpdate:
     name: str | None = (
         None  # a second update of this name changes nothing, so a sender may repeat it safely
     )
+
+    def __post_init__(self) -> None:
+        # Two spellings of one name are one account; entries that are read stay as they are.
+        spelt = {name: normal_form(value) for name, value in vars(self.account).items()}
+        object.__setattr__(self, "account", Account(**spelt))
 
 
 class Genesis(CanonicalModel):

@@ -29,6 +29,7 @@ from starlette.types import Scope as Connection
 
 from assay._version import __version__
 from assay.errors import AssayError
+from assay.files.names import normal_form
 from assay.models.chat import chat_template_digest
 from assay.models.load import identify, load_tokenizer
 from assay.poc.net.deployment import Deployment
@@ -338,7 +339,7 @@ class AssayPlugin:
         names = getattr(args, "served_model_name", None) or [args.model]
         self._model = args.model
         self._served_names = (names,) if isinstance(names, str) else tuple(names)
-        self._reference = settings.reference or self._served_names[0]
+        self._reference = normal_form(settings.reference or self._served_names[0])
         if self._responses is not None:
             self._responses.chat_template = await asyncio.to_thread(_served_template, config, args)
             await self._responses.start(

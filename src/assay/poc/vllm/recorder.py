@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from assay.errors import AssayError, ModelError, reason_of
+from assay.files.names import normal_form
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.receipts import Prompt, Receipt
@@ -436,7 +437,7 @@ def _is_plain(request: Any) -> bool:
 
 
 def _key(lora: Any) -> tuple[str, str]:
-    return str(lora.lora_name), str(lora.lora_path)
+    return normal_form(str(lora.lora_name)), str(lora.lora_path)
 
 
 def _with(params: Any, carried: SeedArgument | None) -> Any:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import InstanceOf, TypeAdapter, ValidationError
+from pydantic import AfterValidator, InstanceOf, TypeAdapter, ValidationError
 
 from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, read_jsonl
+from assay.files.names import normal_form
 from assay.files.storage import write_jsonl
 from assay.models.chat import CHAT_OPTIONS, Chat, read_chat
 
@@ -50,7 +51,7 @@ class Pair:
     prompt: str | InstanceOf[Chat]
     hack: str | InstanceOf[Chat]
     clean: str | InstanceOf[Chat]
-    group: str
+    group: Annotated[str, AfterValidator(normal_form)]
     tags: tuple[str, ...] = ()
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -149,7 +150,7 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
             if group is not None
             else "prompt " + hashlib.sha256(prompt_text.encode()).hexdigest()[:12]
         )
-        samples.append(PoolSample(Sample(prompt, completion), group_name))
+        samples.append(PoolSample(Sample(prompt, completion), normal_form(group_name)))
     if not samples:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
     if most is None or most >= len(samples):
