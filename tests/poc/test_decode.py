@@ -44,7 +44,10 @@ def proof(small_model: Model) -> Proof:
     return prove(small_model, ROUND, range(40), batch_size=16)
 
 
-@pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
+@pytest.fixture(
+    scope="module",
+    params=["reference:qwen3", pytest.param("reference:llama", marks=pytest.mark.slow)],
+)
 def bundled(request: pytest.FixtureRequest) -> tuple[Model, Proof]:
     model = load_model(request.param, dtype="float32", device="cpu")
     return model, prove(model, replace(ROUND, model="", seq_len=32), range(32), batch_size=16)

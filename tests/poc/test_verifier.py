@@ -195,6 +195,11 @@ def stating(proof: Proof, dtype: str) -> Proof:
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
+@pytest.mark.parametrize(
+    "reference_model",
+    ["reference:qwen3", pytest.param("reference:llama", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference_model):
     """int8 weights stand out in float16. A node that states bfloat16 has the wider law, if the
     verifier lets it.

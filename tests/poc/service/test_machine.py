@@ -6,6 +6,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -156,11 +157,21 @@ class ServiceMachine(RuleBasedStateMachine):
             self.checked[self.block] = checked
 
 
-TestService = ServiceMachine.TestCase
-TestService.settings = settings(
-    max_examples=25,
-    stateful_step_count=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+class _Few(ServiceMachine):
+    """The machine with the sequences of the fast suite."""
+
+
+def _settings(max_examples: int) -> settings:
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=20,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+TestService = _Few.TestCase
+TestService.settings = _settings(10)
+TestServiceLonger = pytest.mark.slow(ServiceMachine.TestCase)
+TestServiceLonger.settings = _settings(50)
