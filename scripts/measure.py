@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 30_530, "lines88": 72_700},
-    "research": {"statements": 11_150, "lines88": 26_900},
+    "src": {"statements": 30_480, "lines88": 72_600},
+    "research": {"statements": 10_860, "lines88": 26_550},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
 25 000 statements and 60 000 lines."""

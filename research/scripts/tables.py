@@ -231,12 +231,6 @@ def formats() -> None:
     print_table(("`hardened`, Qwen3 / Llama", *FORMATS), zip(names, *columns, strict=True))
 
 
-def attacks() -> None:
-    """Print how many tries of an outsider there were in each area, and how many held."""
-    areas = read_json(RESULTS / "attack_surface.json")["areas"]
-    print_table(("area", "tries", "held"), ((area, *counts) for area, counts in areas.items()))
-
-
 def _format_column(dtype: str, suffix: str) -> list[str]:
     where = [
         (cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)
