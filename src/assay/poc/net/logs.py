@@ -68,8 +68,9 @@ class LogBudget:
             self._skipped += 1
             return
         self._left -= 1
+        skipped = self._skipped
         self._skipped = 0
-        log.info(event, **about, skipped=self._skipped)
+        log.info(event, **about, skipped=skipped)
 
 
 class _Stderr:

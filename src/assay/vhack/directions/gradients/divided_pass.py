@@ -71,7 +71,7 @@ class DividedPass:
             own_precision(torch.empty(0, dtype=self.module.dtype, device=device)),
         ):
             # Requires a gradient and gets none: it makes the backward pass come to every target.
-            trigger = torch.zeros((), requires_grad=True)
+            trigger = torch.zeros((), dtype=torch.float32, requires_grad=True)
             self._watch(trigger, undo)
             logits = gather_whole(self.module(input_ids=batch.ids, use_cache=False).logits)
             logits_MV = self._checked(logits).flatten(0, 1)[batch.label_rows.to(logits.device)]
@@ -134,7 +134,7 @@ class DividedPass:
         """Return what this process found of a target, zero where another one has its factors."""
         rows_BR = self._rows.get(name)
         if rows_BR is None:
-            rows_BR = torch.zeros(len(self.batch.encoded), self.lengths[name])
+            rows_BR = torch.zeros(len(self.batch.encoded), self.lengths[name], dtype=torch.float32)
         return rows_BR.to(self.division.device)
 
     def _checked(self, logits: Tensor) -> Tensor:

@@ -162,7 +162,10 @@ def per_sample_gradients(
         batches = _divided_batches(module, division, encoded, max_tokens, recomputed)
         replicas = [DividedPass(module, targets, factors, lengths, division, recomputed > 0)]
     gradients = SampleGradients(
-        {name: torch.zeros(len(samples), length) for name, length in lengths.items()}
+        {
+            name: torch.zeros(len(samples), length, dtype=torch.float32)
+            for name, length in lengths.items()
+        }
     )
     finished = 0
     with _side_by_side(replicas, batches) as results:
