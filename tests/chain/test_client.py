@@ -24,7 +24,7 @@ MACHINES = [
     (2, False),
     pytest.param((8, False), marks=pytest.mark.slow),
     (1, True),
-    (2, True),
+    pytest.param((2, True), marks=pytest.mark.slow),
 ]
 """Machines of an operator, and whether they are servers of one MLNode."""
 

@@ -30,7 +30,8 @@ def foreign(tmp_path):
 
 
 @pytest.mark.no_law
-@pytest.mark.parametrize("bundled", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("bundled", [True, False])
 def test_demo_believes_the_honest_and_catches_the_cheaters(
     assay, tmp_path, monkeypatch, foreign, bundled
 ):

@@ -38,6 +38,7 @@ def test_verify_says_which_pair_does_not_hold(assay, told, tmp_path):
     assert "1 of 2 pairs do what they claim" in assay(*VERIFY, path).out
 
 
+@pytest.mark.slow
 def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
     check = (
         "vhack",

@@ -33,6 +33,7 @@ def _refused(server: Server) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_node_serves_in_eight_bits(launch):
     server = launch("--dtype", "float8")
     server.post("/init/generate", ROUND)
@@ -41,7 +42,7 @@ def test_a_node_serves_in_eight_bits(launch):
     assert server.get("/api/v1/pow/snapshot")["model"]["dtype"] == "float8"
 
 
-@pytest.mark.parametrize("drain", ["30", "0"])
+@pytest.mark.parametrize("drain", [pytest.param("30", marks=pytest.mark.slow), "0"])
 def test_sigterm_in_a_round_leaves_it_to_the_next_start(launch, drain):
     """With no time to drain, the running batch is abandoned and computed again."""
     server = launch("--drain", drain)

@@ -194,7 +194,14 @@ def stating(proof: Proof, dtype: str) -> Proof:
     return Proof.build(header, proof.records, proof.footer.seconds)
 
 
-@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "poc-2.0",
+        pytest.param("artifact", marks=pytest.mark.slow),
+        pytest.param("hardened", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "reference_model",
     ["reference:qwen3", pytest.param("reference:llama", marks=pytest.mark.slow)],

@@ -195,7 +195,10 @@ def test_other_samples_and_a_parted_head_are_refused_by_every_process(ranks):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2", *(pytest.param(name, marks=pytest.mark.slow) for name in REFERENCES)],
+)
 def test_a_model_under_device_map_has_the_gradients_of_the_whole_one(
     name, place, whole, samples, tmp_path
 ):

@@ -53,6 +53,7 @@ def honest_blocks(request):
     return distances, factors
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
     """The fault that this mends: an interval of the nonces alone missed it in most blocks."""
     distances, factors = honest_blocks

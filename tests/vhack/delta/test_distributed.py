@@ -17,6 +17,7 @@ from tests.vhack.delta.conftest import loss_of, own, random_basis
 from tests.vhack.two_processes import BACKENDS, device_of, together
 
 STEPS = 3
+pytestmark = pytest.mark.slow  # two processes are started
 GATE = Gate("one_sided", 1.2)
 IDS = torch.randint(0, 512, (4, 20), generator=torch.Generator().manual_seed(3))
 

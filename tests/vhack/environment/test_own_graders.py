@@ -108,6 +108,7 @@ def test_a_weak_grader_pays_what_uses_its_weakness(attacked, name, problems, pai
     assert all(result.allows and result.example for result in report.attacks if not result.holds)
 
 
+@pytest.mark.slow
 def test_a_grader_that_raises_is_ended_or_hangs_is_told_apart(attacked):
     report = attacked("careless", SUM, "nonsense")
     assert "raised in the grader" in report.attacks[0].outcomes

@@ -178,6 +178,7 @@ def test_trackers_get_the_rates_and_evaluations_are_not_judged(make_trainer):
     assert len(guard.judged) == judged
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_log_and_the_alarm_of_one_that_never_stopped(make_trainer):
     straight = Guard(JUDGE).attach(make_trainer(folder="straight", steps=4))
     straight.trainer.train()

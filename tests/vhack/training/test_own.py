@@ -239,6 +239,7 @@ def script(checkpoint, pairs, folder, steps):
     return adapter.values(), done
 
 
+@pytest.mark.slow
 def test_it_logs_its_sources_and_goes_on_as_if_never_stopped(checkpoint, pairs, tmp_path):
     straight, _ = script(checkpoint, pairs, tmp_path / "straight", 4)
     script(checkpoint, pairs, tmp_path / "stopped", 2)

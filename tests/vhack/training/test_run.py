@@ -42,6 +42,7 @@ def run(tasks, pairs, settings, tmp_path):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     """Also with axes that were renewed before the checkpoint and are again after it."""
