@@ -193,7 +193,7 @@ RUNS = {
         "".join(
             f"{COLLECT} --dtype {dtype} --batch-size {size} -o machine-{n}\n"
             for n, (dtype, size) in enumerate(
-                (("bfloat16", 32), ("float16", 32), ("float32", 32)), start=2
+                (("bfloat16", 16), ("float16", 32), ("float32", 32)), start=2
             )
         ),
         {"MODEL": "reference:qwen3", "--seq-len 256": "--seq-len 8 --blocks 2 --nonces 32"},

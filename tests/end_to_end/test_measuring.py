@@ -22,7 +22,7 @@ def command(model: Path, output: Path) -> list[str]:
 
 
 def kept(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of a measurement: its inode and its whole lines."""
+    """Every file of a measurement: its inode, and the whole lines that are measured."""
     files = {}
     for path in sorted(folder.glob("*.json*")):
         try:
@@ -30,7 +30,9 @@ def kept(folder: Path) -> dict[str, tuple[int, bytes]]:
             inode = path.stat().st_ino
         except FileNotFoundError:  # it was finished in this moment, and has its last name now
             continue
-        whole = content[: content.rfind(b"\n") + 1]
+        # The last line of a proof says how long it took, and is written again after a kill.
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        whole = b"".join(line for line in lines if b'"sha256"' not in line)
         files[path.name.removesuffix(".partial")] = (inode, whole)
     return files
 
