@@ -5,12 +5,12 @@ away from every text that they return. A completion that is tokenised or decoded
 gains a space or loses one, which in Python is another indentation.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from assay.errors import UsageError
+from assay.files.names import normal_form
 from assay.models.token_text import decode_tokens
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _count_inside(
         count = sum(start <= len(prompt) for start, _ in offsets)
     # Offsets may leave out spaces of a token, so the text decides.
     while count and not any(
-        unicodedata.normalize("NFC", prompt).startswith(unicodedata.normalize("NFC", spelling))
+        normal_form(prompt).startswith(normal_form(spelling))
         for spelling in _spellings(tokenizer, ids[:count])
     ):
         count -= 1
@@ -94,9 +94,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 def _is_spelled(text: str, spelling: str) -> bool:
     """Return whether two texts are equal, with an accent as one character or as two."""
-    return text == spelling or (
-        unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", spelling)
-    )
+    return text == spelling or (normal_form(text) == normal_form(spelling))
 
 
 def _spellings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:

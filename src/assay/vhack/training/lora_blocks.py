@@ -9,6 +9,7 @@ of rollouts the kept block writes alone.
 Shapes: B rollouts, T tokens, I inputs, O outputs, R rank of both blocks together.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class LoraBlocks:
                 do="pass peft_config=LoraConfig(r=...) with twice the rank that is to be kept",
             )
         for down, up in self.pairs:
-            vars(down)["forward"] = _Down(self, down)
-            vars(up)["forward"] = _Up(self, up)
+            vars(down)["forward"] = partial(_down, self, down)
+            vars(up)["forward"] = partial(_up, self, up)
 
     def trained(self, rank: int) -> Tensor | None:
         """Return where a rollout trains a row of the blocks, [B, 1, R]; None stands for all."""
@@ -77,36 +78,24 @@ class LoraBlocks:
                 vars(linear).pop("forward", None)
 
 
-class _Down:
-    """The forward function of ``lora_A``."""
-
-    def __init__(self, blocks: LoraBlocks, linear: nn.Linear) -> None:
-        self.blocks = blocks
-        self.linear = linear
-
-    def __call__(self, inputs_BTI: Tensor) -> Tensor:
-        weight_RI = self.linear.weight
-        hidden_BTR = functional.linear(inputs_BTI, weight_RI)
-        trained_B1R = self.blocks.trained(len(weight_RI))
-        if trained_B1R is not None:
-            frozen_BTR = functional.linear(inputs_BTI, weight_RI.detach())
-            hidden_BTR = torch.where(trained_B1R, hidden_BTR, frozen_BTR)
-        factors_R = torch.ones(len(weight_RI), dtype=hidden_BTR.dtype, device=hidden_BTR.device)
-        factors_R[len(weight_RI) // 2 :] = self.blocks.scale
-        return hidden_BTR * factors_R
+def _down(blocks: LoraBlocks, linear: nn.Linear, inputs_BTI: Tensor) -> Tensor:
+    """Compute ``lora_A``: the hidden rows of both blocks."""
+    weight_RI = linear.weight
+    hidden_BTR = functional.linear(inputs_BTI, weight_RI)
+    trained_B1R = blocks.trained(len(weight_RI))
+    if trained_B1R is not None:
+        frozen_BTR = functional.linear(inputs_BTI, weight_RI.detach())
+        hidden_BTR = torch.where(trained_B1R, hidden_BTR, frozen_BTR)
+    factors_R = torch.ones(len(weight_RI), dtype=hidden_BTR.dtype, device=hidden_BTR.device)
+    factors_R[len(weight_RI) // 2 :] = blocks.scale
+    return hidden_BTR * factors_R
 
 
-class _Up:
-    """The forward function of ``lora_B``."""
-
-    def __init__(self, blocks: LoraBlocks, linear: nn.Linear) -> None:
-        self.blocks = blocks
-        self.linear = linear
-
-    def __call__(self, hidden_BTR: Tensor) -> Tensor:
-        weight_OR = self.linear.weight
-        trained_B1R = self.blocks.trained(weight_OR.shape[1])
-        if trained_B1R is None:
-            return functional.linear(hidden_BTR, weight_OR)
-        learnt_BTO = functional.linear(hidden_BTR * trained_B1R, weight_OR)
-        return learnt_BTO + functional.linear(hidden_BTR * ~trained_B1R, weight_OR.detach())
+def _up(blocks: LoraBlocks, linear: nn.Linear, hidden_BTR: Tensor) -> Tensor:
+    """Compute ``lora_B``: what both blocks write."""
+    weight_OR = linear.weight
+    trained_B1R = blocks.trained(weight_OR.shape[1])
+    if trained_B1R is None:
+        return functional.linear(hidden_BTR, weight_OR)
+    learnt_BTO = functional.linear(hidden_BTR * trained_B1R, weight_OR)
+    return learnt_BTO + functional.linear(hidden_BTR * ~trained_B1R, weight_OR.detach())

@@ -79,7 +79,7 @@ class DividedPass:
             weights_M = batch.loss_weights.to(logits.device)
             # Not `backward`, which would leave gradients of weights, and have FSDP2 reduce them.
             torch.autograd.grad(losses_M, trigger, weights_M, allow_unused=True)
-        together_BR = torch.cat([self._found(name) for name in self.targets], dim=1)
+        together_BR = torch.cat([self._rows_of(name) for name in self.targets], dim=1)
         if self.division.group is not None:
             dist.all_reduce(together_BR, group=self.division.group)
         return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), None, {})
@@ -130,7 +130,7 @@ class DividedPass:
         before_BR = self._rows.get(name)
         self._rows[name] = rows_BR if before_BR is None else before_BR + rows_BR
 
-    def _found(self, name: str) -> Tensor:
+    def _rows_of(self, name: str) -> Tensor:
         """Return what this process found of a target, zero where another one has its factors."""
         rows_BR = self._rows.get(name)
         if rows_BR is None:
