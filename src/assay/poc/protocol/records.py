@@ -1,19 +1,16 @@
 """Records: the published value of a nonce, and the forms in which presets publish.
 
-A preset names its form in :attr:`Pipeline.output`. A form has one method for each place where a
-value is made, written, read and compared, so another form is a class here and a line in
-:data:`FORMS`.
+A preset names its form in :attr:`Pipeline.output`. A form says which arrays a value has and how two
+values are compared, so another form is a row of :data:`FORMS`.
 
 Legend of shapes: K length of a vector or sketch, N tokens, S sketches.
 """
 
 import base64
 import math
-import struct
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,13 +77,41 @@ class RecordLine:
     points: str = ""
 
 
-class PublishedForm(ABC):
-    """One form of published values.
+class Column(NamedTuple):
+    """One array of a published value.
 
-    ``replayed`` names the field whose claimed values an engine replays, where it has one.
+    Args:
+        name: Field of a record, and of its line in a proof.
+        dtype: Format of its bytes.
+        shape: Function that returns its shape in a preset.
+        missing: Number that stands for a value which did not come; it never matches.
+        below: Bound of its numbers; 0 for none.
     """
 
-    replayed: ClassVar[Literal["", "tokens", "points"]] = ""
+    name: str
+    dtype: str
+    shape: Callable[[Pipeline], tuple[int, ...]]
+    missing: float = math.nan
+    below: int = 0
+
+
+@dataclass(frozen=True)
+class PublishedForm:
+    """One form of published values.
+
+    Args:
+        columns: Its arrays, in the order of their bytes.
+        residual: Function that returns how far a received record is from a recomputed one; NaN if
+            a value is missing.
+        replayed: Name of the field whose claimed values an engine replays, where it has one.
+        counted: Function that returns what the published count holds against its threshold, where
+            that is not the residual.
+    """
+
+    columns: tuple[Column, ...]
+    residual: Callable[[Record, Record], float]
+    replayed: Literal["", "tokens", "points"] = ""
+    counted: Callable[[Record, Record], float] | None = None
 
     def records(self, nonces: Sequence[int], values: Mapping[str, NDArray[Any]]) -> list[Record]:
         """Return the records of a batch, from what an engine gave for it."""
@@ -100,33 +125,65 @@ class PublishedForm(ABC):
         """Return whether a record counts; everything that is no distance does."""
         return True
 
-    @abstractmethod
     def fields(self, record: Record, r_target: float) -> dict[str, Any]:
         """Return the fields of a record's line in a proof, beside the nonce."""
+        return {
+            column.name: encode_vector(getattr(record, column.name), column.dtype)
+            for column in self.columns
+        }
 
-    @abstractmethod
     def read(self, line: RecordLine, pipeline: Pipeline) -> Record:
         """Return the record of a line; a ProofFormatError where its value cannot be one."""
+        arrays = {
+            column.name: decode_vector(
+                getattr(line, column.name), math.prod(column.shape(pipeline)), column.dtype
+            )
+            for column in self.columns
+        }
+        return self._record(line.nonce, arrays, pipeline)
 
-    @abstractmethod
     def pack(self, record: Record) -> bytes:
         """Return the bytes of a record, as callbacks, databases and commitments have them."""
+        return b"".join(
+            np.asarray(getattr(record, column.name)).astype(column.dtype).tobytes()
+            for column in self.columns
+        )
 
-    @abstractmethod
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
         """Return the record whose bytes, in base64, another machine sent."""
+        packed = decode_vector(text, packed_size(pipeline), "u1").tobytes()
+        arrays = {}
+        for column in self.columns:
+            count = math.prod(column.shape(pipeline))
+            kind = np.dtype(column.dtype)
+            values = np.frombuffer(packed, kind, count)
+            packed = packed[values.nbytes :]
+            arrays[column.name] = values.astype(kind.newbyteorder("="))
+        return self._record(nonce, arrays, pipeline)
 
-    @abstractmethod
-    def residual(self, received: Record, again: Record) -> float:
-        """Return how far a received record is from a recomputed one; NaN if a value is missing."""
+    def missing(self, nonce: int, pipeline: Pipeline) -> Record:
+        """Return a record that never matches, in the place of one that did not come."""
+        return Record(
+            nonce,
+            **{
+                column.name: np.full(column.shape(pipeline), column.missing, column.dtype)
+                for column in self.columns
+            },
+        )
 
-    def counted(self, received: Record, again: Record) -> float:
-        """Return what the published count holds against its threshold; NaN likewise."""
-        return self.residual(received, again)
+    def _record(self, nonce: int, arrays: dict[str, NDArray[Any]], pipeline: Pipeline) -> Record:
+        for column in self.columns:
+            values = arrays[column.name]
+            if column.below and (values >= column.below).any():
+                raise format_error(f"{column.name} {values.max()}", f"numbers below {column.below}")
+            if not np.isfinite(values).all():
+                raise format_error(f"{column.name} with NaN or infinity", "finite numbers")
+            arrays[column.name] = values.reshape(column.shape(pipeline))
+        return Record(nonce, **arrays)
 
 
 class DistanceForm(PublishedForm):
-    """A distance to the target of the block."""
+    """A distance to the target of the block: a number of JSON, and bytes in commitments alone."""
 
     @override
     def records(self, nonces: Sequence[int], values: Mapping[str, NDArray[Any]]) -> list[Record]:
@@ -150,149 +207,78 @@ class DistanceForm(PublishedForm):
             raise format_error(f"distance {line.distance!r:.60}", "a number in [0, 2]")
         return Record(line.nonce, distance=float(line.distance))
 
-    @override
-    def pack(self, record: Record) -> bytes:
-        # Only commitments hold a distance as bytes; elsewhere it is a number.
-        return struct.pack("<d", record.distance)
 
-    @override
-    def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
-        return Record(nonce, distance=float(decode_vector(text, 1, "<f8")[0]))
-
-    @override
-    def residual(self, received: Record, again: Record) -> float:
-        return received.distance - again.distance
+def _difference(received: NDArray[Any] | None, again: NDArray[Any] | None) -> NDArray[np.float64]:
+    """Return the difference of two arrays in float64; NaN where one is missing or misshapen."""
+    if received is None or again is None or received.shape != again.shape:
+        return np.full((1, 1), np.nan)
+    return received.astype(np.float64) - again.astype(np.float64)
 
 
-class VectorForm(PublishedForm):
-    """A vector of unit length, whose residual is an L2 distance."""
-
-    @override
-    def fields(self, record: Record, r_target: float) -> dict[str, Any]:
-        return {"vector": encode_vector(_present(record.vector))}
-
-    @override
-    def read(self, line: RecordLine, pipeline: Pipeline) -> Record:
-        return Record(line.nonce, vector=decode_vector(line.vector, pipeline.vector_size))
-
-    @override
-    def pack(self, record: Record) -> bytes:
-        return _present(record.vector).astype("<f2").tobytes()
-
-    @override
-    def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
-        return Record(nonce, vector=decode_vector(text, pipeline.vector_size))
-
-    @override
-    def residual(self, received: Record, again: Record) -> float:
-        if received.vector is None or again.vector is None:
-            return math.nan
-        if received.vector.shape != again.vector.shape:
-            return math.nan
-        apart_K = received.vector.astype(np.float64) - again.vector.astype(np.float64)
-        return float(np.linalg.norm(apart_K))
+def _margins(again: Record, most: float) -> NDArray[np.float64]:
+    """Return the margins of a replay, each at most ``most``; NaN of a record that is no replay."""
+    margins_N = np.nan if again.margins is None else again.margins.astype(np.float64)
+    return np.minimum(margins_N, most)
 
 
-class TokenForm(PublishedForm):
-    """Decoded tokens with sketches of their states, which are replayed and not decoded again.
+def _vector_residual(received: Record, again: Record) -> float:
+    return float(np.linalg.norm(_difference(received.vector, again.vector)))
 
-    The residual is √(mean ‖u − v‖² + mean d): u and v are the two sketches of a state, and d is the
-    score of the best token minus that of the claimed one, at most 4. Noise m times larger makes
-    both terms m² times larger.
+
+def _token_residual(received: Record, again: Record) -> float:
+    """Return √(mean ‖u − v‖² + mean d).
+
+    u and v are the two sketches of a state, and d is the score of the best token minus that of the
+    claimed one, at most 4. Noise m times larger makes both terms m² times larger.
     """
-
-    replayed = "tokens"
-
-    @override
-    def fields(self, record: Record, r_target: float) -> dict[str, Any]:
-        return {
-            "tokens": encode_vector(_present(record.tokens), "<u4"),
-            "sketches": encode_vector(_present(record.sketches)),
-        }
-
-    @override
-    def read(self, line: RecordLine, pipeline: Pipeline) -> Record:
-        tokens = decode_vector(line.tokens, pipeline.steps, "<u4")
-        sketches = decode_vector(line.sketches, pipeline.vector_count * pipeline.vector_size)
-        return Record(
-            line.nonce, tokens=tokens, sketches=sketches.reshape(pipeline.vector_count, -1)
-        )
-
-    @override
-    def pack(self, record: Record) -> bytes:
-        tokens = _present(record.tokens).astype("<u4").tobytes()
-        return tokens + _present(record.sketches).astype("<f2").tobytes()
-
-    @override
-    def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
-        packed = decode_vector(text, packed_size(pipeline), "u1")
-        tokens, sketches = np.split(packed, [4 * pipeline.steps])
-        if not np.isfinite(sketches.view("<f2")).all():
-            raise format_error("sketches that are NaN or infinity", "finite float16 values")
-        return Record(
-            nonce,
-            tokens=tokens.view("<u4").astype(np.uint32),
-            sketches=sketches.view("<f2").astype(np.float16).reshape(-1, pipeline.vector_size),
-        )
-
-    @override
-    def residual(self, received: Record, again: Record) -> float:
-        if received.sketches is None or again.sketches is None or again.margins is None:
-            return math.nan
-        if received.sketches.shape != again.sketches.shape:
-            return math.nan
-        apart_SK = received.sketches.astype(np.float64) - again.sketches.astype(np.float64)
-        margins_N = np.minimum(again.margins.astype(np.float64), LARGEST_MARGIN)
-        return math.sqrt(np.square(apart_SK).sum(axis=1).mean() + margins_N.mean())
+    apart_SK = _difference(received.sketches, again.sketches)
+    return math.sqrt(
+        np.square(apart_SK).sum(axis=1).mean() + _margins(again, LARGEST_MARGIN).mean()
+    )
 
 
-class PointForm(PublishedForm):
-    """Points of a chain, which are replayed under the chain that is claimed.
+def _point_residual(received: Record, again: Record) -> float:
+    """Return √(mean d): d is the cosine of the best point minus that of the claimed one, at most 2.
 
-    The residual is √(mean d), and d is the cosine of the best point minus that of the claimed one,
-    at most 2. Noise m times larger moves m times as many states across a border, and m times as
-    far.
+    Noise m times larger moves m times as many states across a border, and m times as far.
     """
-
-    replayed = "points"
-
-    @override
-    def fields(self, record: Record, r_target: float) -> dict[str, Any]:
-        return {"points": encode_vector(_present(record.points), "u1")}
-
-    @override
-    def read(self, line: RecordLine, pipeline: Pipeline) -> Record:
-        return self.unpack(line.nonce, line.points, pipeline)
-
-    @override
-    def pack(self, record: Record) -> bytes:
-        return _present(record.points).astype("u1").tobytes()
-
-    @override
-    def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
-        points = decode_vector(text, pipeline.steps + 1, "u1")
-        if (points >= SPHERE_POINTS).any():
-            raise format_error(f"point {points.max()}", f"numbers below {SPHERE_POINTS}")
-        return Record(nonce, points=points)
-
-    @override
-    def residual(self, received: Record, again: Record) -> float:
-        if received.points is None or again.margins is None:
-            return math.nan
-        return math.sqrt(np.minimum(again.margins.astype(np.float64), FARTHEST_POINT).mean())
-
-    @override
-    def counted(self, received: Record, again: Record) -> float:
-        if received.points is None or again.margins is None:
-            return math.nan
-        return min(float(again.margins.max()), FARTHEST_POINT)
+    return math.sqrt(_margins(again, FARTHEST_POINT).mean())
 
 
 FORMS: Mapping[str, PublishedForm] = {
-    "distance": DistanceForm(),
-    "vector": VectorForm(),
-    "tokens": TokenForm(),
-    "points": PointForm(),
+    "distance": DistanceForm(
+        (Column("distance", "<f8", lambda _: ()),),
+        lambda received, again: received.distance - again.distance,
+    ),
+    "vector": PublishedForm(
+        (Column("vector", "<f2", lambda pipeline: (pipeline.vector_size,)),), _vector_residual
+    ),
+    # Tokens and points are replayed as they are claimed, and not decoded again.
+    "tokens": PublishedForm(
+        (
+            Column("tokens", "<u4", lambda pipeline: (pipeline.steps,), missing=0),
+            Column(
+                "sketches", "<f2", lambda pipeline: (pipeline.vector_count, pipeline.vector_size)
+            ),
+        ),
+        _token_residual,
+        replayed="tokens",
+    ),
+    "points": PublishedForm(
+        (
+            # What is no point of the sphere is as far from any as can be.
+            Column(
+                "points",
+                "u1",
+                lambda pipeline: (pipeline.steps + 1,),
+                missing=SPHERE_POINTS,
+                below=SPHERE_POINTS,
+            ),
+        ),
+        _point_residual,
+        replayed="points",
+        counted=lambda _, again: float(_margins(again, FARTHEST_POINT).max()),
+    ),
 }
 """Every form of published values, by its name in :attr:`Pipeline.output`."""
 
@@ -347,10 +333,11 @@ def decode_vector(text: object, size: int, dtype: str = "<f2") -> NDArray[Any]:
 
 
 def packed_size(pipeline: Pipeline) -> int:
-    """Return the bytes of a packed record; 0 where a distance is published."""
-    if pipeline.output == "points":
-        return pipeline.steps + 1
-    return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
+    """Return the number of bytes of a packed record."""
+    return sum(
+        np.dtype(column.dtype).itemsize * math.prod(column.shape(pipeline))
+        for column in published_form(pipeline).columns
+    )
 
 
 def pack_points(points: Sequence[int]) -> str:
@@ -367,16 +354,11 @@ def artifact_fields(packed: bytes, pipeline: Pipeline) -> dict[str, Any]:
 
 def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
     """Unpack a record; without a text, return one of NaN, which never matches."""
+    form = published_form(pipeline)
     try:
-        return published_form(pipeline).unpack(nonce, text, pipeline)
+        return form.unpack(nonce, text, pipeline)
     except ProofFormatError:
-        missing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
-        if pipeline.output == "vector":
-            return Record(nonce, vector=missing[0])
-        # A value that is no point of the sphere is as far from any as can be.
-        if pipeline.output == "points":
-            return Record(nonce, points=np.full(pipeline.steps + 1, SPHERE_POINTS, np.uint8))
-        return Record(nonce, tokens=np.zeros(pipeline.steps, dtype=np.uint32), sketches=missing)
+        return form.missing(nonce, pipeline)
 
 
 def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
@@ -385,9 +367,3 @@ def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
         return {"dtype": "u8", "points": SPHERE_POINTS, "steps": pipeline.steps}
     form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
-
-
-def _present(values: NDArray[Any] | None) -> NDArray[Any]:
-    """Return values that a record of its form always has."""
-    assert values is not None
-    return values

@@ -26,7 +26,8 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> Float
 def counted_distances(received: Sequence[Record], recomputed: Sequence[Record]) -> FloatArray:
     """Return what the published count holds against its threshold, [N]; NaN as of residuals."""
     pairs = zip(received, recomputed, strict=True)
-    return np.array([form_of(again).counted(record, again) for record, again in pairs], np.float64)
+    forms = [(form_of(again), record, again) for record, again in pairs]
+    return np.array([(form.counted or form.residual)(*pair) for form, *pair in forms], np.float64)
 
 
 def compare(
