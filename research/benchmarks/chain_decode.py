@@ -26,7 +26,6 @@ from tokens import finetuned, without_layers
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, cheats, get_pipeline, measure_frame, prove
-from assay.poc.engines.hf.points import ChainDraws
 from assay.poc.protocol.records import packed_size
 from assay.poc.prover import compute
 from assay.poc.verdict.residuals import residuals
@@ -64,15 +63,15 @@ class OtherPrompt(HFEngine):
         super().__init__(model, **shape)
         self._half = half
 
-    def chain_draws(self, inputs, pipeline):
+    def draws(self, inputs, pipeline):
         """Return the chain behind the other prompt."""
-        draws = super().chain_draws(inputs, pipeline)
-        prompts_RPD = draws.prompts_RPD
+        draws = super().draws(inputs, pipeline)
+        prompts_RPD = draws.prompts
         if self._half:
-            short = prompts_RPD[:, prompts_RPD.shape[1] // 2 :]
-            return ChainDraws(draws.chain, short, draws.steps)
-        shared_RPD = prompts_RPD[:1].expand_as(prompts_RPD).contiguous()
-        return ChainDraws(draws.chain, shared_RPD, draws.steps)
+            draws.prompts = prompts_RPD[:, prompts_RPD.shape[1] // 2 :]
+        else:
+            draws.prompts = prompts_RPD[:1].expand_as(prompts_RPD).contiguous()
+        return draws
 
 
 def ended_early(proof, share):

@@ -14,6 +14,7 @@ from assay.errors import ProofFormatError, UsageError
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded
+from assay.poc.engines.hf.decoding import Decoder
 from assay.poc.protocol.pipelines import SPHERE_POINTS
 from assay.poc.protocol.records import (
     describe_packing,
@@ -146,8 +147,21 @@ def test_step_by_step_along_a_claim_agrees_with_one_pass(model: Model, proof: Pr
     claimed[:, 7] = (claimed[:, 7] + 3) % SPHERE_POINTS
     inputs = ROUND.inputs(range(16))
     (one_pass,) = engine.run(inputs, SHORT, claimed)
-    stepped = engine.replay_by_steps(inputs, SHORT, claimed)
-    np.testing.assert_allclose(stepped["margins"], one_pass["margins"], atol=1e-4)
+    draws = engine.draws(inputs, SHORT)
+    follow = draws.follow
+
+    def follow_claim(states_R1D: torch.Tensor, step: int) -> torch.Tensor:
+        follow(states_R1D, step)
+        draws.previous_R1 = claimed[:, step : step + 1]
+        return draws.chain.embeddings(draws.previous_R1, step + 1)
+
+    draws.follow = follow_claim
+    with engine.between_layers(SHORT.layers, ROUND):
+        Decoder(model).decode(draws)
+    scores_RNQ = torch.cat(draws.scores, dim=1)
+    chosen_RN1 = torch.from_numpy(claimed.astype(np.int64)).unsqueeze(2)
+    stepped = scores_RNQ.amax(dim=2) - scores_RNQ.gather(2, chosen_RN1).squeeze(2)
+    np.testing.assert_allclose(stepped.numpy(), one_pass["margins"], atol=1e-4)
 
 
 def test_cheaper_weights_and_drawn_points_are_larger_than_honest_noise(model: Model, proof: Proof):

@@ -310,7 +310,7 @@ def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
         seq_len=P,
         model=SimpleNamespace(vocab_size=V, device=torch.device("cpu")),
     )
-    texts = [list(ids) for ids in draws.prompts_BP.tolist()]
+    texts = [list(ids) for ids in draws.prompts.tolist()]
     states = []
     for step in range(STEPS):
         rows = torch.stack([states_of(ids)[-1] for ids in texts])
@@ -340,7 +340,7 @@ def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
     runner = kind()
     key = new_key()
     draws, tokens, sketches = defined(rounded=kind is Runner)
-    prompts = draws.prompts_BP.tolist()
+    prompts = draws.prompts.tolist()
     hooks = started(
         runner, key, {nonce: (ids, None) for nonce, ids in zip(NONCES, prompts, strict=True)}
     )
@@ -381,7 +381,7 @@ def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, c
     claimed[1][7], claimed[2][30] = (tokens[1][7] + 1) % V, V + 5
     given = [
         ids + [min(token, V - 1) for token in row[:-1]]
-        for ids, row in zip(draws.prompts_BP.tolist(), claimed, strict=False)
+        for ids, row in zip(draws.prompts.tolist(), claimed, strict=False)
     ]
     hooks = started(
         runner, key, {n: (i, c) for n, i, c in zip(NONCES, given, claimed, strict=True)}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from assay.models.model import Model
-from assay.poc.engines.hf.decoding import Draws
+from assay.poc.engines.hf.decoding import StepDraws
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.poc.protocol.proof import Proof
@@ -88,9 +88,9 @@ def recycled(honest: Proof, *, seed: int = 0) -> Proof:
 class _Forgetful(HFEngine):
     """An engine that drops the first half of every prompt."""
 
-    def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> Draws:
+    def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> StepDraws:
         draws = super().draws(inputs, pipeline)
-        draws.prompts_BP = draws.prompts_BP[:, self.seq_len // 2 :]
+        draws.prompts = draws.prompts[:, self.seq_len // 2 :]
         return draws
 
 

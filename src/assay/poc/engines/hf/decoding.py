@@ -1,48 +1,98 @@
-"""Decoding on transformers: tokens of a prompt with seeded noise, and replays of others'.
+"""Decoding on transformers: what follows a prompt step by step, and replays of others' values.
+
+A preset with steps decodes tokens with seeded noise, or a chain of points. `Draws` and `ChainDraws`
+say what a batch of each begins with, what its model reads after a value, and what is published;
+`Decoder` runs either.
 
 Legend of shapes: B nonces of a batch, R rows of the padded batch, T positions, P positions of the
-prompt, N tokens, V vocabulary, D hidden size, S sketches, K length of a sketch.
+prompt, N tokens or points, V vocabulary, Q points to choose from, D hidden size, S sketches, K
+length of a sketch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int64
+from jaxtyping import Float, Float16, Float32
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
+from typing_extensions import override
 
 from assay import streams
+from assay.errors import not_finite
 from assay.models.decoder import backbone
 from assay.models.model import Model
 from assay.models.precision import own_precision
 from assay.models.shared_passes import steps_of_passes
 from assay.poc.engines.base import Values, drawn_prompts, drawn_seeds, margins
+from assay.poc.engines.hf.seeded_routing import SeededRouting
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.round import Input
+from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import sketch_states
 
 _TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
 
 
-class Draws:
-    """What is drawn for a batch: prompts, the noise of tokens, and the projections of sketches."""
+class StepDraws(ABC):
+    """What a batch is decoded from; of one use.
+
+    Attributes:
+        model: Model that decodes.
+        prompts: Ids [R, P] or inputs [R, P, D] that the model reads first.
+        steps: Number N of values that are decoded.
+        routing: Context in which the model runs.
+    """
+
+    model: Model
+    prompts: Tensor
+    steps: int
+    routing: AbstractContextManager[object] = nullcontext()
+
+    def begin(self, cached: int, length: int) -> None:  # noqa: B027 - only a mixture's routers ask
+        """Say that the next pass has ``length`` positions behind ``cached`` others."""
+
+    @abstractmethod
+    def follow(self, states_R1D: Float[Tensor, "R 1 D"], step: int) -> Tensor:
+        """Choose the value of a step from its state, and return what the model reads next."""
+
+    @abstractmethod
+    def decoded(self) -> Values:
+        """Return the chosen values of all steps, as they are published."""
+
+    @abstractmethod
+    def after_claims(self, claimed_RN: NDArray[Any]) -> Tensor:
+        """Return what the model reads after each of the claimed values but the last."""
+
+    @abstractmethod
+    def replayed(
+        self, states_RND: Float[Tensor, "R N D"], claimed_RN: NDArray[Any], count: int
+    ) -> Values:
+        """Return what is compared with the first ``count`` claims, from the states behind them."""
+
+
+class Draws(StepDraws):
+    """Prompts, the noise of tokens, and the projections of sketches."""
 
     def __init__(
         self, inputs: Sequence[Input], pipeline: Pipeline, *, seq_len: int, model: Model
     ) -> None:
         device = model.device
+        self.model = model
         self.steps = pipeline.steps
-        self.sketched = sketch_steps(pipeline.steps)
+        self._sketched = sketch_steps(pipeline.steps)
         self._backend = streams.get_backend("auto", str(device))
         prompts_BP = drawn_prompts(inputs, seq_len=seq_len, vocab_size=model.vocab_size)
-        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(device)
+        self.prompts = torch.from_numpy(prompts_BP).to(device)
         noise_BN = drawn_seeds(inputs, "tokens", range(self.steps))
         self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(device)
-        self._sketch_BS = drawn_seeds(inputs, "sketch", self.sketched)
+        self._sketch_BS = drawn_seeds(inputs, "sketch", self._sketched)
+        self._tokens: list[Tensor] = []
+        self._states: list[Tensor] = []
 
     def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:
         """Add the Gumbel numbers of one step to the logits of every nonce, in place."""
@@ -57,101 +107,43 @@ class Draws:
         sketches = sketch_states(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
         return sketches.view(*states_BSD.shape[:2], -1).cpu().numpy()
 
+    @override
+    def follow(self, states_R1D: Float[Tensor, "R 1 D"], step: int) -> Tensor:
+        state_RD = states_R1D[:, 0]
+        if step in self._sketched:
+            self._states.append(state_RD.float())
+        scores_RV = self._logits(state_RD)
+        self.add_noise(scores_RV, step)
+        self._tokens.append(scores_RV.argmax(dim=-1, keepdim=True))
+        return self._tokens[-1]
 
-class Decoder:
-    """Decodes and replays the tokens of a model by the kernels of eager torch."""
+    @override
+    def decoded(self) -> Values:
+        tokens_RN = torch.cat(self._tokens, dim=1).cpu().numpy().astype(np.uint32)
+        return {"tokens": tokens_RN, "sketches": self.sketches(torch.stack(self._states, dim=1))}
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._backbone = backbone(model.module)
+    @override
+    def after_claims(self, claimed_RN: NDArray[Any]) -> Tensor:
+        ids_RN = torch.from_numpy(claimed_RN[:, :-1].astype(np.int64)).to(self.model.device)
+        return ids_RN.clamp(max=self.model.vocab_size - 1)
 
-    def decode(self, draws: Draws) -> Values:
-        """Return the tokens [R, N] that the model decodes, and their sketches [R, S, K]."""
-        with own_precision(self.model):
-            tokens_RN, states_RSD = self._decode(draws)
-        return {
-            "tokens": tokens_RN.cpu().numpy().astype(np.uint32),
-            "sketches": draws.sketches(states_RSD),
-        }
-
-    def replay(self, draws: Draws, claimed_BN: NDArray[np.uint32]) -> Values:
-        """Return the margins [B, N] of claimed tokens, and their sketches [R, S, K]."""
-        tokens_BN = torch.from_numpy(claimed_BN.astype(np.int64)).to(self.model.device)
-        with own_precision(self.model):
-            states_RND, margins_BN = self._replay(draws, tokens_BN)
-        sketches_RSK = draws.sketches(states_RND[:, draws.sketched])
-        return {"margins": margins_BN.cpu().numpy(), "sketches": sketches_RSK}
-
-    @torch.inference_mode()
-    def _decode(self, draws: Draws) -> tuple[Int64[Tensor, "R N"], Float32[Tensor, "R S D"]]:
-        """Return the decoded tokens, and the states behind the sketched ones."""
-        prompts_RP = draws.prompts_BP
-        tokens: list[Tensor] = []
-        states: list[Tensor] = []
-        passes = steps_of_passes(self.model.config, prompts_RP.shape[1], draws.steps)
-        # A pass begins with an empty cache here.
-        first_steps = {steps[0] for steps in passes}
-        for step in range(draws.steps):
-            if step in first_steps:
-                cache = DynamicCache(config=self.model.module.config)
-                cached = 0
-                columns = [token_R.unsqueeze(1) for token_R in tokens]
-                ids_RT = torch.cat([prompts_RP, *columns], dim=1)
-            states_RTD = self._states(ids_RT, cached, past_key_values=cache, use_cache=True)
-            state_RD = states_RTD[:, -1]
-            if step in draws.sketched:
-                states.append(state_RD.float())
-            scores_RV = self._logits(state_RD)
-            draws.add_noise(scores_RV, step)
-            tokens.append(scores_RV.argmax(dim=-1))
-            cached += ids_RT.shape[1]
-            ids_RT = tokens[-1].unsqueeze(1)
-        return torch.stack(tokens, dim=1), torch.stack(states, dim=1)
-
-    @torch.inference_mode()
-    def _replay(
-        self, draws: Draws, claimed_BN: Int64[Tensor, "B N"]
-    ) -> tuple[Float[Tensor, "R N D"], Float32[Tensor, "B N"]]:
-        """Return the states that gave the claimed tokens, by one forward pass, and their margins.
-
-        The products of margins are of one nonce's states, so no other nonce has a part in their
-        bits.
-        """
-        prompts_RP = draws.prompts_BP
-        padding = claimed_BN[-1:].expand(len(prompts_RP) - len(claimed_BN), -1)
-        tokens_RN = torch.cat([claimed_BN, padding])
-        ids_RT = torch.cat(
-            [prompts_RP, tokens_RN[:, :-1].clamp(max=self.model.vocab_size - 1)], dim=1
-        )
-        first = prompts_RP.shape[1]
-        passes = steps_of_passes(self.model.config, first, tokens_RN.shape[1])
-        read = partial(self._states, cached=0, use_cache=False)
-        parts = [
-            read(ids_RT[:, : first + steps.stop - 1])[:, first - 1 + steps.start :]
-            for steps in passes
-        ]
-        states_RND = torch.cat(parts, dim=1)
+    @override
+    def replayed(
+        self, states_RND: Float[Tensor, "R N D"], claimed_RN: NDArray[Any], count: int
+    ) -> Values:
+        tokens_BN = torch.from_numpy(claimed_RN[:count].astype(np.int64)).to(self.model.device)
         margins_BN = []
-        for row, tokens_N in enumerate(claimed_BN):
+        # The products are of one nonce's states, so no other nonce has a part in their bits.
+        for row, tokens_N in enumerate(tokens_BN):
             parts = []
             for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
                 places = slice(start, start + _TOKENS_AT_ONCE)
                 scores_NV = self._logits(states_RND[row, places])
-                draws.add_noise_of(row, scores_NV, start)
+                self.add_noise_of(row, scores_NV, start)
                 parts.append(margins(scores_NV, tokens_N[places]))
             margins_BN.append(torch.cat(parts))
-        return states_RND, torch.stack(margins_BN)
-
-    def _states(
-        self, ids_RT: Int64[Tensor, "R T"], cached: int, **options: Any
-    ) -> Float[Tensor, "R T D"]:
-        """Return the states of tokens that follow ``cached`` others."""
-        positions_T = torch.arange(cached, cached + ids_RT.shape[1], device=self.model.device)
-        output = self._backbone(
-            input_ids=ids_RT, position_ids=positions_T.expand_as(ids_RT), **options
-        )
-        states_RTD: Tensor = output.last_hidden_state
-        return states_RTD
+        sketches_RSK = self.sketches(states_RND[:, self._sketched])
+        return {"margins": torch.stack(margins_BN).cpu().numpy(), "sketches": sketches_RSK}
 
     def _logits(self, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
         """Return the product of states with the head matrix, without bias or capping of logits.
@@ -162,3 +154,125 @@ class Decoder:
         """
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+
+
+class ChainDraws(StepDraws):
+    """The noise of the prompts, and the chain of inputs and points behind them.
+
+    Attributes:
+        chain: Chain of the batch.
+        previous_R1: Points before the next step; step 0 has none.
+        scores: Scores [R, 1, Q] of every step until now.
+    """
+
+    def __init__(
+        self, chain: Chain, prompts_RPD: Float[Tensor, "R P D"], steps: int, model: Model
+    ) -> None:
+        self.chain = chain
+        self.model = model
+        self.prompts = prompts_RPD
+        self.steps = steps + 1
+        self.previous_R1 = np.zeros((len(prompts_RPD), 1), np.uint8)
+        self.scores: list[Tensor] = []
+        self.routing: SeededRouting = SeededRouting(model, chain.inputs)
+
+    @override
+    def begin(self, cached: int, length: int) -> None:
+        self.routing.begin(self.prompts.shape[1], cached, length)
+
+    @override
+    def follow(self, states_R1D: Float[Tensor, "R 1 D"], step: int) -> Tensor:
+        self.scores.append(self.chain.scores(states_R1D, self.previous_R1, step))
+        self.previous_R1 = self.scores[-1].argmax(dim=-1).to(torch.uint8).cpu().numpy()
+        return self.chain.embeddings(self.previous_R1, step + 1)
+
+    @override
+    def decoded(self) -> Values:
+        scores_RNQ = self._finite(torch.cat(self.scores, dim=1))
+        return {"points": scores_RNQ.argmax(dim=-1).to(torch.uint8).cpu().numpy()}
+
+    @override
+    def after_claims(self, claimed_RN: NDArray[Any]) -> Tensor:
+        return self.chain.embeddings(claimed_RN[:, :-1], 1)
+
+    @override
+    def replayed(
+        self, states_RND: Float[Tensor, "R N D"], claimed_RN: NDArray[Any], count: int
+    ) -> Values:
+        before_RN = np.concatenate([self.previous_R1, claimed_RN[:, :-1]], axis=1)
+        scores_RNQ = self._finite(self.chain.scores(states_RND, before_RN))
+        claimed_BN = torch.from_numpy(claimed_RN[:count].astype(np.int64)).to(scores_RNQ.device)
+        rows = [margins(*row) for row in zip(scores_RNQ[:count], claimed_BN, strict=True)]
+        return {"margins": torch.stack(rows).cpu().numpy()}
+
+    def _finite(self, scores_RNQ: Float32[Tensor, "R N Q"]) -> Float32[Tensor, "R N Q"]:
+        if not bool(torch.isfinite(scores_RNQ).all()):
+            raise not_finite(f"{self.model.reference} returned NaN or infinity")
+        return scores_RNQ
+
+
+class Decoder:
+    """Decodes and replays by the kernels of eager torch."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._backbone = backbone(model.module)
+
+    @torch.inference_mode()
+    def decode(self, draws: StepDraws) -> Values:
+        """Return what the model decodes, one step after the other.
+
+        Raises:
+            BadWeights: A state behind a point is NaN or infinite.
+        """
+        passes = steps_of_passes(self.model.config, draws.prompts.shape[1], draws.steps)
+        # A pass begins with an empty cache here.
+        first_steps = {steps[0] for steps in passes}
+        inputs = [draws.prompts]
+        with own_precision(self.model), draws.routing:
+            for step in range(draws.steps):
+                x_RT = inputs[-1]
+                if step in first_steps:
+                    cache = DynamicCache(config=self.model.module.config)
+                    cached = 0
+                    x_RT = torch.cat(inputs, dim=1)
+                states_RTD = self._states(
+                    draws, x_RT, cached, past_key_values=cache, use_cache=True
+                )
+                cached += x_RT.shape[1]
+                inputs.append(draws.follow(states_RTD[:, -1:], step))
+            return draws.decoded()
+
+    @torch.inference_mode()
+    def replay(self, draws: StepDraws, claimed_BN: NDArray[Any]) -> Values:
+        """Return what is compared with claimed values, by one forward pass over prompt and claims.
+
+        Raises:
+            BadWeights: As :meth:`decode`.
+        """
+        first = draws.prompts.shape[1]
+        count = len(claimed_BN)
+        padding_RN = claimed_BN[-1:].repeat(len(draws.prompts) - count, axis=0)
+        claimed_RN = np.concatenate([claimed_BN, padding_RN])
+        x_RT = torch.cat([draws.prompts, draws.after_claims(claimed_RN)], dim=1)
+        parts = []
+        with own_precision(self.model), draws.routing:
+            for steps in steps_of_passes(self.model.config, first, draws.steps):
+                states_RTD = self._states(
+                    draws, x_RT[:, : first + steps.stop - 1], 0, use_cache=False
+                )
+                parts.append(states_RTD[:, first - 1 + steps.start :])
+            return draws.replayed(torch.cat(parts, dim=1), claimed_RN, count)
+
+    def _states(
+        self, draws: StepDraws, x_RT: Tensor, cached: int, **options: Any
+    ) -> Float[Tensor, "R T D"]:
+        """Return the states of ids or inputs that follow ``cached`` others."""
+        length = x_RT.shape[1]
+        draws.begin(cached, length)
+        name = "input_ids" if x_RT.ndim == 2 else "inputs_embeds"
+        positions_T = torch.arange(cached, cached + length, device=self.model.device)
+        positions_RT = positions_T.expand(len(x_RT), -1)
+        output = self._backbone(**{name: x_RT}, position_ids=positions_RT, **options)
+        states_RTD: Tensor = output.last_hidden_state
+        return states_RTD

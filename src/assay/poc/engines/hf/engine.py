@@ -46,8 +46,7 @@ from assay.poc.engines.base import (
     token_inputs,
 )
 from assay.poc.engines.hf.compiled_forward import FUSED, CompiledForward
-from assay.poc.engines.hf.decoding import Decoder, Draws
-from assay.poc.engines.hf.points import ChainDraws, PointDecoder
+from assay.poc.engines.hf.decoding import ChainDraws, Decoder, Draws, StepDraws
 from assay.poc.engines.hf.shapes import check_fits, check_shape, fitting_batch
 from assay.poc.protocol.checks import MAX_BATCH
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -123,7 +122,6 @@ class HFEngine(Engine):
         self.frame = model.frame
         self._backbone = backbone(model.module)
         self._decoder = Decoder(model)
-        self._points = PointDecoder(model)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled else None
@@ -222,40 +220,14 @@ class HFEngine(Engine):
             # Any step may have run out of memory, the one that makes inputs too.
             raise self._too_large() from error
 
-    def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> Draws:
-        """Return the prompts, the noise of the tokens and the projections of the sketches."""
-        return Draws(inputs, pipeline, seq_len=self.seq_len, model=self.model)
-
-    def chain_draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> ChainDraws:
-        """Return the noise of the prompts and the chain of inputs that follows them."""
+    def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> StepDraws:
+        """Return what inputs are decoded from: their prompts, and what follows them."""
+        if pipeline.output == "tokens":
+            return Draws(inputs, pipeline, seq_len=self.seq_len, model=self.model)
         chain = Chain(
             inputs, hidden_size=self.hidden_size, device=self.device, dtype=self.model.dtype
         )
-        return ChainDraws(chain, self.embeddings(inputs), pipeline.steps)
-
-    def replay_by_steps(
-        self, inputs: Sequence[Input], pipeline: Pipeline, claimed_BN: NDArray[Any]
-    ) -> Values:
-        """Return margins of claimed points, step by step, and the points that the model gives."""
-        rows = max(self.batch_size, ROWS_OF_A_PRODUCT)
-        _, padded = next(padded_batches(inputs, len(inputs), rows))
-        with self.between_layers(pipeline.layers, inputs[0].round):
-            return self._points.decode(self.chain_draws(padded, pipeline), claimed_BN)
-
-    def _step_values(
-        self, padded: Sequence[Input], pipeline: Pipeline, claimed_BN: NDArray[Any] | None
-    ) -> Values:
-        """Return what is published of a padded batch, or what a replay says of claimed values."""
-        if pipeline.output == "points":
-            round = padded[0].round  # of the block of all inputs
-            draws = self.chain_draws(padded, pipeline)
-            with self.between_layers(pipeline.layers, round):
-                if claimed_BN is None:
-                    return self._points.decode(draws)
-                return self._points.replay(draws, claimed_BN)
-        if claimed_BN is None:
-            return self._decoder.decode(self.draws(padded, pipeline))
-        return self._decoder.replay(self.draws(padded, pipeline), claimed_BN)
+        return ChainDraws(chain, self.embeddings(inputs), pipeline.steps, self.model)
 
     def _run_steps(
         self, inputs: Sequence[Input], pipeline: Pipeline, claimed_MN: NDArray[Any] | None
@@ -271,9 +243,13 @@ class HFEngine(Engine):
         check_fits(self.model, rows, self.seq_len + pipeline.steps)
         start = 0
         for count, padded in padded_batches(inputs, self.batch_size, rows):
-            with self._explained():
-                claimed = None if claimed_MN is None else claimed_MN[start : start + count]
-                values = self._step_values(padded, pipeline, claimed)
+            # Hooks between layers are of the block of all inputs.
+            with self._explained(), self.between_layers(pipeline.layers, padded[0].round):
+                draws = self.draws(padded, pipeline)
+                if claimed_MN is None:
+                    values = self._decoder.decode(draws)
+                else:
+                    values = self._decoder.replay(draws, claimed_MN[start : start + count])
             values = {name: array[:count] for name, array in values.items()}
             # An infinite margin is that of an id without a token, so only NaN is refused.
             if any(np.isnan(array).any() for array in values.values()):
