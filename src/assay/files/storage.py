@@ -255,9 +255,9 @@ class PartialFile:
                 do="repeat that command with all its flags, or remove the partial file to restart",
             )
         usable = lines[: most + 1]
-        values = []
-        for number, line in enumerate(usable[1:], start=2):
-            values.append(read(number, f"{line}\n".encode()))
+        values = [
+            read(number, f"{line}\n".encode()) for number, line in enumerate(usable[1:], start=2)
+        ]
         if len(lines) > len(usable):
             self.restart()
             self.append_lines(usable)

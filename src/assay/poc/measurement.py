@@ -350,39 +350,34 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     differences = [
         f"{name} {' / '.join(variants)}" for name, variants in stated.items() if len(variants) > 1
     ]
-    values: dict[str, Any] = {
+    exclusion = build.left_out
+    left_out: dict[str, Any] = {}
+    if exclusion is not None:
+        left_out = {
+            "left_out_accused": exclusion.accused,
+            "left_out_interval": [exclusion.low, exclusion.high],
+            "left_out_worst_pair": exclusion.worst,
+            "left_out_audits": exclusion.pairs * exclusion.audits,
+            "left_out_says": f"{exclusion.accused:.1%} of audits accused an engine that was left "
+            f"out; with {len(build.machines)} engines, up to {exclusion.high:.0%} of others may be "
+            "accused",
+        }
+    return {
         "preset": build.preset,
         "checkpoint": build.digest,
         "output": build.output,
-    }
-    values |= {
-        "formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None
-    }
-    values |= {"machines": len(build.machines), "law": _in_words(build.law)}
-    values |= {
+        "formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None,
+        "machines": len(build.machines),
+        "law": _in_words(build.law),
         "typical_residual": build.sizes.typical,
         "between_machines": build.spread.sd,
         "n": build.n,
-    }
-    values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
-    values |= {"effective_dimension": build.effective_dimension}
-    values["engines_differ_in"] = ", ".join(differences) or "nothing"
-    values |= {
+        "hidden_size": build.hidden_size or None,
+        "effect": build.effect,
+        "effective_dimension": build.effective_dimension,
+        "engines_differ_in": ", ".join(differences) or "nothing",
         "control": build.control
-        and f"{' and '.join(build.control.dtypes)} beside {build.control.of}"
+        and f"{' and '.join(build.control.dtypes)} beside {build.control.of}",
+        **left_out,
+        "limits": build.limits,
     }
-    if (exclusion := build.left_out) is not None:
-        values |= {
-            "left_out_accused": exclusion.accused,
-            "left_out_interval": [exclusion.low, exclusion.high],
-        }
-        values |= {
-            "left_out_worst_pair": exclusion.worst,
-            "left_out_audits": exclusion.pairs * exclusion.audits,
-        }
-        values["left_out_says"] = (
-            f"{exclusion.accused:.1%} of audits accused an engine that was left out; with "
-            f"{len(build.machines)} engines, up to {exclusion.high:.0%} of others may be accused"
-        )
-    values["limits"] = build.limits
-    return values

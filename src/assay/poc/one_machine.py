@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations, combinations_with_replacement
+from itertools import chain, combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,6 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import check_extent
 from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Proof
-from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, compute, describe_proof, prove
 from assay.poc.verdict.build_noise import describe_machines
@@ -329,10 +328,9 @@ class _Store:
             return residuals(proof.records, engine_proof.records)
 
         def replayed() -> list[float]:
-            records: list[Record] = []
             inputs = proof.round.inputs([record.nonce for record in proof.records])
-            for batch in compute(engine, proof.header.pipeline, inputs, proof.records):
-                records.extend(batch)
+            batches = compute(engine, proof.header.pipeline, inputs, proof.records)
+            records = [*chain.from_iterable(batches)]
             return [float(value) for value in residuals(proof.records, records)]
 
         headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
@@ -449,32 +447,39 @@ def _engines(
     steps = get_pipeline(extent.preset).steps
     for name in extent.formats:
         model = lender.model(name).with_frame(frame)
-        usual = str(model.module.config._attn_implementation)
         for shape in SHAPES:
             compiled = shape is SHAPES[0] and worth_compiling(model) and not steps
-            try:
-                if shape.plain:
-                    model.module.set_attn_implementation("eager")
-                with threads(fewer=shape.fewer_threads and model.device.type == "cpu"):
-                    engine = HFEngine(
-                        model,
-                        batch_size=shape.batch_size,
-                        seq_len=extent.seq_len,
-                        compiled=compiled,
-                    )
-                    # Now, while its threads and attention are set.
-                    assert engine.fingerprint
-                    yield model, engine
-            finally:
-                model.module.set_attn_implementation(usual)
+            sizes = {"batch_size": shape.batch_size, "seq_len": extent.seq_len}
+            fewer = shape.fewer_threads and model.device.type == "cpu"
+            with engine_variant(
+                model, **sizes, compiled=compiled, plain=shape.plain, fewer_threads=fewer
+            ) as opened:
+                yield opened
 
 
 @contextmanager
-def threads(*, fewer: bool) -> Iterator[None]:
-    """Compute with half of the threads inside the block, so that a law covers thread counts."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(max(1, usual // 2) if fewer else usual)
+def engine_variant(
+    model: Model, *, plain: bool = False, fewer_threads: bool = False, **shape: Any
+) -> Iterator[tuple[Model, HFEngine]]:
+    """Yield a model and its engine in another setting than usual, which holds inside the block.
+
+    Args:
+        model: Model, whose attention is as before when the block ends.
+        plain: Whether attention is written out instead of one kernel.
+        fewer_threads: Whether half of the threads compute, so that a law covers their number.
+        shape: Arguments of the engine.
+    """
+    attention = str(model.module.config._attn_implementation)
+    threads = torch.get_num_threads()
     try:
-        yield
+        if plain:
+            model.module.set_attn_implementation("eager")
+        if fewer_threads:
+            torch.set_num_threads(max(1, threads // 2))
+        engine = HFEngine(model, **shape)
+        # The fingerprint is computed once: now, while threads and attention are set.
+        assert engine.fingerprint
+        yield model, engine
     finally:
-        torch.set_num_threads(usual)
+        torch.set_num_threads(threads)
+        model.module.set_attn_implementation(attention)

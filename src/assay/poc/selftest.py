@@ -5,8 +5,8 @@ nonces, alone, in another batch shape, with other kernels, and on vLLM under its
 change of setting does is judged as `verify` judges the proof of another machine.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,9 +26,8 @@ from assay.errors import (
 from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
-from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.launch import Launch, load, vllm_engine
-from assay.poc.one_machine import threads
+from assay.poc.one_machine import engine_variant
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import Record, pack_record, published_form
@@ -300,19 +299,12 @@ def _hf_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant
     attention = str(model.module.config._attn_implementation)
     smaller = max(1, batch_size // 4)
 
-    @contextmanager
     def opened(
         size: int = batch_size, *, plain: bool = False, eager: bool = False, fewer: bool = False
-    ) -> Iterator[tuple[Model, Engine]]:
-        shape: dict[str, Any] = {"batch_size": size, "seq_len": round.seq_len}
-        model.module.set_attn_implementation("eager" if plain else attention)
-        try:
-            with threads(fewer=fewer):
-                engine = HFEngine(model, compiled=compiled and not (plain or eager), **shape)
-                assert engine.fingerprint  # now, while its threads and attention are set
-                yield model, engine
-        finally:
-            model.module.set_attn_implementation(attention)
+    ) -> AbstractContextManager[tuple[Model, Engine]]:
+        kernels = compiled and not (plain or eager)
+        shape = {"batch_size": size, "seq_len": round.seq_len, "compiled": kernels}
+        return engine_variant(model, plain=plain, fewer_threads=fewer, **shape)
 
     variants = [
         _Variant("usual", opened),

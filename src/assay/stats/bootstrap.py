@@ -107,9 +107,10 @@ def _resample(
     """Draw as many groups as there are, with replacement; return the rows of each sample."""
     for _ in range(_REDRAWS):
         drawn = generator.integers(len(rows), size=len(rows))
-        resampled = []
-        for sample, array in enumerate(arrays):
-            resampled.append(array[[row for group in drawn for row in rows[group][sample]]])
+        resampled = [
+            array[[row for group in drawn for row in rows[group][sample]]]
+            for sample, array in enumerate(arrays)
+        ]
         # No statistic has a value for an empty sample.
         if all(map(len, resampled)):
             return resampled

@@ -74,9 +74,10 @@ class Places:
     def __str__(self) -> str:
         firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
         lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
-        runs = []
-        for first, last in zip(firsts, lasts, strict=True):
-            runs.append(f"{first}" if first == last else f"{first} to {last}")
+        runs = [
+            f"{first}" if first == last else f"{first} to {last}"
+            for first, last in zip(firsts, lasts, strict=True)
+        ]
         return f"position mod {self.modulus} in {', '.join(runs)}"
 
 

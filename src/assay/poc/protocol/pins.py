@@ -17,7 +17,7 @@ from assay.poc.protocol.fingerprint import SEPARATOR, Fingerprint
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_COUNT, Round
-from assay.poc.protocol.strict_file import Text
+from assay.poc.protocol.strict_file import Text, must
 from assay.settings import NUMBER_FORMATS
 
 # Caches of keys and values in fewer bits than the model's dtype has.
@@ -63,25 +63,19 @@ def of_weights(dtype: str) -> str:
     return dtype.partition(_PLUS)[0]
 
 
-def _not_empty(text: str) -> str:
-    if not text:
-        raise ValueError('the words of a fingerprint, or "*"')
-    return text
-
-
-def _known(text: str) -> str:
-    if text not in FORMATS:
-        raise ValueError(" or ".join(FORMATS))
-    return text
-
-
 OneOrMore = (
     Field(min_length=1),
     BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value),
 )
-Words = Annotated[tuple[Annotated[Text, AfterValidator(_not_empty)], ...], *OneOrMore]
+Words = Annotated[
+    tuple[Annotated[Text, AfterValidator(must(bool, 'the words of a fingerprint, or "*"'))], ...],
+    *OneOrMore,
+]
 Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
-Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrMore]
+Formats = Annotated[
+    tuple[Annotated[str, BeforeValidator(must(FORMATS.__contains__, " or ".join(FORMATS)))], ...],
+    *OneOrMore,
+]
 
 
 class Build(BaseModel):

@@ -35,7 +35,7 @@ from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_COUNT, Round
-from assay.poc.protocol.strict_file import Text
+from assay.poc.protocol.strict_file import Text, must
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
@@ -59,23 +59,19 @@ BUILD_FIELDS = {
 """Fields of a build, with what to write where no proof says it."""
 
 
-def _one_value(text: str) -> str:
-    if not text or text == ANY:
-        raise ValueError("the one value: only the fields of a build have wildcards")
-    return text
-
-
-def _relative(text: str) -> str:
-    if not text or "\0" in text or PurePath(text).is_absolute():
-        raise ValueError("a path that is relative to this file")
-    return text
-
-
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Value = Annotated[Text, AfterValidator(_one_value)]
+_is_value = must(
+    lambda text: text not in ("", ANY),
+    "the one value: only the fields of a build have wildcards",
+)
+_is_relative = must(
+    lambda text: text and "\0" not in text and not PurePath(text).is_absolute(),
+    "a path that is relative to this file",
+)
+Value = Annotated[Text, AfterValidator(_is_value)]
 Name = Annotated[Value, AfterValidator(normal_form)]
 Sha256 = Annotated[str, StringConstraints(pattern=f"^{DIGEST.pattern}$")]
 Index = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
@@ -154,7 +150,7 @@ class NodePins(Table):
 class PinnedFile(Table):
     """A file beside the pins that must not change."""
 
-    file: Annotated[str, AfterValidator(_relative)]  # path, relative to the folder of the pins
+    file: Annotated[str, AfterValidator(_is_relative)]  # path, relative to the folder of the pins
     sha256: Sha256  # SHA-256 of its bytes
 
     @classmethod

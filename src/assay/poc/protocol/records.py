@@ -163,15 +163,13 @@ class PublishedForm:
 
     def missing(self, nonce: int, pipeline: Pipeline) -> Record:
         """Return a record that never matches, in the place of one that did not come."""
-        return Record(
-            nonce,
-            **{
-                column.name: np.full(column.shape(pipeline), column.missing, column.dtype)
-                for column in self.columns
-            },
-        )
+        arrays: dict[str, Any] = {
+            column.name: np.full(column.shape(pipeline), column.missing, column.dtype)
+            for column in self.columns
+        }
+        return Record(nonce, **arrays)
 
-    def _record(self, nonce: int, arrays: dict[str, NDArray[Any]], pipeline: Pipeline) -> Record:
+    def _record(self, nonce: int, arrays: dict[str, Any], pipeline: Pipeline) -> Record:
         for column in self.columns:
             values = arrays[column.name]
             if column.below and (values >= column.below).any():

@@ -30,14 +30,30 @@ MOST_PARTS: Mapping[bytes, int] = MappingProxyType({b",": 2**23, b"[": 2**21, b"
 FOOTER = b'{"footer":'  # beginning of the last line of a file
 
 
-def _printable(text: str) -> str:
-    if len(text) > MAX_NAME or not text.isprintable():
-        raise ValueError(f"a text of at most {MAX_NAME} printable characters")
-    return text
+def must(holds: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
+    """Return a validator for pydantic that refuses values for which ``holds`` is not true.
+
+    pydantic's own ``Predicate`` would name the function where an error should say what is wanted.
+    """
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(wanted)
+        return value
+
+    return check
 
 
 # A text that a message can show on a terminal.
-Text = Annotated[str, AfterValidator(_printable)]
+Text = Annotated[
+    str,
+    AfterValidator(
+        must(
+            lambda text: len(text) <= MAX_NAME and text.isprintable(),
+            f"a text of at most {MAX_NAME} printable characters",
+        )
+    ),
+]
 Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
 

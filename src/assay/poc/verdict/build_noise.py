@@ -14,6 +14,7 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
+from assay.poc.protocol.strict_file import must
 from assay.poc.verdict.control import Control
 from assay.poc.verdict.honest_noise import Noise
 from assay.poc.verdict.laws import (
@@ -69,12 +70,6 @@ class LeftOut(StrictLaw):
         return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
 
 
-def _check_name(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("a name that cannot be printed")
-    return text
-
-
 def _read_pairs(values: Any) -> Sizes:
     """Read sizes; the kinds of the machines stand elsewhere in the file."""
     sizes = TypeAdapter(
@@ -86,7 +81,9 @@ def _read_pairs(values: Any) -> Sizes:
 
 
 # A kind is a device and a number format.
-Name = Annotated[str, Field(max_length=4096), AfterValidator(_check_name)]
+Name = Annotated[
+    str, Field(max_length=4096), AfterValidator(must(str.isprintable, "a name that can be printed"))
+]
 
 
 @dataclass(frozen=True, kw_only=True)
