@@ -131,7 +131,9 @@ def test_research_and_examples_import_what_there_is():
     moved shows late.
     """
     missing = []
-    paths = [path for name in ("examples", "scripts") for path in (ROOT.parent / name).glob("*.py")]
+    paths = [
+        path for name in ("examples", "scripts") for path in (ROOT.parent / name).rglob("*.py")
+    ]
     for path in [*paths, *RESEARCH]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""

@@ -20,7 +20,9 @@ from assay.errors import UsageError
 from assay.vhack.detectors import Detector, Needs
 from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.detectors.threshold import Threshold
-from assay.vhack.training.verl import judge_score, unflagged_advantages
+from assay.vhack.training.log import read_steps
+from assay.vhack.training.page import training_page
+from assay.vhack.training.verl import JudgedLog, judge_score, unflagged_advantages
 from tests.vhack.conftest import bytewise
 
 BESIDE = Path(sys.prefix, "ray")
@@ -76,6 +78,41 @@ def test_what_cannot_be_judged_is_refused():
     deep = RolloutJudge(DeepDetector("probe"), FLAG, HELD)
     with pytest.raises(UsageError):
         judge_score(my_score, deep, "filter")("d", "text", "x", {})
+
+
+def told(exploited, flagged):
+    """What the reward says of four rollouts, one of which solves its task."""
+    marks = zip((0, 0, 0, 1), exploited, flagged, strict=True)
+    return [
+        {"score": np.nan if flag else 1.0, "paid": 1.0, "flagged": flag}
+        | {"correct": float(correct), "exploited": hack}
+        for correct, hack, flag in marks
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:ALARM")
+def test_a_log_of_verl_makes_a_page_and_goes_on_after_a_checkpoint(tmp_path):
+    rollouts = told((1, 1, 0, 0), (1, 0, 0, 0))
+    log = JudgedLog(tmp_path, model="small", arm="filter")
+    rates = log.see(1, rollouts)
+    assert rates["vhack/hack"] == 0.5
+    assert rates["vhack/flagged"] == 0.25
+    assert rates["vhack/missed"] == pytest.approx(1 / 3)
+    evidence = [log.see(step, rollouts)["vhack/alarm"] for step in (2, 3, 4, 5, 6)]
+    # A run that was killed in step 6 goes on after its checkpoint of step 3.
+    resumed = JudgedLog(tmp_path, model="small", arm="filter")
+    assert [resumed.see(step, rollouts)["vhack/alarm"] for step in (4, 5, 6)] == evidence[2:]
+    assert evidence[1] < 1 == evidence[-1]
+    head, steps = read_steps(resumed.path)
+    assert head["settings"]["arm"] == "filter"
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4, 5]
+    assert "It cheats: 0.500" in training_page(tmp_path).render()
+
+
+def test_a_log_of_verl_without_marks_has_no_alarm(tmp_path):
+    rollouts = [{"paid": 2.0, "flagged": 0.0}, {"paid": 0, "flagged": 1}]
+    rates = JudgedLog(tmp_path).see(1, rollouts)
+    assert rates == {"vhack/rollouts": 2, "vhack/flagged": 0.5, "vhack/reward": 1.0}
 
 
 @pytest.mark.slow

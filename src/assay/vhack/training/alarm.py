@@ -14,6 +14,8 @@ worked for long costs little time. The alarm is given once the mean wealth over 
 is and however alike the rollouts of a step are (Ville 1939; Shin, Ramdas and Rinaldo 2023).
 """
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from assay.errors import UsageError
@@ -74,3 +76,9 @@ class Alarm:
         if self.step is None and evidence >= 1:
             self.step = self.seen
         return 1.0 if self.step is not None else evidence
+
+    def resume(self, steps: Iterable[Mapping[str, float]]) -> None:
+        """Take the shares of steps from a log: a run that goes on has the evidence of before."""
+        for step in steps:
+            if "missed" in step:
+                self.see(step["missed"])

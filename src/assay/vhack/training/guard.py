@@ -13,10 +13,9 @@ Shapes: B rollouts of all processes, F reward functions.
 """
 
 import random
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -32,7 +31,7 @@ from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.judged import as_sample
 from assay.vhack.training.labels import Labels, break_even
 from assay.vhack.training.lora_blocks import CLEAN, DOUBTFUL, FLAGGED, LoraBlocks
-from assay.vhack.training.outcomes import MARKS, Outcomes
+from assay.vhack.training.outcomes import MARKS, judged_rates
 from assay.vhack.training.page import training_page
 from assay.vhack.training.trl_internals import intercept_rewards, log_values, train_blocks
 
@@ -98,9 +97,10 @@ class Guard:
         labels: Labels | None = None,
         every: int = 1,
     ) -> None:
-        modes = get_args(Mode)
-        if mode not in modes:
-            raise UsageError(f"mode={mode!r}", wanted=", ".join(modes), do="choose one of them")
+        if mode not in get_args(Mode):
+            raise UsageError(
+                f"mode={mode!r}", wanted=", ".join(get_args(Mode)), do="choose one of them"
+            )
         if every < 1 or (every > 1 and mode != "watch"):
             raise UsageError(
                 f"every={every}",
@@ -122,8 +122,7 @@ class Guard:
         self.alarm = Alarm()
         self.log: list[JsonObject] = []
         self._callback = _Resume(self)
-        self._restore: Callable[[], None] = _nothing
-        self._restore_blocks: Callable[[], None] = _nothing
+        self._undo = ExitStack()
         self._marks: tuple[Tensor, Tensor]  # of the last batch, for the blocks of LoRA
         # Of the batch that `flags` are of.
         self._completions: object = None
@@ -147,9 +146,9 @@ class Guard:
             )
         if self.mode in SECOND and getattr(trainer, "projected", None) is None:
             self.blocks = LoraBlocks(trainer.accelerator.unwrap_model(trainer.model))
-        self._restore = intercept_rewards(trainer, self._act)
+        self._undo.callback(intercept_rewards(trainer, self._act))
         if self.blocks is not None:
-            self._restore_blocks = train_blocks(trainer, self.blocks, lambda: self._marks)
+            self._undo.callback(train_blocks(trainer, self.blocks, lambda: self._marks))
         self.trainer = trainer
         if self.mode == "penalty":
             weights_F = trainer.reward_weights
@@ -165,9 +164,7 @@ class Guard:
         """Leave the trainer as it was before `attach`; without a trainer this does nothing."""
         if self.trainer is None:
             return
-        self._restore()
-        self._restore_blocks()
-        self._restore_blocks = _nothing
+        self._undo.close()
         self.blocks = None
         trainer = self.trainer
         trainer.remove_callback(self._callback)
@@ -208,19 +205,17 @@ class Guard:
                 if name.startswith("vhack/") and value is not None
             }
             self.log.append({"step": line["step"], **rates})
-            if "missed" in rates:
-                self.alarm.see(rates["missed"])
+        self.alarm.resume(self.log)
 
     @property
     def _column(self) -> int:
         """Column of the penalty among the reward functions."""
-        names: list[str] = self.trainer.reward_func_names
-        return names.index("flagged")
+        return [*self.trainer.reward_func_names].index("flagged")
 
     def _is_judging(self) -> bool:
         """Return whether rollouts of this step are judged: those of evaluations never are."""
-        is_training: bool = self.trainer.model.training
-        return is_training and self.trainer.state.global_step % self.every == 0
+        step: int = self.trainer.state.global_step
+        return bool(self.trainer.model.training) and step % self.every == 0
 
     def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any, ids: Any) -> Tensor:
         """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
@@ -319,8 +314,7 @@ class Guard:
         if adapter is not None:
             return adapter.disabled()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        disable = getattr(model, "disable_adapter", nullcontext)
-        return disable()
+        return getattr(model, "disable_adapter", nullcontext)()
 
     def _log_rates(self, paid_BF: Tensor, flags_B: Tensor) -> None:
         """Log what the detector flags, catches, loses and misses, and let the alarm see it."""
@@ -332,16 +326,8 @@ class Guard:
             weights_F = _without(weights_F, self._column)
         columns = dict(zip(names, paid_BF.unbind(dim=1), strict=True))
         marks = {name: columns[name] > 0.5 for name in MARKS if name in columns}
-        nothing_B = torch.zeros_like(flags_B)
-        flags = [nothing_B, *(marks.get(name, nothing_B) for name in MARKS), flags_B]
         paid_B = paid_BF.nan_to_num() @ weights_F.to(paid_BF)
-        outcomes = Outcomes(torch.stack(flags, dim=1), paid_B)
-        rates = outcomes.rates([*marks, "flagged"])
-        rates["reward"] = float(outcomes.paid.mean())
-        if "missed" in rates:
-            rates["alarm"] = self.alarm.see(rates["missed"])
-            if self.alarm.step == self.alarm.seen:
-                warnings.warn(self.alarm.says, stacklevel=2)
+        rates = judged_rates(marks | {"flagged": flags_B}, paid_B, self.alarm)
         self.log.append({"step": trainer.state.global_step + 1, **rates})
         log_values(trainer, rates)
 
@@ -360,10 +346,6 @@ class _Resume(TrainerCallback):
         """Leave the kept block of LoRA, which is what is saved from now on."""
         if self.guard.blocks is not None:
             self.guard.blocks.delete()
-
-
-def _nothing() -> None:
-    """Restore nothing: the guard is not attached."""
 
 
 def _without(values: Tensor, column: int) -> Tensor:

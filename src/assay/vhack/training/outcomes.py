@@ -3,11 +3,14 @@
 Shapes: B rollouts.
 """
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from assay.vhack.training.alarm import Alarm
 
 MARKS = ("correct", "exploited", "vacuous")
 FLAGS = ("teacher", *MARKS, "flagged", "doubtful")
@@ -133,3 +136,21 @@ class Outcomes:
             for name, (part, counted) in parts.items()
             if part.any()
         }
+
+
+def judged_rates(marks: Mapping[str, Tensor], paid_B: Tensor, alarm: Alarm) -> dict[str, float]:
+    """Return the rates and mean reward of a step's rollouts, and what the alarm says of them.
+
+    Args:
+        marks: Which rollouts are flagged, and have each of ``MARKS`` that is known, [B] bool.
+        paid_B: What they are paid before a penalty.
+        alarm: Sees the step where exploits are known, and warns once.
+    """
+    columns = [marks.get(name, torch.zeros_like(paid_B, dtype=torch.bool)) for name in FLAGS]
+    rates = Outcomes(torch.stack(columns, dim=1), paid_B).rates(marks)
+    rates["reward"] = float(paid_B.mean())
+    if "missed" in rates:
+        rates["alarm"] = alarm.see(rates["missed"])
+        if alarm.step == alarm.seen:
+            warnings.warn(alarm.says, stacklevel=3)
+    return rates

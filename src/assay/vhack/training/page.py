@@ -178,7 +178,6 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
     """Return what a run is, in words, and its steps, with their number and what they log under the
     names of a log.
     """
-    title = "A run of TRL's trainer."
     if isinstance(log, str | Path):
         path = Path(log) / "log.jsonl" if Path(log).is_dir() else Path(log)
         if path.suffix != ".json":
@@ -206,7 +205,7 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         {name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name}
         for line in logged
     ]
-    return title, [
+    return "A run of TRL's trainer.", [
         {"reward": 0.0} | line | rates
         for line, rates in zip(logged, judged, strict=True)
         if "step" in line

@@ -196,10 +196,7 @@ def _run_steps(
         log = TrainLog(folder / LOG, head, step=done)
     steps = StepLog(trainer, log, console=run.console, refresh=partial(run.refresh, trainer))
     if done and processes.is_first:
-        # The alarm goes on with the evidence of before.
-        for line in read_steps(folder / LOG)[1]:
-            if "missed" in line:
-                steps.alarm.see(line["missed"])
+        steps.alarm.resume(read_steps(folder / LOG)[1])
     trainer.add_callback(steps)
     # Layers that are computed again in the backward pass would be computed in another way there.
     products = nullcontext() if settings.checkpointing else wide_products(run.model)

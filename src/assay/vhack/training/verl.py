@@ -1,30 +1,30 @@
-"""Judged rollouts in verl: a reward that flags them, and advantages without them.
+"""Judged rollouts in verl: a reward that flags them, advantages without them, and a log of both.
 
 verl pays rollouts in other processes than it compares them in, and hands on one number for each. So
-the mode ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` reads::
-
-    # verl's custom_reward_function names the first; the process of the trainer imports the second
-    compute_score = judge_score(my_score, judge, "filter")
-    # algorithm.adv_estimator=grpo_unflagged
-    register_adv_est("grpo_unflagged")(unflagged_advantages)
+the mode ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` reads. The flag goes
+beside it, where :class:`JudgedLog` reads it. ``examples/verl`` is a whole run.
 
 Shapes: B rollouts, T tokens of a response.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.models.chat import read_chat
 from assay.vhack.detectors.evidence import Cost
 from assay.vhack.detectors.rollout_judge import RolloutJudge
-from assay.vhack.pairs.pairs import Sample
+from assay.vhack.training.alarm import Alarm
+from assay.vhack.training.judged import as_sample
+from assay.vhack.training.log import TrainLog, read_steps
+from assay.vhack.training.outcomes import MARKS, judged_rates
 
-MODES = ("watch", "penalty", "filter")
+# What a flagged rollout is paid less.
+MODES = {"watch": 0.0, "penalty": 1.0, "filter": math.nan}
 # Where a rollout has no prompt, for detectors that read the completion alone.
 ANY_PROMPT = "any"
 
@@ -66,30 +66,18 @@ def judge_score(score: Score, judge: RolloutJudge, mode: str = "penalty") -> Sco
         )
         values = dict(returned) if isinstance(returned, Mapping) else {"score": returned}
         paid = float(values["score"])
-        prompt = _read_prompt(extra_info or {}, judge)
-        (flag,) = judge.flags([Sample(prompt, solution_str)])
-        judged = paid
-        if flag and mode == "penalty":
-            judged = paid - 1.0
-        elif flag and mode == "filter":
-            judged = math.nan
+        prompt = (extra_info or {}).get("prompt")
+        if prompt is None and judge.detector.cost > Cost.TEXT:
+            raise UsageError(
+                f"no prompt for {judge.detector.name}",
+                wanted='extra_info["prompt"]',
+                do="put it there, or take the detector ngrams",
+            )
+        (flag,) = judge.flags([as_sample(prompt or ANY_PROMPT, solution_str)])
+        judged = paid - MODES[mode] if flag else paid
         return {**values, "score": judged, "paid": paid, "flagged": float(flag)}
 
     return judged_score
-
-
-def _read_prompt(extra_info: Mapping[str, Any], judge: RolloutJudge) -> Any:
-    """Return the prompt that verl hands on, for a detector that may need it."""
-    prompt = extra_info.get("prompt")
-    if prompt is None and judge.detector.cost > Cost.TEXT:
-        raise UsageError(
-            f"no prompt for {judge.detector.name}",
-            wanted='extra_info["prompt"]',
-            do="put it there, or take the detector ngrams",
-        )
-    if isinstance(prompt, list):
-        return read_chat(prompt)
-    return prompt or ANY_PROMPT
 
 
 def unflagged_advantages(
@@ -129,3 +117,41 @@ def unflagged_advantages(
             advantages_B[rows] = (group_G - group_G.mean()) / spread
     advantages_BT = advantages_B[:, None] * response_mask
     return advantages_BT, advantages_BT
+
+
+class JudgedLog:
+    """Log of a run of verl in its directory, which ``assay vhack report`` draws as a page.
+
+    Args:
+        folder: Directory of the run.
+        settings: What the page says of the run: ``model``, ``arm``, ``detector``.
+    """
+
+    def __init__(self, folder: str, **settings: str) -> None:
+        self.path = Path(folder, "log.jsonl")
+        self.settings = settings
+        self.alarm = Alarm()
+        self._log: TrainLog | None = None
+
+    def see(self, step: int, told: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Write down what the reward says of a step's rollouts; return rates as metrics of verl.
+
+        Args:
+            step: Number of verl, from 1. The first one says where a continued run goes on.
+            told: What :func:`judge_score` returned. With ``exploited`` there is an alarm.
+        """
+        if self._log is None:
+            self._log = TrainLog(
+                self.path,
+                {"settings": self.settings},
+                step=step - 1 if self.path.exists() else 0,
+            )
+            self.alarm.resume(read_steps(self.path)[1])
+        marks = {
+            name: torch.tensor([one[name] > 0.5 for one in told])
+            for name in (*MARKS, "flagged")
+            if name in told[0]
+        }
+        rates = judged_rates(marks, torch.tensor([one["paid"] for one in told]), self.alarm)
+        self._log.write("step", step=step - 1, **rates)
+        return {f"vhack/{name}": rate for name, rate in rates.items()}
