@@ -165,11 +165,23 @@ def smollm2():
     """SmolLM2-135M-Instruct, a real chat model, on the CPU in float32; skipped where its wheel is
     missing.
     """
+    return _pretrained("pretrained:smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """Gemma 3 270M, a real base model, on the CPU in float32; skipped where its wheels are
+    missing.
+    """
+    return _pretrained("pretrained:gemma3-270m")
+
+
+def _pretrained(reference: str):
     from assay.errors import BackendUnavailable, ModelNotFound
     from assay.models import load_model
 
     try:
-        return load_model("pretrained:smollm2", device="cpu")
+        return load_model(reference, device="cpu")
     except (ModelNotFound, BackendUnavailable) as error:
         pytest.skip(f"{error.seen}: {error.do}")
 

