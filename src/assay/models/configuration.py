@@ -88,9 +88,7 @@ def _parse_infinity(value: dict[str, Any]) -> Any:
 def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     """Return the transformers configuration of a JSON object; refuse what is no causal decoder.
 
-    Args:
-        name: Reference of the model, as the error names it.
-        published: Content of its ``config.json``.
+    The errors have the name, the reference of the model; ``published`` is its ``config.json``.
     """
     # How weights are stored is read by assay itself: transformers would load its own quantiser.
     settings = {

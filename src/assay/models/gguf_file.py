@@ -48,7 +48,7 @@ from assay.models.configuration import (
 from assay.models.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 MOST_READS = 3 * 2**20
 """Reads of one header: each key, and each text or number of an array. Vocabularies need 2**21."""
@@ -111,15 +111,9 @@ def find_gguf(path: Path) -> Path | None:
 def find_in_wheel(
     reference: str, packages: Collection[str], install: str, digest: str = ""
 ) -> Path:
-    """Return the GGUF file in installed packages, which are not imported.
+    """Return the GGUF file of installed packages, which are not imported.
 
-    A package has one file, or one part of it; parts are joined once, in the user's cache.
-
-    Args:
-        reference: Name that the error has.
-        packages: Names of the packages to import, in the order of the parts.
-        install: Command that installs them.
-        digest: SHA-256 of the joined file, in hex.
+    Where each has a part, in their order, the parts are joined once to the file of this SHA-256.
 
     Raises:
         ModelNotFound: A package is not installed; names the command.
@@ -127,10 +121,8 @@ def find_in_wheel(
         StorageError: The joined file cannot be written.
     """
     specs = [importlib.util.find_spec(package) for package in packages]
-    folders = [
-        Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()
-    ]
-    files = [file for folder in folders for file in folder.rglob("*.gguf*")]
+    folders = [spec.submodule_search_locations or () for spec in specs if spec]
+    files = [file for (folder,) in folders for file in Path(folder).rglob("*.gguf*")]
     if len(files) != len(packages):
         raise ModelNotFound(
             f"the weights of {reference} are not installed",
@@ -143,11 +135,8 @@ def find_in_wheel(
     if not joined.is_file():
         content = b"".join(file.read_bytes() for file in files)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise BadWeights(
-                f"the parts of {reference} make another file",
-                wanted=f"SHA-256 {digest}",
-                do=f"run {install}",
-            )
+            seen = f"the parts of {reference} make another file"
+            raise BadWeights(seen, wanted=f"SHA-256 {digest}", do=f"run {install}")
         check_folder(joined.parent)
         joined.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(joined, content)
@@ -377,9 +366,7 @@ def _write_checkpoint(
         tokenizer.save_pretrained(target)
 
 
-def _restore_merges(
-    tokenizer: "PreTrainedTokenizerBase", header: GGUFHeader
-) -> "PreTrainedTokenizerBase":
+def _restore_merges(tokenizer: Any, header: GGUFHeader) -> Any:
     """Return a tokenizer of pieces that merges pairs of them, the highest score first.
 
     transformers takes the scores of Gemma's merges for those of a unigram model, and loses them

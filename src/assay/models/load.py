@@ -139,11 +139,7 @@ def open_trained(
 ) -> Model:
     """Return the model of a checkpoint in 16 or 32 bits, rounded if ``quantise`` is a format.
 
-    Args:
-        source: Source of the model, with a directory.
-        dtype: Dtype of the weights; None is the stored one.
-        device: Device of the weights.
-        quantise: Number format to round the decoder's linear layers to.
+    A dtype of None is the stored one, and the format is of the decoder's linear layers.
     """
     # It fails before weights are read.
     tokenizer = read_tokenizer(source.checkpoint)
@@ -162,11 +158,7 @@ def open_stored(
 ) -> Model:
     """Return the model of a checkpoint in eight or four bits.
 
-    Args:
-        source: Source of the model, with a directory.
-        form: Format in which its linear layers are stored.
-        dtype: Dtype of the other weights, and of those in four bits; None is the stored one.
-        device: Device of the weights.
+    The dtype is that of the other weights, and of those in four bits; None is the stored one.
     """
     tokenizer = read_tokenizer(source.checkpoint)
     tensors = list_tensors(source.checkpoint)

@@ -78,10 +78,8 @@ class ModelSource:
 def resolve(reference: str | Path, *, with_weights: bool = True) -> ModelSource:
     """Find a model; :func:`assay.models.load_model` lists references and errors.
 
-    Args:
-        reference: Reference of the model.
-        with_weights: Whether a GGUF file is made a checkpoint directory, which takes a while at the
-            first time; without, its header alone is read, and the source has no directory.
+    With weights, a GGUF file is made a checkpoint directory, which takes a while at the first time;
+    without, its header alone is read, and the source has no directory.
     """
     name = normal_form(os.fspath(reference))
     if isinstance(reference, str) and is_bundled(name):

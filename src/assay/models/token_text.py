@@ -36,15 +36,9 @@ def added_text(head: str, whole: str) -> str:
 
 
 def check_tokens(name: str, ids: Iterable[int], rows: int) -> None:
-    """Refuse tokens without a row in the embeddings: on CUDA such a token ends the process.
+    """Refuse tokens of ``name`` without one of the rows of the embeddings, as a UsageError.
 
-    Args:
-        name: What the tokens are of, as the error names it.
-        ids: Token ids.
-        rows: Rows of the embeddings.
-
-    Raises:
-        UsageError: A token is not below ``rows``.
+    On CUDA such a token ends the process.
     """
     highest = max(ids, default=0)
     if highest >= rows:
