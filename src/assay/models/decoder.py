@@ -294,10 +294,7 @@ class DecoderLayer(ABC):
 class ModuleLayer(DecoderLayer):
     """A layer whose steps are the modules of transformers, with their hooks; ``attend`` is open.
 
-    Args:
-        layer: Decoder layer of transformers, of a listed family.
-        rotation: Rotation of the keys, as in :class:`DecoderLayer`.
-        query_rotation: Rotation of the queries, as in :class:`DecoderLayer`.
+    ``layer`` is of a listed family, and rotations are as in :class:`DecoderLayer`.
     """
 
     def __init__(

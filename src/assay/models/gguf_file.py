@@ -121,8 +121,9 @@ def find_in_wheel(
         StorageError: The joined file cannot be written.
     """
     specs = [importlib.util.find_spec(package) for package in packages]
-    folders = [spec.submodule_search_locations or () for spec in specs if spec]
-    files = [file for (folder,) in folders for file in Path(folder).rglob("*.gguf*")]
+    places = [spec.submodule_search_locations or () for spec in specs if spec]
+    folders = [Path(place) for package_places in places for place in package_places]
+    files = [file for folder in folders for file in folder.rglob("*.gguf*")]
     if len(files) != len(packages):
         raise ModelNotFound(
             f"the weights of {reference} are not installed",
