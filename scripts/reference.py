@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 import assay
 from assay.cli import app
-from assay.cli.framework import Command, Group, Setting, leaves
+from assay.framework.commands import Command, Group, Setting, leaves
 from assay.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"

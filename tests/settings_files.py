@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from assay.cli import app
-from assay.cli.framework import Command, Group
+from assay.framework.commands import Command, Group
 
 
 def with_file(*words, folder=None):

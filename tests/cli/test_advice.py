@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from assay.cli import app
-from assay.cli.framework import leaves
+from assay.framework.commands import leaves
 from tests.cli.test_settings_are_read import SOURCES, module_tree, reachable
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")

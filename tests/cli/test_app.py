@@ -12,7 +12,7 @@ import pytest
 
 import assay as package
 from assay.cli import app, run
-from assay.cli.framework import leaves
+from assay.framework.commands import leaves
 from assay.vhack.environment.backends import available_backend
 
 FROZEN = (
@@ -242,7 +242,7 @@ def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(monkey
         except BaseException as error:
             raise ValueError("a schema that cannot be built") from error
 
-    monkeypatch.setattr(sys.modules["assay.cli.framework"], "own_table", lambda *_: wraps())
+    monkeypatch.setattr(sys.modules["assay.framework.commands"], "own_table", lambda *_: wraps())
     assert run(["models", "list"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped\n"
 

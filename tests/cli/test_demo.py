@@ -35,7 +35,7 @@ def foreign(tmp_path):
 def test_demo_believes_the_honest_and_catches_the_cheaters(
     assay, tmp_path, monkeypatch, foreign, bundled
 ):
-    monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
+    monkeypatch.setattr("assay.framework.output.PAUSE", 0.0)
     result = assay(
         "demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json"
     )

@@ -15,10 +15,10 @@ import pytest
 from pydantic import Field
 
 from assay.cli import app
-from assay.cli.framework import Command, leaves
-from assay.cli.variables import NAMES
 from assay.devices import Device
 from assay.errors import UsageError
+from assay.framework.commands import Command, leaves
+from assay.framework.variables import NAMES
 from assay.settings import Flag, Names, Settings, Spelling
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,7 @@ def test_a_printed_configuration_has_every_setting_and_changes_nothing(name, ass
 WRONG_FLAGS = """
 import sys
 from assay.cli import app, run
-from assay.cli.framework import leaves
+from assay.framework.commands import leaves
 
 for path, command in leaves(app):
     assert run([*path, "--bogus"]) == 2, path

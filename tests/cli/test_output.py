@@ -1,7 +1,7 @@
 """Tables and progress on terminals and in pipes."""
 
-from assay.cli import output as _output
 from assay.errors import UsageError
+from assay.framework import output as _output
 from assay.loading_progress import report_progress
 
 

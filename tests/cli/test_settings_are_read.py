@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from assay.cli import app
-from assay.cli.framework import Command, leaves
+from assay.framework.commands import Command, leaves
 
 SOURCES = Path(inspect.getfile(Command)).parents[2]
 COMMANDS = {" ".join(words): command for words, command in leaves(app)}

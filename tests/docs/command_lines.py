@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from assay.cli import run
-from assay.cli.framework import Command, Setting
+from assay.framework.commands import Command, Setting
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -124,7 +124,7 @@ def _invoke(command: Command, context: Any) -> Any:
     with (
         stopped,
         mock.patch.object(Setting, "check_files"),
-        mock.patch("assay.cli.framework.check_device"),
+        mock.patch("assay.framework.commands.check_device"),
     ):
         return _INVOKE(command, context)
 

@@ -15,8 +15,8 @@ from assay.poc import Round, get_pipeline
 from assay.poc.engines.base import noise_inputs
 from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import reflect
-from assay.poc.vllm.rows import Spec, new_key, request_id
-from assay.poc.vllm.worker import CLAIMED, Hooks
+from assay.poc.vllm.rows import CLAIMED, Spec, new_key, request_id
+from assay.poc.vllm.worker import Hooks
 from tests.vllm.conftest import State, settings_of_vllm
 
 P = 6

@@ -19,9 +19,9 @@ from assay.poc.engines.hf.decoding import Draws
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
-from assay.poc.vllm.rows import Chunk, Rows, Spec, new_key, request_id, spans, split_id
+from assay.poc.vllm.rows import CLAIMED, Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
-from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
+from assay.poc.vllm.worker import Hooks, WorkerExtension
 from tests.vllm.conftest import lay_out, settings_of_vllm
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))

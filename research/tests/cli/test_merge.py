@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.cli import framework
+from assay.framework import commands as framework
 from assay.poc.verdict import Ledger
 from tests.poc.verdict.ledgers import filled, honest, update
 

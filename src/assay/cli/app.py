@@ -28,11 +28,18 @@ from assay.cli import (  # noqa: F401  (each adds its commands)
 from assay.cli.demo import DemoSettings, demo
 from assay.cli.flags import ARGUMENT
 from assay.cli.foundation import NumberSettings, doctor, models, streams
-from assay.cli.framework import CONTINUES, Command, Group, Stopped, in_assay_words, in_three_parts
-from assay.cli.output import errors
 from assay.cli.poc import poc
 from assay.cli.vhack import vhack
 from assay.errors import AssayError, UsageError
+from assay.framework.commands import (
+    CONTINUES,
+    Command,
+    Group,
+    Stopped,
+    in_assay_words,
+    in_three_parts,
+)
+from assay.framework.output import errors
 from assay.settings import Settings
 
 

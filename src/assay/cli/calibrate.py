@@ -9,12 +9,12 @@ import click
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, OUTPUT, BlockNonces, Blocks
-from assay.cli.framework import extension, resumable
-from assay.cli.output import emit_json, progress_bar, say_next, show_values, table
 from assay.cli.poc import PresetName, in_column, poc
 from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
+from assay.framework.commands import extension, resumable
+from assay.framework.output import emit_json, progress_bar, say_next, show_values, table
 from assay.settings import Flag, Names, Settings
 
 if TYPE_CHECKING:

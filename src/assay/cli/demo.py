@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import Field
 
 from assay.cli.flags import FOLDER, MODEL
-from assay.cli.framework import without_collection
-from assay.cli.output import emit_json, progress_bar, table
 from assay.cli.vhack import check_tokenizer
+from assay.framework.commands import without_collection
+from assay.framework.output import emit_json, progress_bar, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from assay.cli.flags import FILE, FOLDER, MODEL, OUTPUT, Overwrite, Unsandboxed
-from assay.cli.output import progress_bar, show_values, table
 from assay.cli.vhack import Result, WeightDtype, WeightSettings, keep_result, vhack
 from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.storage import check_folder
+from assay.framework.output import progress_bar, show_values, table
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import click
 from pydantic import AfterValidator, Field
 
 from assay.cli.flags import ARGUMENT, FOLDER, DtypeName
-from assay.cli.framework import Group
-from assay.cli.output import emit_json, show_values, table
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
+from assay.framework.commands import Group
+from assay.framework.output import emit_json, show_values, table
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")

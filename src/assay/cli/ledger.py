@@ -11,9 +11,9 @@ import click
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, OUTPUT, Limit, Overwrite
-from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
 from assay.errors import UsageError, visible
+from assay.framework.output import emit_json, show_values, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:

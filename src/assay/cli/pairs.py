@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite, Seed, Unsandboxed
-from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.cli.vhack import PAIRS_HELP, pairs
+from assay.framework.output import emit_json, progress_bar, show_values, table
 from assay.settings import Flag, Settings
 
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]

@@ -20,9 +20,9 @@ from assay.cli.flags import (
     PublicKey,
     Strength,
 )
-from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import pins
 from assay.errors import UsageError
+from assay.framework.output import emit_json, show_values, table
 from assay.settings import Settings
 
 

@@ -36,10 +36,10 @@ from assay.cli.flags import (
     PublicKey,
     RoundSettings,
 )
-from assay.cli.framework import Group
-from assay.cli.output import emit_document, progress_bar, say_next, show_values, table
 from assay.devices import Device
 from assay.errors import UsageError
+from assay.framework.commands import Group
+from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
 from assay.settings import Settings, Spelling
 
 if TYPE_CHECKING:

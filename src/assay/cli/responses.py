@@ -15,8 +15,8 @@ from assay.cli.flags import (
     ModelSettings,
     Overwrite,
 )
-from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, noting_new, poc
+from assay.framework.output import emit_document, progress_bar, show_values, table
 from assay.settings import Flag
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from assay.cli.flags import CalibrationFile, FrameFile, LaunchSettings, Positions
-from assay.cli.output import emit_json, progress_bar, table
 from assay.cli.poc import PresetName, in_column, poc
 from assay.errors import UsageError
 from assay.files.reading import read_whole
+from assay.framework.output import emit_json, progress_bar, table
 from assay.settings import Flag
 
 SAYS = {

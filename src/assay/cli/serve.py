@@ -8,10 +8,10 @@ import click
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FOLDER, KernelName, Limit, ModelSettings
-from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
 from assay.files.storage import check_folder
+from assay.framework.output import emit_json, table
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:

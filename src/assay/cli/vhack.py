@@ -17,11 +17,11 @@ from assay.cli.flags import (
     Seed,
     Unsandboxed,
 )
-from assay.cli.framework import Group, extension
-from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.devices import Device
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
+from assay.framework.commands import Group, extension
+from assay.framework.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 

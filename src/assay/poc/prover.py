@@ -19,7 +19,7 @@ from assay.poc.protocol.header import Header, runs_of
 from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import Proof, parse_record_line
 from assay.poc.protocol.records import Record, published_form
-from assay.poc.protocol.round import Input, Round
+from assay.poc.protocol.round import Input, Round, RoundInputs
 
 DEFAULT_BATCH = 32
 
@@ -112,7 +112,8 @@ def prove(
             )
         if progress:
             progress(len(records), len(chosen))
-        for batch in compute(engine, header.pipeline, round.inputs(chosen[len(records) :])):
+        inputs = RoundInputs(round, chosen[len(records) :])
+        for batch in compute(engine, header.pipeline, inputs):
             records.extend(batch)
             if out:
                 out.append_lines(map(header.line, batch))

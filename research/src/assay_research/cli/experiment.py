@@ -10,8 +10,8 @@ import click
 from pydantic import Field, create_model
 
 from assay.cli.flags import FOLDER
-from assay.cli.framework import Group
-from assay.cli.output import emit_json, progress_bar, table
+from assay.framework.commands import Group
+from assay.framework.output import emit_json, progress_bar, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:

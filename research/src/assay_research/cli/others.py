@@ -12,9 +12,9 @@ import click
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FOLDER, OUTPUT
-from assay.cli.framework import Command, Group
-from assay.cli.output import emit_json, progress_bar, show_values, table
 from assay.errors import UsageError
+from assay.framework.commands import Command, Group
+from assay.framework.output import emit_json, progress_bar, show_values, table
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:

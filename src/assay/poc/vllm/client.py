@@ -1,8 +1,8 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
 A stream of nonces is admitted, collected a batch at a time, and returned in order.
-:class:`NonceStream` runs whole batches in calls where it can, and :class:`TokenStream` nonces that
-decode. Everything here runs in the event loop of the engine.
+:class:`NonceStream` runs whole batches in calls where it can, and the streams of :data:`STREAMS`
+nonces of several steps. Everything here runs in the event loop of the engine.
 
 Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a
 sketch.
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
@@ -29,9 +30,8 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
-from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
+from assay.poc.vllm.rows import CLAIMED, Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
-from assay.poc.vllm.worker import CLAIMED
 
 log = logging.getLogger("assay.vllm")
 
@@ -255,25 +255,39 @@ class NonceStream:
     requests.
 
     ``nonces`` are in the order of the results, and perhaps more than will ever be run.
-    ``batch_size`` of them are handed out at a time.
+    ``batch_size`` of them are handed out at a time. Of a pipeline with steps, ``claimed_MN`` is
+    what another node states of them, a row for each nonce, which one pass replays; None runs them.
     """
 
-    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self,
+        client: Client,
+        spec: Spec,
+        nonces: Sequence[int],
+        batch_size: int,
+        claimed_MN: NDArray[Any] | None = None,
+    ) -> None:
         self._client = client
         self._spec = spec
         self._nonces = nonces
         self._batch_size = batch_size
-        ahead = AHEAD + (0 if spec.pipeline.steps else CALLS * client.direct.most // batch_size)
+        self._steps = spec.pipeline.steps
+        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
+        ahead = AHEAD + (0 if self._steps else CALLS * client.direct.most // batch_size)
         self._batches: asyncio.Queue[asyncio.Task[Rows] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
         self.key = ""
-        self._passes = 1  # of the engine, for each nonce
         self._sizer = CallSizer(0)
         self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._call: asyncio.Task[Any] | None = None  # the last one
         # Places of nonces that have begun.
         self._covered = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes of the engine for each nonce; those that run steps take one for each."""
+        return 1 if self._claimed is not None else max(1, self._steps)
 
     def values(self, rows: Rows) -> Values:
         """Return what the pipeline publishes of the next batch, from what the workers gave."""
@@ -326,7 +340,7 @@ class NonceStream:
 
     async def _produce(self) -> None:
         # Nonces that decode are requests.
-        if not self._spec.pipeline.steps:
+        if not self._steps:
             self._sizer = await self._client.direct.open(self.key, self._spec.round.seq_len)
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
@@ -360,7 +374,7 @@ class NonceStream:
         request = await asyncio.to_thread(self._request, nonce)
         await self._client.throttle.admit()
         task = self._start(self._client.run(self.key, nonce, *request))
-        task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
+        task.add_done_callback(lambda _: self._client.throttle.leave(self.passes))
         return task
 
     async def _finish(self, nonces: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
@@ -452,72 +466,29 @@ def sampling_parameters(max_tokens: int = 1, **fields: Any) -> Any:
     )
 
 
-class StepStream(NonceStream):
-    """Runs nonces step by step, or replays in one pass what another node states of their steps.
+class TokenStream(NonceStream):
+    """Runs nonces that decode, or replays claimed tokens."""
 
-    Args:
-        client: Client of the engine.
-        spec: Round and pipeline.
-        nonces: Nonces.
-        batch_size: Nonces of a batch.
-        claimed_MN: What the other node states, a row for each nonce; None runs the steps.
-        passes: Passes that a nonce takes which runs.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        spec: Spec,
-        nonces: Sequence[int],
-        batch_size: int,
-        claimed_MN: NDArray[Any] | None,
-        *,
-        passes: int,
-    ) -> None:
-        super().__init__(client, spec, nonces, batch_size)
-        self._steps = spec.pipeline.steps
-        self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
-        self._passes = 1 if self._claimed is not None else passes
-
-
-class TokenStream(StepStream):
-    """Runs nonces that decode, or replays claimed tokens ``claimed_MN``."""
-
-    def __init__(
-        self,
-        client: Client,
-        spec: Spec,
-        nonces: Sequence[int],
-        batch_size: int,
-        *,
-        vocab_size: int,
-        claimed_MN: NDArray[np.uint32] | None = None,
-    ) -> None:
-        super().__init__(client, spec, nonces, batch_size, claimed_MN, passes=spec.pipeline.steps)
-        self._vocab_size = vocab_size
+    def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], *rest: Any) -> None:
+        super().__init__(client, spec, nonces, *rest)
+        self._vocab_size = client.description["vocab_size"]
         self._tokens: dict[int, list[int]] = {}
-        self._done = 0
+        self._order = iter(nonces)  # of those whose values are still to be returned
 
     @override
     def values(self, rows: Rows) -> Values:
-        sketches_BSK, margins_BN = self._split(rows)
-        if self._claimed is not None:
-            return {"margins": margins_BN, "sketches": sketches_BSK}
-        nonces = self._nonces[self._done : self._done + len(rows)]
-        self._done += len(rows)
-        tokens_BN = np.array([self._tokens.pop(nonce) for nonce in nonces], dtype=np.uint32)
-        return {"tokens": tokens_BN, "sketches": sketches_BSK}
-
-    def _split(self, values: Rows) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         # An infinite margin is that of an id without a token.
-        if np.isnan(values).any():
+        if np.isnan(rows).any():
             raise not_finite("vLLM returned NaN or infinity")
         count = len(sketch_steps(self._steps))
-        sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)
-        return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(
-            np.float32
-        )
+        flat_BN, margins_BN = np.split(rows, [count * SKETCH_SIZE], axis=1)
+        sketches_BSK = flat_BN.reshape(-1, count, SKETCH_SIZE).astype(np.float16)
+        if self._claimed is not None:
+            return {"margins": margins_BN.astype(np.float32), "sketches": sketches_BSK}
+        tokens = [self._tokens.pop(nonce) for nonce in islice(self._order, len(rows))]
+        return {"tokens": np.array(tokens, dtype=np.uint32), "sketches": sketches_BSK}
 
+    @override
     def _request(self, nonce: int) -> tuple[list[int], Any]:
         prompt: list[int] = drawn_prompts(
             self._spec.round.inputs([nonce]),
@@ -533,6 +504,7 @@ class TokenStream(StepStream):
             extra_args={CLAIMED: claimed.tolist()}
         )
 
+    @override
     def _whole(self, nonce: int, outcome: Any) -> bool:
         if isinstance(outcome, Exception) or outcome is None:
             return False
@@ -541,20 +513,13 @@ class TokenStream(StepStream):
         return self._claimed is not None or len(self._tokens[nonce]) == self._steps
 
 
-class PointStream(StepStream):
-    """Runs chains of nonces, or replays claimed points ``claimed_MN``."""
+class PointStream(NonceStream):
+    """Runs chains of nonces, or replays claimed points; a chain has one point more than steps."""
 
-    def __init__(
-        self,
-        client: Client,
-        spec: Spec,
-        nonces: Sequence[int],
-        batch_size: int,
-        claimed_MN: NDArray[np.uint8] | None = None,
-    ) -> None:
-        super().__init__(
-            client, spec, nonces, batch_size, claimed_MN, passes=spec.pipeline.steps + 1
-        )
+    @property
+    @override
+    def passes(self) -> int:
+        return 1 if self._claimed is not None else self._steps + 1
 
     @override
     def values(self, rows: Rows) -> Values:
@@ -569,3 +534,7 @@ class PointStream(StepStream):
             return [0] * length, sampling_parameters(self._steps + 1, ignore_eos=True)
         claimed = self._claimed[nonce].tolist()
         return [0] * (length + self._steps), sampling_parameters(extra_args={CLAIMED: claimed})
+
+
+STREAMS = {"tokens": TokenStream, "points": PointStream}
+"""How the nonces of pipelines with steps run, by what these publish."""

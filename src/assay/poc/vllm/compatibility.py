@@ -222,127 +222,133 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
         )
 
 
-def _executors(config: Any, device: str) -> Iterator[Refusal]:
+def _executors(config: Any, device: str) -> list[Refusal]:
     """Ways to run workers that were not tried."""
     executor = config.parallel_config.distributed_executor_backend
+    # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in
+    # the actor's, and the executor waits for the step of one worker only before it calls all of
+    # them.
+    beside = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside steps"
     wanted = "mp, uni or ray, which call between steps"
-    yield (
-        executor not in EXECUTORS,
-        f"--distributed-executor-backend {executor}",
-        wanted,
-        "leave --distributed-executor-backend out",
-    )
-    if executor == "ray":
-        from vllm import envs
-
-        # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph,
-        # execute_method in the actor's, and the executor waits for the step of one worker only
-        # before it calls all of them.
-        beside = (
-            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its "
-            "steps"
-        )
-        yield not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, beside, wanted, "unset it"
+    return [
+        (
+            executor not in EXECUTORS,
+            f"--distributed-executor-backend {executor}",
+            wanted,
+            "leave --distributed-executor-backend out",
+        ),
+        (executor == "ray" and not _calls_between_steps(), beside, wanted, "unset it"),
+    ]
 
 
-def _settings(config: Any, device: str) -> Iterator[Refusal]:
+def _calls_between_steps() -> bool:
+    """Return whether an executor of Ray calls into workers between their steps."""
+    from vllm import envs
+
+    return bool(envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND)
+
+
+def _settings(config: Any, device: str) -> list[Refusal]:
     """Settings that are refused whatever the model."""
     model = config.model_config
     parallel = config.parallel_config
     cache = config.cache_config
-    quantised = model.quantization is not None and _stated_quantisation(model) is None
-    extension = parallel.worker_extension_cls
     other_formats = ", ".join(other_cache(config))
     loaded = str(config.load_config.load_format)
-    caches = (
-        "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and "
-        "--mamba-cache-dtype"
-    )
     checkpoint = "the checkpoint, which the proof names"
     omit = "leave it out"
     serve = "serve it as it is"
     adapted = getattr(config, "lora_config", None) is not None
-    is_float32 = dtype_name(model.dtype) == "float32"
-    yield (
-        model.runner_type != "generate",
-        f"--runner {model.runner_type}",
-        "an engine that generates",
-        omit,
-    )
-    yield quantised, f"--quantization {model.quantization}", checkpoint, omit
-    # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.
-    yield (
-        getattr(model, "quantization_config", None) is not None,
-        "--quantization-config",
-        checkpoint,
-        omit,
-    )
-    yield loaded not in LOADED, f"--load-format {loaded}", checkpoint, omit
-    yield getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve
-    yield getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve
-    yield model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"
-    yield (
-        model.is_multimodal_model and not model.multimodal_config.language_model_only,
-        "a model that reads more than text",
-        "its language model alone",
-        "add --language-model-only",
-    )
-    yield (
-        not extension,
-        "no --worker-extension-cls",
-        "assay's extension",
-        f"add --worker-extension-cls {EXTENSION}",
-    )
-    yield (
-        any(
-            getattr(parallel, f"{part}_context_parallel_size", 1) > 1
-            for part in ("prefill", "decode")
+    on_cpu = device == "cpu"
+    return [
+        (
+            model.runner_type != "generate",
+            f"--runner {model.runner_type}",
+            "an engine that generates",
+            omit,
         ),
-        "context parallelism",
-        "all of a nonce on one worker",
-        "use tensor or pipeline parallelism",
-    )
-    yield (
-        getattr(cache, "kv_sharing_fast_prefill", None),
-        "--kv-sharing-fast-prefill",
-        "every layer at every position",
-        omit,
-    )
-    yield (
-        other_formats,
-        f"a cache of another number format ({other_formats})",
-        "a cache of the model's own format, or --kv-cache-dtype fp8 alone",
-        f"leave {caches} out",
-    )
-    if device == "cpu":
-        yield (
-            parallel.pipeline_parallel_size > 1,
+        (
+            model.quantization is not None and _stated_quantisation(model) is None,
+            f"--quantization {model.quantization}",
+            checkpoint,
+            omit,
+        ),
+        # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other
+        # inputs.
+        (
+            getattr(model, "quantization_config", None) is not None,
+            "--quantization-config",
+            checkpoint,
+            omit,
+        ),
+        (loaded not in LOADED, f"--load-format {loaded}", checkpoint, omit),
+        (getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve),
+        (getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve),
+        (model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"),
+        (
+            model.is_multimodal_model and not model.multimodal_config.language_model_only,
+            "a model that reads more than text",
+            "its language model alone",
+            "add --language-model-only",
+        ),
+        (
+            not parallel.worker_extension_cls,
+            "no --worker-extension-cls",
+            "assay's extension",
+            f"add --worker-extension-cls {EXTENSION}",
+        ),
+        (
+            any(
+                getattr(parallel, f"{part}_context_parallel_size", 1) > 1
+                for part in ("prefill", "decode")
+            ),
+            "context parallelism",
+            "all of a nonce on one worker",
+            "use tensor or pipeline parallelism",
+        ),
+        (
+            getattr(cache, "kv_sharing_fast_prefill", None),
+            "--kv-sharing-fast-prefill",
+            "every layer at every position",
+            omit,
+        ),
+        (
+            other_formats,
+            f"a cache of another number format ({other_formats})",
+            "a cache of the model's own format, or --kv-cache-dtype fp8 alone",
+            "leave --kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and "
+            "--mamba-cache-dtype out",
+        ),
+        (
+            on_cpu and parallel.pipeline_parallel_size > 1,
             "pipeline stages on the CPU, where the second one fails",
             "one stage",
             "use tensor parallelism",
-        )
-        yield (
-            getattr(parallel, "enable_expert_parallel", None),
+        ),
+        (
+            on_cpu and getattr(parallel, "enable_expert_parallel", None),
             "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes",
             "every expert on every worker",
             omit,
-        )
+        ),
         # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one:
         # beside a request with an adapter the nonces, and the chat without one, are computed with
         # that adapter.
-        changing = (
+        (
+            on_cpu and adapted,
             "--enable-lora on the CPU, where an adapter also changes requests that do not ask for "
-            "it"
-        )
-        yield adapted, changing, "an engine without adapters", "leave it out, or serve on a GPU"
-    # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
-    float32 = "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it"
-    yield (
-        adapted and is_float32,
-        float32,
-        "a format of 16 bits",
-        "set --dtype bfloat16, or leave --enable-lora out",
-    )
+            "it",
+            "an engine without adapters",
+            "leave it out, or serve on a GPU",
+        ),
+        # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
+        (
+            adapted and dtype_name(model.dtype) == "float32",
+            "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it",
+            "a format of 16 bits",
+            "set --dtype bfloat16, or leave --enable-lora out",
+        ),
+    ]
 
 
 def _untested(config: Any, device: str) -> Iterator[Refusal]:

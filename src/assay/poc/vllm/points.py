@@ -28,7 +28,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import layer_reflection, reflect
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import Chunk, Decode, RowStream, StepRow, call_before, step_spans
+from assay.poc.vllm.rows import Chunk, RowStream, StepRow, call_before, step_spans
 from assay.streams.arrays import dtype_name
 
 _MOST_BLOCKS = 4  # whose reflections are kept
@@ -86,9 +86,10 @@ class Chains:
         self._layers = _layers_of(runner.model, count)
         for number, layer in enumerate(self._layers):
             layer.register_forward_hook(partial(self._reflect, number))
+        call_before(runner, "execute_model", self._schedule, owner)
         call_before(runner, "_model_forward", self._before_forward, owner)
 
-    def schedule(self, scheduler_output: Any) -> None:
+    def _schedule(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
         """Note how many tokens of each request the next step has."""
         self._scheduled = scheduler_output.num_scheduled_tokens
 
@@ -122,9 +123,7 @@ class Chains:
             parts.append(chain.embeddings(stated[None, :-1], 1))
         request.prompt_embeds = torch.cat(parts, dim=1)[0].cpu()
         request.prompt_is_token_ids = [False] * positions
-        empty = np.zeros(0, np.uint32)
-        state = ChainState(chain, stated)
-        stream.decodes[nonce] = Decode(empty, None, torch.zeros(0), state)
+        stream.decodes[nonce] = ChainState(chain, stated)
         stream.fill(nonce)
 
     def step(
@@ -132,13 +131,17 @@ class Chains:
     ) -> Iterator[tuple[StepRow, Exception]]:
         """Read what a step says of nonces; yield those that failed."""
         for step_row in step_rows:
-            decode = step_row.stream.decodes.get(step_row.nonce)
-            if decode is None or decode.chain is None:
+            state = step_row.stream.decodes.get(step_row.nonce)
+            if not isinstance(state, ChainState):
                 continue
             try:
-                self._read(states_ND, step_row, decode.chain)
+                self._read(states_ND, step_row, state)
             except Exception as error:
                 yield step_row, error
+
+    def values(self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+        """Return the points, or the margins of a replay, of finished nonces."""
+        return torch.stack(list(rows))
 
     def _read(self, states_ND: Tensor, step_row: StepRow, state: ChainState) -> None:
         """Keep the points of the positions of this step, or the margins of claimed ones."""
@@ -177,13 +180,13 @@ class Chains:
         rows: dict[Round, list[Tensor]] = {}
         for chunk in step_spans(self._runner, self._scheduled).chunks():
             place = self._rows.find(chunk.request_id)
-            decode = None if place is None else place[0].decodes.get(place[1])
-            if place is None or decode is None or decode.chain is None:
+            state = None if place is None else place[0].decodes.get(place[1])
+            if place is None or not isinstance(state, ChainState):
                 continue
             round = place[0].spec.round
             rows.setdefault(round, []).append(torch.arange(chunk.start, chunk.start + chunk.length))
-            if inputs_embeds is not None and decode.chain.claimed is None:
-                self._write(inputs_embeds, chunk, round.seq_len, decode.chain)
+            if inputs_embeds is not None and state.claimed is None:
+                self._write(inputs_embeds, chunk, round.seq_len, state)
         for round, places in rows.items():
             places_N = torch.cat(places).to(self._runner.device)
             self._reflected.append((places_N, self._reflections(round.block_hash)))

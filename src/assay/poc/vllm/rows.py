@@ -4,8 +4,7 @@ A row is what is read of the hidden states of a nonce. Request ids lead to the n
 vLLM that are read are internal to it; :mod:`assay.poc.vllm.compatibility` refuses a version in
 which one is missing.
 
-Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers that are kept of
-these, D hidden size.
+Legend of shapes: D hidden size.
 """
 
 import secrets
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,6 +32,8 @@ MAX_ROWS = 4096
 LONGEST_REASON = 300
 # Number of input values that are made at once: vLLM leaves little of a GPU's memory free.
 MAX_VALUES = 2**24
+# key of `extra_args` of a request that replays: the tokens or points that another node states
+CLAIMED = "assay_claimed"
 # Number of state values that are summed at once; they are held three times in float32.
 MAX_SUMMED = 2**23
 
@@ -94,15 +94,6 @@ class Spec(NamedTuple):
     frame: Frame | None = None  # of the checkpoint, for a pipeline that has one
 
 
-class Decode(NamedTuple):
-    """A nonce that decodes, or whose tokens are replayed, while its request runs."""
-
-    noise: UInt32[np.ndarray, " N"]
-    claimed: Tensor | None  # tokens that are replayed, int64 [N]; None where they are decoded
-    kept: Float32[Tensor, " W"]  # states and margins that are known so far; NaN where they are not
-    chain: Any = None  # of the chain's decode proof, which has no noise and keeps its own values
-
-
 @dataclass(eq=False)
 class RowStream:
     """The nonces of one caller: a round, or a validation in it."""
@@ -114,8 +105,8 @@ class RowStream:
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
     # Sums or states of prompts that come in several steps.
     parts: dict[int, Tensor] = field(default_factory=dict)
-    # Of nonces that decode, until they are collected.
-    decodes: dict[int, Decode] = field(default_factory=dict)
+    # Of nonces of several steps, what runs them knows so far, until they are collected.
+    decodes: dict[int, Any] = field(default_factory=dict)
     # Reasons of nonces that could not run.
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
     dropped: int = 0  # number of rows that were never collected

@@ -35,14 +35,7 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replaying import check_model
-from assay.poc.vllm.client import (
-    Client,
-    NonceStream,
-    PointStream,
-    TokenStream,
-    connect,
-    most_positions,
-)
+from assay.poc.vllm.client import STREAMS, Client, NonceStream, connect, most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
     RESPONSE_EXTENSION,
@@ -191,36 +184,19 @@ class RequestEngine(Engine):
         check_supported(self, pipeline)
         round, nonces = _split_round(inputs)
         if pipeline.steps:
-            spec = Spec(round, pipeline)
             points = pipeline.output == "points"
             _check_positions(self.seq_len, self.client.positions, pipeline.steps + points)
-            stream: NonceStream
-            if points:
-                stream = PointStream(self.client, spec, nonces, self.batch_size, claimed_MN)
-            else:
-                stream = TokenStream(
-                    self.client,
-                    spec,
-                    nonces,
-                    self.batch_size,
-                    vocab_size=self.vocab_size,
-                    claimed_MN=claimed_MN,
-                )
         else:
             check_frame(
                 pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size
             )
-            spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
-            stream = NonceStream(self.client, spec, nonces, self.batch_size)
-        for rows in self._run(stream):
-            yield stream.values(rows)
-
-    def _run(self, stream: NonceStream) -> Generator[NDArray[Any]]:
-        """Yield the values of a stream, a batch at a time."""
+        spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
+        kind = STREAMS.get(pipeline.output, NonceStream)
+        stream = kind(self.client, spec, nonces, self.batch_size, claimed_MN)
         try:
             self._wait(stream.open())
-            while (values := self._wait(stream.next())) is not None:
-                yield values
+            while (rows := self._wait(stream.next())) is not None:
+                yield stream.values(rows)
         finally:
             # Client.end closes every stream.
             if not self.client.ended.done():

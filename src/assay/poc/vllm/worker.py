@@ -12,13 +12,14 @@ the step. An exception in either would end the engine, and with it every chat, s
 everything: a nonce that fails is reported when it is collected.
 
 Legend of shapes: B nonces, T positions, M nonces that decode, S sketches of each, N tokens of each
-or of a step, D hidden size, V vocabulary, R rows of logits.
+or of a step, D hidden size, V vocabulary, R rows of logits, W
+numbers that are kept of a nonce that decodes.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,11 +43,11 @@ from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
 from assay.poc.vllm.points import Chains
 from assay.poc.vllm.rows import (
+    CLAIMED,
     LONGEST_REASON,
     MAX_SUMMED,
     MAX_VALUES,
     Chunk,
-    Decode,
     Rows,
     RowStream,
     Spec,
@@ -63,8 +64,6 @@ from assay.streams.arrays import dtype_name
 log = logging.getLogger("assay.vllm")
 
 MAX_TRANSFORMS = 4
-# key of `extra_args` of a request that replays: the tokens [N] that another node states
-CLAIMED = "assay_claimed"
 # Numbers that are made at once for margins and for sketches: vLLM leaves little memory.
 MOST_LOGITS = 2**24
 
@@ -235,8 +234,7 @@ class Hooks:
         self._width = int(self._model.get_hidden_size())
         self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
-        self._decoding: Decoding | None = None
-        self._chains: Chains | None = None
+        self._steppers: dict[str, Decoding | Chains] = {}  # by what their pipelines publish
         on_cuda = runner.device.type == "cuda"
         self._side = torch.cuda.Stream(runner.device) if on_cuda else None  # type: ignore[no-untyped-call]
         call_before(runner, "execute_model", self._fill, self)
@@ -247,10 +245,9 @@ class Hooks:
         if not spec.pipeline.steps:
             with torch.inference_mode():
                 self.transform(spec)
-        elif spec.pipeline.output == "points":
-            self._chains = self._chains or Chains(self._runner, self._config, self)
-        elif self._decoding is None:
-            self._decoding = Decoding(self._runner, self._config)
+        elif (output := spec.pipeline.output) not in self._steppers:
+            kind = Chains if output == "points" else Decoding
+            self._steppers[output] = kind(self._runner, self._config, self)
         self.rows.open(key, spec)
 
     def collect(self, key: str, nonces: list[int]) -> Reply:
@@ -267,10 +264,8 @@ class Hooks:
         if present and is_first_of_group():
             try:
                 with torch.inference_mode():
-                    if stream.spec.pipeline.output == "points":
-                        values = torch.stack(rows)
-                    elif self._decoding is not None and stream.spec.pipeline.steps:
-                        values = self._decoding.values(stream, present, rows)
+                    if stepper := self._steppers.get(stream.spec.pipeline.output):
+                        values = stepper.values(stream, present, rows)
                     else:
                         values = self.transform(stream.spec)(
                             torch.stack(rows).float(), stream.spec.round.inputs(present)
@@ -285,8 +280,6 @@ class Hooks:
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
         empty: dict[RowStream, list[tuple[int, Any]]] = {}
-        if self._chains is not None and scheduler_output is not None:
-            self._chains.schedule(scheduler_output)
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             place_of_nonce = self.rows.find(request.req_id)
             try:
@@ -307,14 +300,9 @@ class Hooks:
     def _needs_noise(self, stream: RowStream, nonce: int, request: Any) -> bool:
         """Begin a nonce whose inputs came with its request; return whether they are to be made."""
         pipeline = stream.spec.pipeline
-        if pipeline.output == "points":
-            assert self._chains is not None
+        if stepper := self._steppers.get(pipeline.output):
             claimed = (request.sampling_params.extra_args or {}).get(CLAIMED)
-            self._chains.begin(stream, nonce, request, claimed)
-            return False
-        if pipeline.steps:
-            assert self._decoding is not None
-            self._decoding.begin(stream, nonce, request)
+            stepper.begin(stream, nonce, request, claimed)
             return False
         if pipeline.framed:
             _check_tokens(stream.spec, nonce, request)
@@ -390,10 +378,9 @@ class Hooks:
             # The host pays for every launch, so chunks of one length are summed in one kernel.
             work = partial(self._join_part if scaled else self._add_part, states_ND)
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
-        for steps in (self._decoding, self._chains):
-            if steps is not None and decoding:
-                for failed, reason in steps.step(states_ND, decoding):
-                    self._fail(failed.stream, failed.nonce, reason)
+        for stepper in self._steppers.values():
+            for failed, reason in stepper.step(states_ND, decoding):
+                self._fail(failed.stream, failed.nonce, reason)
 
     def _add_part(
         self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
@@ -518,6 +505,14 @@ def decoding_blocker(runner: Any, config: Any) -> str | None:
     return None
 
 
+class Decode(NamedTuple):
+    """A nonce that decodes, or whose tokens are replayed, while its request runs."""
+
+    noise: UInt32[np.ndarray, " N"]
+    claimed: Tensor | None  # tokens that are replayed, int64 [N]; None where they are decoded
+    kept: Float32[Tensor, " W"]  # states and margins that are known so far; NaN where they are not
+
+
 class Decoding:
     """The nonces that decode on one model runner.
 
@@ -534,7 +529,7 @@ class Decoding:
         UsageError: The engine cannot decode nonces; names what stands in the way.
     """
 
-    def __init__(self, runner: Any, config: Any) -> None:
+    def __init__(self, runner: Any, config: Any, owner: Any) -> None:
         if reason := decoding_blocker(runner, config):
             raise UsageError(
                 reason, wanted="one row of logits for every request", do="prove it with --engine hf"
@@ -557,11 +552,12 @@ class Decoding:
 
             runner.model.compute_logits = compute_noisy_logits
 
-    def begin(self, stream: RowStream, nonce: int, request: Any) -> None:
+    def begin(
+        self, stream: RowStream, nonce: int, request: Any, listed: Sequence[int] | None
+    ) -> None:
         """Start a nonce's request; a ValueError for another length or embeddings."""
         round = stream.spec.round
         steps = stream.spec.pipeline.steps
-        listed = (request.sampling_params.extra_args or {}).get(CLAIMED)
         positions = round.seq_len + (0 if listed is None else steps - 1)
         length = 0 if request.prompt_embeds is not None else len(request.prompt_token_ids)
         if length != positions or (listed is not None and len(listed) != steps):
@@ -582,7 +578,7 @@ class Decoding:
         due: list[tuple[StepRow, int]] = []
         for step_row in step_rows:
             decode = step_row.stream.decodes.get(step_row.nonce)
-            if decode is None or decode.chain is not None:
+            if not isinstance(decode, Decode):
                 continue
             try:
                 self._keep(states_ND, step_row, decode)

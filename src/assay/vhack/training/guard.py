@@ -218,12 +218,15 @@ class Guard:
         return bool(self.trainer.model.training) and step % self.every == 0
 
     def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any, ids: Any) -> Tensor:
-        """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
+        """Return the rewards of a step, in place of those that TRL has summed."""
         if not self._is_judging():
             return rewards_BF
-        trainer = self.trainer
         flags = torch.tensor(self._judge_once(prompts, completions, ids), device=rewards_BF.device)
-        flags_B: Tensor = trainer.accelerator.gather(flags)
+        return self._pay(rewards_BF, self.trainer.accelerator.gather(flags))
+
+    def _pay(self, rewards_BF: Tensor, flags_B: Tensor) -> Tensor:
+        """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
+        trainer = self.trainer
         paid_BF = rewards_BF
         if self.mode == "penalty":
             paid_BF = _without(rewards_BF, self._column)

@@ -22,18 +22,28 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
+from pydantic_settings import TomlConfigSettingsSource
 
-from assay.cli.output import loading_bar
-from assay.cli.variables import unknown
 from assay.devices import check_device
-from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
+from assay.errors import (
+    AssayError,
+    BackendUnavailable,
+    DataError,
+    StorageError,
+    UsageError,
+    how_to_install,
+)
+from assay.files.reading import malformed, read_whole
 from assay.files.references import check_reference
+from assay.framework.output import loading_bar
+from assay.framework.variables import unknown
 from assay.settings import NEAR, Settings, Spelling, Variables, words_of
 
 EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc
 experiment``.
 """
+LONGEST_FILE = 2**22  # bytes of a configuration file
 EXTRAS = ("serve", "train")  # in which the packages are that a command may miss
 REQUIREMENT = re.compile(r"[\w.-]+")  # name at the head of a requirement
 CONTINUES = "what is done is kept, and the same command continues it"
@@ -505,14 +515,7 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     """Return a command's table of a configuration file, such as ``[poc.prove]``; else empty."""
     if path is None:
         return {}
-    from assay.files.toml import read_toml
-
-    try:
-        tables = read_toml(path)
-    except (OSError, AssayError) as error:
-        fault = in_assay_words(error) if isinstance(error, OSError) else error
-        fault.do += " (--config)"
-        raise fault from error
+    tables = read_tables(path)
     command: click.Command | None = context.find_root().command
     for word in words:
         assert isinstance(command, Group)
@@ -530,6 +533,19 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         tables = tables.get(word, {})
         command = command.get_command(context, word)
     return tables
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """Return the tables of a configuration file; errors name its flag."""
+    try:
+        read_whole(path, LONGEST_FILE)  # pydantic-settings takes a missing file for an empty one
+        return TomlConfigSettingsSource(Settings, path).toml_data
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
+        fault: AssayError = malformed(path, str(error), "a TOML file")
+    except DataError as error:
+        fault = error
+    fault.do += " (--config)"
+    raise fault
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
