@@ -19,6 +19,8 @@ from assay.devices import Device
 from assay.errors import UsageError
 from assay.framework.commands import Command, leaves
 from assay.framework.variables import NAMES
+from assay.poc.vllm.preflight import PluginSettings
+from assay.poc.vllm.throttle import OperatorsThrottle
 from assay.settings import Flag, Names, Settings, Spelling
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +207,24 @@ def test_a_printed_configuration_has_every_setting_and_changes_nothing(name, ass
         one for one in wanted if command.settings[one].default is not None
     }
     assert assay("config", "poc", "nothing").code == 2
+
+
+MOST_SETTINGS = 250
+
+
+def test_settings_are_few_and_each_stands_on_the_page(assay):
+    """A setting is a name with one meaning; `assay config` prints those that are no arguments."""
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    found = set()
+    for words, command in leaves(app):
+        printed = assay("config", *words).out if command.settings else ""
+        for name, setting in command.settings.items():
+            found.add((name, setting.field.description))
+            assert f": {setting.field.description}\n" in page, (words, name)
+            assert setting.flag.argument or f"\n# {name} = " in printed, (words, name)
+    for kind in (PluginSettings, OperatorsThrottle):
+        found |= {(name, field.description) for name, field in kind.model_fields.items()}
+    assert len(found) <= MOST_SETTINGS, len(found)
 
 
 WRONG_FLAGS = """

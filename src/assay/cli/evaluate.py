@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from assay.cli.flags import FILE, FOLDER, MODEL, OUTPUT, Overwrite, Unsandboxed
-from assay.cli.vhack import Result, WeightDtype, WeightSettings, keep_result, vhack
-from assay.devices import Device
+from assay.cli.flags import (
+    FILE,
+    MODEL,
+    FileSettings,
+    FolderSettings,
+    ReplacingSettings,
+    ResultSettings,
+    Unsandboxed,
+)
+from assay.cli.vhack import WeightSettings, keep_result, vhack
 from assay.errors import UsageError
 from assay.files.storage import check_folder
 from assay.framework.output import progress_bar, show_values, table
-from assay.settings import Flag, Settings
+from assay.settings import Flag
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
@@ -29,25 +36,21 @@ Delta = Annotated[
 ]
 
 
-class MergeSettings(WeightSettings):
+class MergeSettings(ReplacingSettings, FolderSettings, WeightSettings):
     """Settings of ``assay vhack merge``."""
 
     delta: Annotated[Path, DELTA] = Field(
         description="File of δS of this model, merged into its weights."
     )
-    output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
-    overwrite: Overwrite = False
 
 
-class SampleCommand(WeightSettings):
+class SampleCommand(FileSettings, WeightSettings):
     """Settings of ``assay vhack sample`` beside those of sampling."""
 
     delta: Delta = None
-    output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
-    overwrite: Overwrite = False
 
 
-class EvaluateCommand(Settings):
+class EvaluateCommand(ResultSettings, ReplacingSettings, WeightSettings):
     """Settings of ``assay vhack evaluate`` beside those of sampling."""
 
     model: Annotated[str | None, MODEL] = Field(None, description="Model to sample from.")
@@ -61,10 +64,6 @@ class EvaluateCommand(Settings):
     graded: Annotated[Path | None, FILE] = Field(
         None, description="File for the completions with the grade of each."
     )
-    output: Result = None
-    dtype: WeightDtype = None
-    device: Device = None
-    overwrite: Overwrite = False
     allow_unsandboxed: Unsandboxed = False
 
 

@@ -101,6 +101,41 @@ class LaunchSettings(ModelSettings):
     engine: EngineName = "hf"
 
 
+class RoundNames(Settings):
+    """Which round a proof or receipts are of."""
+
+    block_hash: BlockHash = None
+    public_key: PublicKey = None
+
+
+class ReplacingSettings(Settings):
+    """Whether a result may replace what exists."""
+
+    overwrite: Overwrite = False
+
+
+class NewFileSettings(Settings):
+    """The file that a command writes."""
+
+    output: Annotated[Path, OUTPUT] = Field(description="File to write.")
+
+
+class FileSettings(ReplacingSettings, NewFileSettings):
+    """The file that a command writes, also over another."""
+
+
+class FolderSettings(Settings):
+    """The directory that a command writes."""
+
+    output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
+
+
+class ResultSettings(Settings):
+    """The file that a command writes if asked."""
+
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
+
+
 class AgreedSettings(Settings):
     """What a network agrees on; what is left out is the published value, or that of a file."""
 
@@ -124,12 +159,10 @@ class RoundSettings(AgreedSettings):
     node_id: NodeId = None
 
 
-class AuditSettings(LaunchSettings):
+class AuditSettings(RoundNames, LaunchSettings):
     """What a validator knows, how it recomputes, and where it notes what it found."""
 
     pins: PinsFile = None
-    block_hash: BlockHash = None
-    public_key: PublicKey = None
     calibration: CalibrationFile = None
     ledger: LedgerFile = Field(
         None, description="Ledger of nodes' lives to add the audit to; the life then counts."

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from hashlib import sha256
 from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
 from pydantic import AfterValidator, Field
 
-from assay.cli.flags import ARGUMENT, FOLDER, DtypeName
+from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.framework.commands import Group
@@ -50,10 +49,9 @@ class InfoSettings(Settings):
     )
 
 
-class RandomSettings(InfoSettings):
+class RandomSettings(FolderSettings, InfoSettings):
     """Settings of ``assay models random``."""
 
-    output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
     weights: Literal["random-all", "random-embed"] = Field(
         "random-all", description="random-all or random-embed."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, Limit, Overwrite
+from assay.cli.flags import ARGUMENT, FileSettings, Limit
 from assay.cli.poc import poc
 from assay.errors import UsageError, visible
 from assay.framework.output import emit_json, show_values, table
@@ -27,7 +27,9 @@ ledger = poc.group_of(
 class LedgerSettings(Settings):
     """Settings of a command that reads a ledger."""
 
-    ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
+    ledger: Annotated[Path, ARGUMENT] = Field(
+        description="File of the ledger, or for audit an export of one."
+    )
 
 
 class ShowSettings(LedgerSettings):
@@ -39,22 +41,16 @@ class ShowSettings(LedgerSettings):
     limit: Limit = 100
 
 
-class LedgerAuditSettings(Settings):
+class LedgerAuditSettings(LedgerSettings):
     """Settings of ``assay poc ledger audit``."""
 
-    ledger: Annotated[Path, ARGUMENT] = Field(
-        description="File of the ledger, or an export of one."
-    )
     head: Annotated[str | None, "HASH"] = Field(
         None, description="Head that was published; entries up to it must be there."
     )
 
 
-class ExportSettings(LedgerSettings):
+class ExportSettings(FileSettings, LedgerSettings):
     """Settings of ``assay poc ledger export``."""
-
-    output: Annotated[Path, OUTPUT] = Field(description="JSON Lines file to write.")
-    overwrite: Overwrite = False
 
 
 @ledger.add("show", ShowSettings, example="assay poc ledger show ledger.sqlite3 --public-key KEY")

@@ -5,12 +5,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite, Seed, Unsandboxed
+from assay.cli.flags import ARGUMENT, FileSettings, Seed, Unsandboxed
 from assay.cli.vhack import PAIRS_HELP, pairs
 from assay.framework.output import emit_json, progress_bar, show_values, table
 from assay.settings import Flag, Settings
-
-PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
 
 
 class ListSettings(Settings):
@@ -19,10 +17,9 @@ class ListSettings(Settings):
     pairs: Annotated[str, ARGUMENT] = Field("authored", description=PAIRS_HELP)
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(FileSettings):
     """Settings of ``assay vhack pairs generate``."""
 
-    output: PairFile
     n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(
         96, lt=100_000, description="Number of pairs."
     )
@@ -33,21 +30,18 @@ class GenerateSettings(Settings):
     families: Annotated[tuple[str, ...] | None, Flag(("--family",), unit="NAME")] = Field(
         None, description="Use tasks of this family only; may be repeated."
     )
-    overwrite: Overwrite = False
 
 
-class MatchSettings(Settings):
+class MatchSettings(FileSettings):
     """Settings of ``assay vhack pairs match``."""
 
     hacks: Annotated[Path, ARGUMENT] = Field(
         description="Graded completions of which the hacks are taken."
     )
-    output: PairFile
     works: Path | None = Field(
         None, description="Those of which correct work is taken; by default the same."
     )
     per_prompt: Annotated[int, "PAIRS"] = Field(1, ge=1, description="Most pairs of one prompt.")
-    overwrite: Overwrite = False
 
 
 class VerifyPairsSettings(ListSettings):

@@ -7,30 +7,26 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
-    OUTPUT,
     PINS,
     PROOF,
     AgreedSettings,
-    BlockHash,
     CalibrationFiles,
+    FileSettings,
     ModelName,
     NodeCount,
     NodeId,
-    Overwrite,
-    PublicKey,
+    RoundNames,
     Strength,
 )
 from assay.cli.poc import pins
 from assay.errors import UsageError
 from assay.framework.output import emit_json, show_values, table
-from assay.settings import Settings
 
 
-class NewPinsSettings(AgreedSettings):
+class NewPinsSettings(FileSettings, AgreedSettings):
     """Settings of ``assay poc pins new``: what is known of a network before its first proof."""
 
     model: ModelName
-    output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
     from_proof: Annotated[tuple[Path, ...], PROOF] = Field(
         (), description="Honest proof whose round and build are taken over."
     )
@@ -43,7 +39,6 @@ class NewPinsSettings(AgreedSettings):
     false_convictions: Annotated[str | None, "K/N"] = Field(
         None, description="Accepted ones over all nodes: 1/100000."
     )
-    overwrite: Overwrite = False
     fewest_nonces: Annotated[int, "NONCES"] = Field(
         32, ge=1, description="Number of nonces of the smallest proof."
     )
@@ -54,13 +49,13 @@ class NewPinsSettings(AgreedSettings):
     )
 
 
-class CheckPinsSettings(Settings):
+class CheckPinsSettings(RoundNames):
     """Settings of ``assay poc pins check``: what is known of the round of a proof."""
 
-    pins: Annotated[Path, ARGUMENT, PINS] = Field(description="Pins file.")
+    pins: Annotated[Path, ARGUMENT, PINS] = Field(
+        description="What the network agreed on; other settings must agree with it."
+    )
     proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(None, description="Proof file.")
-    block_hash: BlockHash = None
-    public_key: PublicKey = None
     node_id: NodeId = None
 
 

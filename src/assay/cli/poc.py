@@ -14,29 +14,24 @@ from pydantic import Field
 from assay.cli.flags import (
     ARGUMENT,
     FILE,
-    FOLDER,
     MODEL,
-    OUTPUT,
     PROOF,
     AuditSettings,
-    BlockHash,
     BlockNonces,
     Blocks,
     CommitmentFiles,
-    EngineName,
+    FileSettings,
+    FolderSettings,
     FrameFile,
     KernelName,
     LaunchSettings,
     ModelName,
     ModelSettings,
-    NumberFormat,
-    Overwrite,
     PinsFile,
     Positions,
-    PublicKey,
+    RoundNames,
     RoundSettings,
 )
-from assay.devices import Device
 from assay.errors import UsageError
 from assay.framework.commands import Group
 from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
@@ -77,15 +72,12 @@ PresetName = Annotated[
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
-class ProveSettings(RoundSettings):
+class ProveSettings(FileSettings, RoundNames, RoundSettings, LaunchSettings):
     """Settings of ``assay poc prove``."""
 
     model: Annotated[str | None, MODEL] = Field(
         None, description="Model: a directory, a hub id, or that of the pins."
     )
-    block_hash: BlockHash = None
-    public_key: PublicKey = None
-    output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
     pins: PinsFile = None
     nonces: Annotated[tuple[int, int], RANGE] = Field(
         (0, 256), description="Positions in this node's share."
@@ -93,9 +85,6 @@ class ProveSettings(RoundSettings):
     batch_size: Annotated[int | Literal["auto"], "NONCES"] = Field(
         32, description="Nonces per forward pass, part of the fingerprint; auto fills the memory."
     )
-    device: Device = None
-    engine: EngineName = "hf"
-    overwrite: Overwrite = False
     commit: Annotated[Path | None, FILE] = Field(
         None, description="Commitment to all nonces and values to write."
     )
@@ -103,7 +92,6 @@ class ProveSettings(RoundSettings):
     block_height: Annotated[int, "NUMBER"] = Field(
         0, description="Height of the block, recorded in the proof."
     )
-    dtype: NumberFormat = None
     kernels: KernelName = "auto"
     deterministic: bool = Field(
         False, description="Refuse operations that may give other bits the next time."
@@ -128,18 +116,15 @@ class VerifySettings(RoundSettings, AuditSettings):
     )
 
 
-class FrameSettings(ModelSettings):
+class FrameSettings(FileSettings, ModelSettings):
     """Settings of ``assay poc frame``."""
 
     model: Annotated[ModelName, ARGUMENT]
-    output: Annotated[Path, OUTPUT] = Field(description="Frame file to write.")
-    overwrite: Overwrite = False
 
 
-class CollectSettings(LaunchSettings):
+class CollectSettings(FolderSettings, LaunchSettings):
     """Settings of ``assay poc collect``."""
 
-    output: Annotated[Path, FOLDER] = Field(description="Folder for the proofs, one of each block.")
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset agreed on; else poc-2.0.")
     seq_len: Positions = POSITIONS
     blocks: Blocks = 16

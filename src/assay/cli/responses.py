@@ -8,12 +8,12 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
-    OUTPUT,
     RECEIPTS,
     AuditSettings,
+    FileSettings,
     LaunchSettings,
     ModelSettings,
-    Overwrite,
+    NewFileSettings,
 )
 from assay.cli.poc import auditor_values, life_rows, noting_new, poc
 from assay.framework.output import emit_document, progress_bar, show_values, table
@@ -36,7 +36,7 @@ Batch = Annotated[
 ]
 
 
-class RespondSettings(ModelSettings):
+class RespondSettings(FileSettings, ModelSettings):
     """Settings of ``assay poc respond``."""
 
     prompts: Annotated[Path, REQUESTS] = Field(
@@ -46,14 +46,12 @@ class RespondSettings(ModelSettings):
         description="Block that became known after the requests."
     )
     public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
-    output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
     user_seed: Annotated[str, "TEXT"] = Field(
         "", description="Client's seed, for prompts that have none."
     )
     max_tokens: Annotated[int, "TOKENS"] = Field(
         64, ge=1, description="Tokens after which a response ends."
     )
-    overwrite: Overwrite = False
     temperature: float = Field(
         1.0, description="Divisor of the logits; 0 takes the likeliest token."
     )
@@ -98,13 +96,12 @@ class ReplaySettings(AuditSettings):
     batch_size: Batch = 16
 
 
-class CalibrateResponsesSettings(LaunchSettings):
+class CalibrateResponsesSettings(NewFileSettings, LaunchSettings):
     """Settings of ``assay poc calibrate-responses``."""
 
     receipts: Annotated[tuple[Path, ...], ARGUMENT, RECEIPTS] = Field(
-        description="Receipts of nodes of one build."
+        description="File of receipts."
     )
-    output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
     requests: RequestFile = None
     batch_size: Batch = 16
 

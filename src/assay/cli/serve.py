@@ -41,13 +41,18 @@ DataDir = Annotated[
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
 
 
-class RunSettings(ModelSettings):
-    """Settings of a server: what it runs, and where."""
+class ListenSettings(Settings):
+    """Where a server listens, and what its log looks like."""
 
     host: Host = "127.0.0.1"
     port: Port = 8100
-    kernels: KernelName = "auto"
     log_format: LogFormat = "console"
+
+
+class RunSettings(ListenSettings, ModelSettings):
+    """Settings of a server: what it runs, and where."""
+
+    kernels: KernelName = "auto"
 
     def deploy(self, pins: "NetworkPins | None", dtype: str | None = None) -> "Deployment":
         """Load the model with the frame that the network agreed on, and return it with its
@@ -61,30 +66,32 @@ class RunSettings(ModelSettings):
         return Deployment.of(loaded, compiled=compiles(loaded, self.kernels))
 
 
-class ReceiveSettings(Settings):
+class ReceiveSettings(ListenSettings):
     """Settings of ``assay poc receive``."""
 
-    host: Host = "127.0.0.1"
     port: Port = 8081
     output: Annotated[Path, FOLDER] = Field(
         Path("received.sqlite3"), description="SQLite file that keeps the callbacks."
     )
-    log_format: LogFormat = "console"
 
 
-class CallbackSettings(Settings):
+class DataSettings(Settings):
+    """The data of a service."""
+
+    data_dir: DataDir = Path("assay-data")
+
+
+class CallbackSettings(DataSettings):
     """Settings of ``assay poc callbacks replay``."""
 
     ids: Annotated[tuple[str, ...], ARGUMENT] = Field(
         (), description="Ids of dead callbacks; all when left out."
     )
-    data_dir: DataDir = Path("assay-data")
 
 
-class CallbackListSettings(Settings):
+class CallbackListSettings(DataSettings):
     """Settings of ``assay poc callbacks list``."""
 
-    data_dir: DataDir = Path("assay-data")
     every: Annotated[bool, Flag(("--all",))] = Field(
         False, description="List delivered callbacks too."
     )

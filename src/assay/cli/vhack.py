@@ -10,14 +10,14 @@ from assay.cli.flags import (
     ARGUMENT,
     DTYPE,
     FILE,
-    FOLDER,
-    OUTPUT,
-    ModelName,
-    Overwrite,
+    FileSettings,
+    FolderSettings,
+    ModelSettings,
+    NewFileSettings,
+    ResultSettings,
     Seed,
     Unsandboxed,
 )
-from assay.devices import Device
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
 from assay.framework.commands import Group, extension
@@ -45,7 +45,6 @@ Batch = Annotated[
     "TOKENS",
     Field(ge=1, description="Tokens per batch; by default what fits into memory."),
 ]
-Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 BASIS = Flag(reads="assay.vhack.names:check_basis")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
 _AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
@@ -53,12 +52,10 @@ _PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
 
 
-class WeightSettings(Settings):
+class WeightSettings(ModelSettings):
     """Settings of a command that takes gradients."""
 
-    model: ModelName
     dtype: WeightDtype = None
-    device: Device = None
 
 
 class GradientSettings(WeightSettings):
@@ -80,10 +77,9 @@ class RuleSettings(Settings):
     seed: Seed = 0
 
 
-class ExtractSettings(GradientSettings):
+class ExtractSettings(FileSettings, GradientSettings):
     """Settings of ``assay vhack extract``."""
 
-    output: Annotated[Path, OUTPUT] = Field(description="Basis file to write.")
     n_heldout: Annotated[int | None, "PAIRS"] = Field(
         None, description="Number of pairs at the end to hold out."
     )
@@ -112,21 +108,19 @@ class ExtractSettings(GradientSettings):
     checkpointing: bool = Field(
         False, description="Recompute layers in the backward pass to save memory."
     )
-    overwrite: Overwrite = False
 
 
-class CheckCommand(RuleSettings, GradientSettings):
+class CheckCommand(ResultSettings, RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
     basis: Annotated[Path | None, BASIS] = Field(
         None, description="Basis to check; without it, bases are fitted."
     )
     method: Method = "lda"
-    output: Result = None
     html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
 
 
-class PoolSettings(RuleSettings, WeightSettings):
+class PoolSettings(ResultSettings, RuleSettings, WeightSettings):
     """Settings of ``assay vhack pools``."""
 
     basis: Annotated[Path, BASIS] = Field(description="File of the basis to score with.")
@@ -138,25 +132,20 @@ class PoolSettings(RuleSettings, WeightSettings):
         None, ge=1, description="Samples of each pool to draw; all by default."
     )
     max_tokens: Batch = None
-    output: Result = None
 
 
-class ReportSettings(Settings):
+class ReportSettings(NewFileSettings):
     """Settings of ``assay vhack report``."""
 
     results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
         description="Result of a check, runs, or logs of TRL."
     )
-    output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
     check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
 
 
-class TrainCommand(Settings):
+class TrainCommand(FolderSettings):
     """Settings of ``assay vhack train`` that do not decide its result."""
 
-    output: Annotated[Path, FOLDER] = Field(
-        description="Directory of the run; the same one continues it."
-    )
     tracker: Annotated[tuple[str, ...], "NAME"] = Field(
         (), description="A tracker of TRL's, such as wandb; repeatable."
     )

@@ -185,7 +185,7 @@ class ServerSettings(ListenerSettings):
     )
     calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
         None,
-        description="Measured honest noise, or its file; else that of pins, or the bundled model.",
+        description="Measured honest noise; else the pins' or bundled models'.",
     )
 
 

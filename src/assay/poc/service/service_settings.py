@@ -104,8 +104,7 @@ class ServiceSettings(ServerSettings):
     )
     pins: Annotated[NetworkPins | None, _read_pins, NoDecode] = Field(
         None,
-        description="What the network agreed on, or its file. Models, rounds and nodes that "
-        "contradict it are refused.",
+        description="What the network agreed on; other settings must agree with it.",
     )
     ledger: Path | None = Field(
         None, description="Ledger of nodes' lives to add the audit to; the life then counts."

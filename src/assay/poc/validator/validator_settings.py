@@ -20,7 +20,7 @@ class ValidatorSettings(Settings):
 
     pins: Annotated[
         Path, Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")
-    ] = Field(description="Pins file: what the network agreed on. `assay poc pins new` writes one.")
+    ] = Field(description="What the network agreed on; other settings must agree with it.")
     nodes: Path | None = Field(
         None,
         description="File with the secrets, builds and addresses of nodes; docs/validator.md "

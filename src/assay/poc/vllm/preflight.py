@@ -46,7 +46,9 @@ class PluginSettings(ServiceSettings):
 
     has_flags = False
 
-    drain: Seconds = Field(2.0, description="Time that a stopping server waits for its batch.")
+    drain: Seconds = Field(
+        2.0, description="Time that a stopping service waits for the running batch."
+    )
     reference: str | None = Field(
         None, description="Name of the model in requests; the served name by default."
     )
