@@ -17,7 +17,7 @@ from assay.cli.flags import (
     ResultSettings,
     Unsandboxed,
 )
-from assay.cli.vhack import WeightSettings, keep_result, vhack
+from assay.cli.vhack import WeightLoadSettings, WeightSettings, keep_result, vhack
 from assay.errors import UsageError
 from assay.files.storage import check_folder
 from assay.framework.output import progress_bar, show_values, table
@@ -50,7 +50,7 @@ class SampleCommand(FileSettings, WeightSettings):
     delta: Delta = None
 
 
-class EvaluateCommand(ResultSettings, ReplacingSettings, WeightSettings):
+class EvaluateCommand(ResultSettings, ReplacingSettings, WeightLoadSettings):
     """Settings of ``assay vhack evaluate`` beside those of sampling."""
 
     model: Annotated[str | None, MODEL] = Field(None, description="Model to sample from.")

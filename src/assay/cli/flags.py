@@ -18,7 +18,6 @@ PINS = Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPi
 PROOF = Flag(reads="assay.poc.protocol.proof:Proof.load")
 RECEIPTS = Flag(reads="assay.poc.responses.receipts:Receipts.load")
 
-EngineName = Annotated[Literal["hf", "vllm"], Field(description="Engine that runs the model.")]
 KernelName = Annotated[
     Literal["auto", "compiled", "eager"],
     Field(description="Kernels of hf: compiled, eager, or auto, which compiles on CUDA."),
@@ -26,41 +25,23 @@ KernelName = Annotated[
 ModelName = Annotated[
     str, MODEL, Field(description="Model: a directory, GGUF file, hub id, or name of models list")
 ]
-NumberFormat = Annotated[
-    Literal["float32", "float16", "bfloat16", "float8"] | None,
-    DTYPE,
-    Field(
-        description="Number format of the weights; by default that of the other side, or the "
-        "stored one."
-    ),
-]
 PinsFile = Annotated[
     Path | None,
     PINS,
     Field(description="What the network agreed on; other settings must agree with it."),
 ]
-_CALIBRATION = Flag(reads="assay.poc.verdict.calibration_file:Calibration.load")
+CALIBRATION = Flag(reads="assay.poc.verdict.calibration_file:Calibration.load")
 CalibrationFile = Annotated[
     Path | None,
-    _CALIBRATION,
+    CALIBRATION,
     Field(description="Measured honest noise; else the pins' or bundled models'."),
 ]
-CalibrationFiles = Annotated[tuple[Path, ...], _CALIBRATION]
-CommitmentFiles = Annotated[
-    tuple[Path, ...], Flag(reads="assay.poc.protocol.commitments:Commitment.load")
-]
-FrameToRead = Annotated[Path | None, Flag(reads="assay.models.frame:Frame.load")]
 FrameFile = Annotated[
-    FrameToRead,
+    Path | None,
+    Flag(reads="assay.models.frame:Frame.load"),
     Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file."),
 ]
 Positions = Annotated[int, "POSITIONS", Field(ge=1, description="Positions of a nonce.")]
-LedgerFile = Annotated[
-    Path | None, Flag(variable="ASSAY_LEDGER", reads="assay.poc.verdict.ledger:check_ledger")
-]
-BlockHash = Annotated[str | None, "HASH", Field(description="Block of the round.")]
-PublicKey = Annotated[str | None, "KEY", Field(description="Key of the node.")]
-Overwrite = Annotated[bool, Field(description="Replace what exists.")]
 Unsandboxed = Annotated[
     bool, Field(description="Run programs even where nothing can isolate them.")
 ]
@@ -87,31 +68,44 @@ DtypeName = Annotated[
 Seed = Annotated[int, "NUMBER", Field(ge=0, lt=2**63, description="The same seed draws the same.")]
 
 
-class ModelSettings(Settings):
-    """Which model is loaded, and where."""
+class LoadSettings(Settings):
+    """How a model is loaded, and where."""
 
-    model: ModelName
-    dtype: NumberFormat = None
+    dtype: Annotated[Literal["float32", "float16", "bfloat16", "float8"] | None, DTYPE] = Field(
+        None,
+        description="Number format of the weights; by default that of the other side, or the "
+        "stored one.",
+    )
     device: Device = None
 
 
-class LaunchSettings(ModelSettings):
-    """Which model runs, where, and by which engine."""
+class ModelSettings(LoadSettings):
+    """Which model is loaded, how, and where."""
 
-    engine: EngineName = "hf"
+    model: ModelName
+
+
+class EngineSettings(LoadSettings):
+    """How a model is loaded, where, and which engine runs it."""
+
+    engine: Literal["hf", "vllm"] = Field("hf", description="Engine that runs the model.")
+
+
+class LaunchSettings(EngineSettings, ModelSettings):
+    """Which model runs, where, and by which engine."""
 
 
 class RoundNames(Settings):
     """Which round a proof or receipts are of."""
 
-    block_hash: BlockHash = None
-    public_key: PublicKey = None
+    block_hash: Annotated[str | None, "HASH"] = Field(None, description="Block of the round.")
+    public_key: Annotated[str | None, "KEY"] = Field(None, description="Key of the node.")
 
 
 class ReplacingSettings(Settings):
     """Whether a result may replace what exists."""
 
-    overwrite: Overwrite = False
+    overwrite: bool = Field(False, description="Replace what exists.")
 
 
 class NewFileSettings(Settings):
@@ -164,9 +158,9 @@ class AuditSettings(RoundNames, LaunchSettings):
 
     pins: PinsFile = None
     calibration: CalibrationFile = None
-    ledger: LedgerFile = Field(
-        None, description="Ledger of nodes' lives to add the audit to; the life then counts."
-    )
+    ledger: Annotated[
+        Path | None, Flag(variable="ASSAY_LEDGER", reads="assay.poc.verdict.ledger:check_ledger")
+    ] = Field(None, description="Ledger of nodes' lives to add the audit to; the life then counts.")
     prover_dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format agreed on; else one of the preset, or any dtype."
     )

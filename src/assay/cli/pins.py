@@ -7,10 +7,10 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
+    CALIBRATION,
     PINS,
     PROOF,
     AgreedSettings,
-    CalibrationFiles,
     FileSettings,
     ModelName,
     NodeCount,
@@ -30,7 +30,9 @@ class NewPinsSettings(FileSettings, AgreedSettings):
     from_proof: Annotated[tuple[Path, ...], PROOF] = Field(
         (), description="Honest proof whose round and build are taken over."
     )
-    calibration: CalibrationFiles = Field((), description="Calibration file of this model to pin.")
+    calibration: Annotated[tuple[Path, ...], CALIBRATION] = Field(
+        (), description="Calibration file of this model to pin."
+    )
     public_key: Annotated[tuple[str, ...], "KEY"] = Field(
         (), description="Key of a node that may prove; else any."
     )

@@ -19,7 +19,7 @@ from assay.cli.flags import (
     AuditSettings,
     BlockNonces,
     Blocks,
-    CommitmentFiles,
+    EngineSettings,
     FileSettings,
     FolderSettings,
     FrameFile,
@@ -35,7 +35,7 @@ from assay.cli.flags import (
 from assay.errors import UsageError
 from assay.framework.commands import Group
 from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
-from assay.settings import Settings, Spelling
+from assay.settings import Flag, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.protocol.proof import Proof
@@ -72,7 +72,7 @@ PresetName = Annotated[
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
-class ProveSettings(FileSettings, RoundNames, RoundSettings, LaunchSettings):
+class ProveSettings(FileSettings, RoundNames, RoundSettings, EngineSettings):
     """Settings of ``assay poc prove``."""
 
     model: Annotated[str | None, MODEL] = Field(
@@ -108,7 +108,9 @@ class VerifySettings(RoundSettings, AuditSettings):
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
-    commitment: CommitmentFiles = Field(
+    commitment: Annotated[
+        tuple[Path, ...], Flag(reads="assay.poc.protocol.commitments:Commitment.load")
+    ] = Field(
         (), description="Commitment of the node to these nonces; repeatable, with earlier ones."
     )
     control: bool = Field(

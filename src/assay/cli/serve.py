@@ -25,17 +25,8 @@ if TYPE_CHECKING:
 SERVICE = "assay.poc.service.service_settings:ServiceSettings"
 SERVER = "assay.poc.net.server_settings:ServerSettings"
 LISTENER = "assay.poc.net.server_settings:ListenerSettings"
-Host = Annotated[
-    str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")
-]
 Port = Annotated[
     int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-]
-LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the log.")]
-DataDir = Annotated[
-    Path,
-    Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"),
-    Field(description="Directory of the database. One service runs per directory."),
 ]
 
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
@@ -44,15 +35,39 @@ callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", pan
 class ListenSettings(Settings):
     """Where a server listens, and what its log looks like."""
 
-    host: Host = "127.0.0.1"
+    host: Annotated[str, "ADDRESS"] = Field(
+        "127.0.0.1", description="Address to listen on; one that others reach needs a key."
+    )
     port: Port = 8100
-    log_format: LogFormat = "console"
+    log_format: Literal["console", "json"] = Field("console", description="Form of the log.")
+
+    def configure_logs(self) -> None:
+        """Let the log have its form."""
+        from assay.poc.net.logs import configure_logs
+
+        configure_logs(self.log_format)
 
 
 class RunSettings(ListenSettings, ModelSettings):
     """Settings of a server: what it runs, and where."""
 
     kernels: KernelName = "auto"
+
+    def check_address(self, server: "ServerSettings") -> None:
+        """Refuse an address that is in use, or that others reach without a key; begin the log."""
+        from assay.poc.net.server import check_port
+        from assay.poc.net.server_settings import check_host
+
+        check_host(self.host, server)
+        check_port(self.host, self.port)
+        self.configure_logs()
+
+    def check_loadable(self, *dtypes: str | None) -> None:
+        """Refuse what cannot be loaded in some number formats, before weights are read."""
+        from assay.poc.launch import check_loadable
+
+        for dtype in dtypes:
+            check_loadable(self.model, dtype, self.device)
 
     def deploy(self, pins: "NetworkPins | None", dtype: str | None = None) -> "Deployment":
         """Load the model with the frame that the network agreed on, and return it with its
@@ -78,7 +93,9 @@ class ReceiveSettings(ListenSettings):
 class DataSettings(Settings):
     """The data of a service."""
 
-    data_dir: DataDir = Path("assay-data")
+    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
+        Path("assay-data"), description="Directory of the database. One service runs per directory."
+    )
 
 
 class CallbackSettings(DataSettings):
@@ -113,10 +130,6 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     A restart continues where the service was stopped. Keys and callback secrets come from files or
     from the variables ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
-    from assay.poc.launch import check_loadable
-    from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import check_port
-    from assay.poc.net.server_settings import check_host
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration_file import account_alpha
     from assay.poc.verdict.ledger import check_ledger
@@ -126,8 +139,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
         check_ledger(
             service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta
         )
-    check_host(chosen.host, service)
-    check_port(chosen.host, chosen.port)
+    chosen.check_address(service)
     from assay.models.catalogue import model_info
     from assay.poc.engines.hf.shapes import check_shape
     from assay.poc.service.service_api import serve
@@ -137,8 +149,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     info = model_info(chosen.model)
     if service.seq_len != Round.seq_len:
         check_shape(info, batch_size=1, seq_len=service.seq_len)
-    check_loadable(chosen.model, chosen.dtype, chosen.device)
-    configure_logs(chosen.log_format)
+    chosen.check_loadable(chosen.dtype)
     serve(lambda: chosen.deploy(service.pins), service, host=chosen.host, port=chosen.port)
 
 
@@ -156,10 +167,9 @@ def receive(chosen: ReceiveSettings, listener: "ListenerSettings") -> None:
 
     Signatures are checked with the secrets of ASSAY_CALLBACK_SECRET. It runs until SIGTERM.
     """
-    from assay.poc.net.logs import configure_logs
     from assay.poc.service.receiver import receive
 
-    configure_logs(chosen.log_format)
+    chosen.configure_logs()
     receive(listener, chosen.output, host=chosen.host, port=chosen.port)
 
 
@@ -225,10 +235,6 @@ def validator(
     lives. A restart continues where the validator was stopped. Messages that it has acknowledged
     are on disk.
     """
-    from assay.poc.launch import check_loadable
-    from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import check_port
-    from assay.poc.net.server_settings import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.registry import Registry
@@ -236,19 +242,15 @@ def validator(
 
     check_folder(server.data_dir)  # first what needs no torch
     registry = Registry.load(settings.pins, settings.nodes, server, model=chosen.model)
-    check_host(chosen.host, server)
-    check_port(chosen.host, chosen.port)
+    chosen.check_address(server)
     from assay.models.catalogue import model_info
     from assay.poc.validator.validator_api import validate
     from assay.poc.validator.validator_controller import LEDGER
 
     registry.check_length(model_info(chosen.model))  # before there is a database
     dtype = chosen.dtype or pinned_format(settings.pins, chosen.model)
-    check_loadable(chosen.model, dtype, chosen.device)
-    for name in settings.controls:
-        check_loadable(chosen.model, name, chosen.device)
+    chosen.check_loadable(dtype, *settings.controls)
     check_ledger(server.data_dir / LEDGER, alpha=registry.alpha, beta=server.beta)
-    configure_logs(chosen.log_format)
 
     def load() -> "Deployment":
         pins = NetworkPins.load(settings.pins)

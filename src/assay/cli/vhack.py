@@ -12,6 +12,7 @@ from assay.cli.flags import (
     FILE,
     FileSettings,
     FolderSettings,
+    LoadSettings,
     ModelSettings,
     NewFileSettings,
     ResultSettings,
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 vhack = Group("vhack", "Directions along which training would cheat.", elsewhere=("fuzz",))
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-WeightDtype = Annotated[
-    Dtype | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")
-]
 Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction: lda or svd.")]
 Batch = Annotated[
     int | None,
@@ -52,10 +49,16 @@ _PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
 
 
-class WeightSettings(ModelSettings):
-    """Settings of a command that takes gradients."""
+class WeightLoadSettings(LoadSettings):
+    """How a model is loaded whose weights have 16 bits or more."""
 
-    dtype: WeightDtype = None
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, DTYPE] = Field(
+        None, description="float32 or bfloat16; by default the stored one."
+    )
+
+
+class WeightSettings(WeightLoadSettings, ModelSettings):
+    """Settings of a command that takes gradients."""
 
 
 class GradientSettings(WeightSettings):

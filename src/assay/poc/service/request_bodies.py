@@ -81,6 +81,8 @@ class _Block(BaseModel):
     block_hash: Name
     block_height: Index
     public_key: Name
+    batch_size: BatchSize = 32
+    poc_stronger_rng: bool = False
 
 
 class InitRequest(_Block):
@@ -90,14 +92,12 @@ class InitRequest(_Block):
     fraud_threshold: Probability = 0.01
     node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
     node_count: Annotated[int, Field(ge=-1, le=MAX_NONCE)] = -1
-    batch_size: BatchSize = 32
     seq_len: Length = 256
     callback_url: Url | None = None
     use_layer_hooks: bool = False
     use_sign_flips: bool = True
     group_id: Index = 0
     n_groups: Count = 1
-    poc_stronger_rng: bool = False
 
 
 class Params(BaseModel):
@@ -129,17 +129,20 @@ class Params(BaseModel):
         return self
 
 
-class ArtifactInit(_Block):
-    """Begin a round of vectors: ``/init/generate`` with ``params``."""
+class _Vectors(_Block):
+    """What a round and a job of vectors have in common."""
 
     node_id: Index
     node_count: Count
-    group_id: Index = 0
-    n_groups: Count = 1
-    batch_size: BatchSize = 32
     params: Params
     url: Url | None = None
-    poc_stronger_rng: bool = False
+
+
+class ArtifactInit(_Vectors):
+    """Begin a round of vectors: ``/init/generate`` with ``params``."""
+
+    group_id: Index = 0
+    n_groups: Count = 1
 
 
 def _form(body: Any) -> str:
@@ -210,19 +213,13 @@ class StatTest(BaseModel):
         return self.fraud_threshold, "fraud_threshold"
 
 
-class GenerateRequest(_Block):
+class GenerateRequest(_Vectors):
     """An artifact job: compute vectors, or check them where ``validation`` is given."""
 
-    node_id: Index
-    node_count: Count
     nonces: Annotated[list[Nonce], Field(min_length=1)]
-    params: Params
-    batch_size: BatchSize = 32
     wait: bool = False
-    url: Url | None = None
     validation: Validation | None = None
     stat_test: StatTest | None = None
-    poc_stronger_rng: bool = False
 
     def round(self, model: str) -> Round:
         """Return the round of the job, of a model by its name.

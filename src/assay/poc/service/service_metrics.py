@@ -1,6 +1,6 @@
 """Prometheus metrics of a service."""
 
-from assay.poc.net.metrics import Exported
+from assay.poc.net.metrics import Exported, Shown
 
 STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided")
@@ -8,14 +8,45 @@ OUTCOMES = ("delivered", "failed", "dead")
 PAUSES = ("storage", "callbacks")
 
 
+SHOWN = (
+    Shown(
+        "state",
+        "1 for the state the service is in.",
+        lambda s: {n: n == s["state"] for n in STATES},
+        "state",
+    ),
+    Shown("ready", "1 when the model is loaded.", lambda s: s["ready"]),
+    Shown(
+        "paused",
+        "1 while generation waits, by reason.",
+        lambda s: {n: n == s["paused"] for n in PAUSES},
+        "reason",
+    ),
+    Shown("callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]),
+    Shown("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"]),
+    Shown("nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]),
+    Shown("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"]),
+    Shown(
+        "valid_expected_ratio",
+        "Valid share that the law of the block expects.",
+        lambda s: s["expected_rate"],
+    ),
+    Shown(
+        "valid_expected_error_ratio",
+        "Standard error of that share: of the nonces checked, and of the block's law.",
+        lambda s: s["expected_rate_error"],
+    ),
+    Shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status"),
+)
+
+
 class Metrics(Exported):
     """Every figure of a service."""
 
     def __init__(self) -> None:
-        super().__init__("assay_poc")
+        super().__init__("assay_poc", SHOWN)
         counter = self.counter
         histogram = self.histogram
-        shown = self.shown
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter(
@@ -33,38 +64,6 @@ class Metrics(Exported):
             "validation_seconds", "Time of one validation in the engine."
         )
         self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
-        shown(
-            "state",
-            "1 for the state the service is in.",
-            lambda s: {n: n == s["state"] for n in STATES},
-            "state",
-        )
-        shown("ready", "1 when the model is loaded.", lambda s: s["ready"])
-        shown(
-            "paused",
-            "1 while generation waits, by reason.",
-            lambda s: {n: n == s["paused"] for n in PAUSES},
-            "reason",
-        )
-        shown(
-            "callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]
-        )
-        shown("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"])
-        shown(
-            "nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]
-        )
-        shown("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"])
-        shown(
-            "valid_expected_ratio",
-            "Valid share that the law of the block expects.",
-            lambda s: s["expected_rate"],
-        )
-        shown(
-            "valid_expected_error_ratio",
-            "Standard error of that share: of the nonces checked, and of the block's law.",
-            lambda s: s["expected_rate_error"],
-        )
-        shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status")
         self.receipts = counter(
             "receipts",
             "Receipts of responses on disk; repeated ones were there already.",

@@ -1,6 +1,6 @@
 """Prometheus metrics of a validator. Every series exists from the start."""
 
-from assay.poc.net.metrics import Exported
+from assay.poc.net.metrics import Exported, Shown
 from assay.poc.validator.claims import REASONS
 
 KINDS = ("generated", "validated", "proof", "pulled")
@@ -8,13 +8,30 @@ OUTCOMES = ("taken", "empty", "refused", "failed")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
 
 
+SHOWN = (
+    Shown(
+        "nodes",
+        "Nodes by verdict.",
+        lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS},
+        "verdict",
+    ),
+    Shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"]),
+    Shown(
+        "ready",
+        "1 when the model is loaded and nothing has failed.",
+        lambda s: s["ready"] and s["error"] is None,
+    ),
+    Shown("storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"]),
+    Shown("nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"]),
+)
+
+
 class ValidatorMetrics(Exported):
     """Every figure of a validator."""
 
     def __init__(self) -> None:
-        super().__init__("assay_validator")
+        super().__init__("assay_validator", SHOWN)
         counter = self.counter
-        shown = self.shown
         self.messages = counter(
             "messages",
             "Messages on disk, by kind; repeated ones were there already.",
@@ -32,17 +49,3 @@ class ValidatorMetrics(Exported):
             "verdict_changes", "Verdicts that changed, by the new one.", {"verdict": VERDICTS}
         )
         self.polls = counter("polls", "Questions to nodes, by outcome.", {"outcome": OUTCOMES})
-        shown(
-            "nodes",
-            "Nodes by verdict.",
-            lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS},
-            "verdict",
-        )
-        shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"])
-        shown(
-            "ready",
-            "1 when the model is loaded and nothing has failed.",
-            lambda s: s["ready"] and s["error"] is None,
-        )
-        shown("storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"])
-        shown("nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"])
