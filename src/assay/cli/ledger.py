@@ -13,7 +13,7 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, FileSettings, Limit
 from assay.cli.poc import poc
 from assay.errors import UsageError, visible
-from assay.framework.output import emit_json, show_values, table
+from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:
@@ -128,19 +128,17 @@ def audit(chosen: LedgerAuditSettings, as_json: bool) -> int:
     from assay.poc.verdict.ledger_audit import audit_ledger
 
     outcome = audit_ledger(chosen.ledger, head=chosen.head)
-    if as_json:
-        emit_json("assay.poc.ledger.audit/1", {"path": str(chosen.ledger), **outcome.as_dict()})
-    else:
-        published = "not given: a ledger that was rewritten as a whole would be clean too"
-        rows = [
-            ("result", "clean" if outcome.clean else "tampered with"),
-            ("entries", f"{outcome.entries} as they should be, of {outcome.accounts} account(s)"),
-            ("head", outcome.head),
-            ("published head", published if chosen.head is None else chosen.head),
-            *(("fault", str(fault)[:400]) for fault in outcome.faults),
-            *(("note", note) for note in outcome.notes),
-        ]
-        table(("", "result"), rows)
+    published = "not given: a ledger that was rewritten as a whole would be clean too"
+    rows = [
+        ("result", "clean" if outcome.clean else "tampered with"),
+        ("entries", f"{outcome.entries} as they should be, of {outcome.accounts} account(s)"),
+        ("head", outcome.head),
+        ("published head", published if chosen.head is None else chosen.head),
+        *(("fault", str(fault)[:400]) for fault in outcome.faults),
+        *(("note", note) for note in outcome.notes),
+    ]
+    values = {"path": str(chosen.ledger), **outcome.as_dict()}
+    show_tables("assay.poc.ledger.audit/1", values, as_json, (("", "result"), rows, ""))
     return outcome.exit_code
 
 

@@ -7,8 +7,10 @@ from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FileSettings, Seed, Unsandboxed
 from assay.cli.vhack import PAIRS_HELP, pairs
-from assay.framework.output import emit_json, progress_bar, show_values, table
+from assay.framework.output import progress_bar, show_tables, show_values
 from assay.settings import Flag, Settings
+
+UNSHOWN = ("task:", "entry:")  # beginnings of tags that a table leaves out
 
 
 class ListSettings(Settings):
@@ -57,26 +59,19 @@ def list_pairs(chosen: ListSettings, as_json: bool) -> None:
     from assay.vhack.pairs.generate import find_pairs
 
     all_pairs = find_pairs(chosen.pairs)
-    if as_json:
-        records = [
-            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
-        ]
-        emit_json(
-            "assay.vhack.pairs.list/1",
-            {"pairs": records, "groups": len({pair.group for pair in all_pairs})},
-        )
-        return
-    tags = [
-        [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in all_pairs
+    groups = len({pair.group for pair in all_pairs})
+    records = [
+        {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
     ]
     rows = [
-        (index, pair.group, ", ".join(shown_tags))
-        for index, (pair, shown_tags) in enumerate(zip(all_pairs, tags, strict=True))
+        (index, pair.group, ", ".join(tag for tag in pair.tags if not tag.startswith(UNSHOWN)))
+        for index, pair in enumerate(all_pairs)
     ]
-    table(
-        ("pair", "group", "tags"),
-        rows,
-        title=f"{len(all_pairs)} pairs in {len({pair.group for pair in all_pairs})} groups",
+    show_tables(
+        "assay.vhack.pairs.list/1",
+        {"pairs": records, "groups": groups},
+        as_json,
+        (("pair", "group", "tags"), rows, f"{len(all_pairs)} pairs in {groups} groups"),
     )
 
 
@@ -143,16 +138,13 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     bad = [verdict for verdict in verdicts if not verdict.holds]
     backend = available_backend() or "unsandboxed"
     good = len(verdicts) - len(bad)
-    if as_json:
-        values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
-        emit_json("assay.vhack.pairs.verify/1", {"backend": backend, **values})
-    else:
-        rows = [
-            (v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts
-        ]
-        table(
-            ("pair", "group", "verdict"),
-            rows,
-            title=f"{good} of {len(verdicts)} pairs do what they claim ({backend})",
-        )
+    values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
+    rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
+    title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
+    show_tables(
+        "assay.vhack.pairs.verify/1",
+        {"backend": backend, **values},
+        as_json,
+        (("pair", "group", "verdict"), rows, title),
+    )
     return 1 if bad else 0

@@ -20,7 +20,7 @@ from assay.cli.flags import (
 )
 from assay.cli.poc import pins
 from assay.errors import UsageError
-from assay.framework.output import emit_json, show_values, table
+from assay.framework.output import show_tables, show_values
 
 
 class NewPinsSettings(FileSettings, AgreedSettings):
@@ -144,17 +144,12 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         else:
             noise = measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
-    if as_json:
-        emit_json("assay.poc.pins.check/1", values)
-    else:
-        shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
-        shown["network"] = "\n".join(
-            f"{name.replace('_', ' ')}: {value}" for name, value in promise.items()
-        )
-        if chosen.proof is not None:
-            shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
-        table(
-            ("", "value"),
-            [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()],
-        )
+    shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
+    shown["network"] = "\n".join(
+        f"{name.replace('_', ' ')}: {value}" for name, value in promise.items()
+    )
+    if chosen.proof is not None:
+        shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
+    rows = [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()]
+    show_tables("assay.poc.pins.check/1", values, as_json, (("", "value"), rows, ""))
     return 2 if believed else 0

@@ -9,7 +9,7 @@ from assay.cli.flags import CalibrationFile, FrameFile, LaunchSettings, Position
 from assay.cli.poc import PresetName, in_column, poc
 from assay.errors import UsageError
 from assay.files.reading import read_whole
-from assay.framework.output import emit_json, progress_bar, table
+from assay.framework.output import progress_bar, show_tables
 from assay.settings import Flag
 
 SAYS = {
@@ -102,9 +102,6 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         result = run_remote_selftest(
             chosen.url, round, key=_read_key(chosen.api_key_file), noise=noise, **options
         )
-    if as_json:
-        emit_json("assay.poc.selftest/1", {"exit_code": result.exit_code, **result.as_dict()})
-        return result.exit_code
     rows = [
         (
             row.setting,
@@ -116,10 +113,18 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         )
         for row in result.comparisons
     ]
-    table(("setting", "result", "nonces changed", "bits", "largest", "over honest noise"), rows)
-    for row in result.comparisons:
-        if row.reason:
-            table((row.setting, "why"), [("", in_column(row.reason))])
+    columns = ("setting", "result", "nonces changed", "bits", "largest", "over honest noise")
+    show_tables(
+        "assay.poc.selftest/1",
+        {"exit_code": result.exit_code, **result.as_dict()},
+        as_json,
+        (columns, rows, ""),
+        *(
+            ((row.setting, "why"), [("", in_column(row.reason))], "")
+            for row in result.comparisons
+            if row.reason
+        ),
+    )
     return result.exit_code
 
 

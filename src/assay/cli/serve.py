@@ -11,7 +11,7 @@ from assay.cli.flags import ARGUMENT, FOLDER, KernelName, Limit, ModelSettings
 from assay.cli.poc import poc
 from assay.errors import UsageError
 from assay.files.storage import check_folder
-from assay.framework.output import emit_json, table
+from assay.framework.output import emit_json, show_tables
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
@@ -182,11 +182,10 @@ def list_callbacks(chosen: CallbackListSettings, as_json: bool) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         rows = outbox.rows(statuses, chosen.limit)
         counts = outbox.counts()
-    if as_json:
-        emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [row._asdict() for row in rows]})
-        return
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
-    table(columns, [[getattr(row, name) for name in columns] for row in rows])
+    listed = [[getattr(row, name) for name in columns] for row in rows]
+    values = {**counts, "callbacks": [row._asdict() for row in rows]}
+    show_tables("assay.poc.callbacks/1", values, as_json, (columns, listed, ""))
 
 
 @callbacks.add("replay", CallbackSettings, example="assay poc callbacks replay msg_1a2b")

@@ -22,7 +22,7 @@ from assay.cli.flags import (
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
 from assay.framework.commands import Group, extension
-from assay.framework.output import emit_document, emit_json, progress_bar, show_values, table
+from assay.framework.output import emit_document, progress_bar, show_tables, show_values, table
 from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
@@ -425,21 +425,16 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     # One of several processes prints.
     if not result.is_first:
         return code
-    if as_json:
-        values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
-        values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
-        emit_json("assay.vhack.train.result/1", values)
-        return code
+    values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
+    values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
     rows = [
         (name.replace("_", " "), f"{result.last[name]:.4f}")
         for name in SHOWN
         if name in result.last
     ]
-    table(
-        ("", "mean of the last 10 steps"),
-        rows,
-        title=f"{result.arm}: {result.steps} steps in {result.folder}",
-    )
+    title = f"{result.arm}: {result.steps} steps in {result.folder}"
+    columns = ("", "mean of the last 10 steps")
+    show_tables("assay.vhack.train.result/1", values, as_json, (columns, rows, title))
     return code
 
 

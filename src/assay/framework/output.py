@@ -48,19 +48,30 @@ def emit_document(values: dict[str, Any]) -> None:
     click.echo(json.dumps(values, allow_nan=False))
 
 
+def show_tables(
+    schema: str,
+    values: dict[str, Any],
+    as_json: bool,
+    *tables: tuple[Sequence[str], Sequence[Sequence[object]], str],
+) -> None:
+    """Print values as one JSON object, or tables of them: columns, rows and title of each."""
+    if as_json:
+        emit_json(schema, values)
+        return
+    for columns, rows, title in tables:
+        table(columns, rows, title)
+
+
 def show_values(
     schema: str, values: dict[str, Any], as_json: bool, *, title: str = "value"
 ) -> None:
     """Print named values as one JSON object, or as a table of those that are not empty."""
-    if as_json:
-        emit_json(schema, values)
-        return
     rows = [
         (name.replace("_", " "), _short(value))
         for name, value in values.items()
         if value is not None and value not in ("", [], ())
     ]
-    table(("", title), rows)
+    show_tables(schema, values, as_json, (("", title), rows, ""))
 
 
 def _short(value: object) -> object:

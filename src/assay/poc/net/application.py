@@ -21,7 +21,14 @@ from assay._version import __version__
 from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.metrics import CONTENT_TYPE
-from assay.poc.net.routes import HEAD, HeadRoute, Problem, Scope, needs, not_found, problems
+from assay.poc.net.routes import (
+    HEAD,
+    HeadRoute,
+    Problem,
+    Scope,
+    not_found,
+    problems,
+)
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.shares import Shares
 
@@ -149,7 +156,7 @@ def operations_router(
         runtime.check_ready()
         return JSONResponse({"ready": True})
 
-    @router.get("/metrics", responses=problems(), openapi_extra=needs(Scope.READ))
+    @router.get("/metrics", responses=problems(), openapi_extra=Scope.READ.extra)
     async def metrics() -> Response:
         """Return the Prometheus metrics."""
         return Response(runtime.metrics.text(feed.values), media_type=CONTENT_TYPE)

@@ -69,6 +69,11 @@ class Scope(StrEnum):
     VALIDATE = "validate"
     READ = "read"
 
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The ``openapi_extra`` of a route that needs it; :func:`route_class` reads it."""
+        return {"security": [{"bearer": []}], "x-scope": str(self)}
+
 
 class Keys:
     """The keys of a server, stored as digests. Without keys every client may do everything.
@@ -165,11 +170,6 @@ def _is_local(headers: dict[bytes, bytes]) -> bool:
     except ValueError:
         return False
     return not foreign and site in (b"none", b"same-origin") and is_loopback(named)
-
-
-def needs(scope: Scope) -> dict[str, Any]:
-    """Return the ``openapi_extra`` of a route that needs a scope; :func:`route_class` reads it."""
-    return {"security": [{"bearer": []}], "x-scope": str(scope)}
 
 
 class Problem(BaseModel):

@@ -133,7 +133,8 @@ class BoundedProtocol(H11Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._shares.give(self._client)
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
 
     @override

@@ -14,7 +14,10 @@ from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Scope, needs, problems
+from assay.poc.net.routes import (
+    Scope,
+    problems,
+)
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.service_controller import Controller
@@ -65,8 +68,8 @@ def chain_router(
     as_node = prefix == CHAIN_PREFIX
     works = problems(400, 409, 413, 422, 429, 503)
     shown: dict[str, Any] = {"response_model": requests.ChainReply, "include_in_schema": as_node}
-    changes = shown | {"openapi_extra": needs(Scope.CONTROL), "responses": works}
-    checks = shown | {"openapi_extra": needs(Scope.VALIDATE)}
+    changes = shown | {"openapi_extra": Scope.CONTROL.extra, "responses": works}
+    checks = shown | {"openapi_extra": Scope.VALIDATE.extra}
 
     def done(request: Request, state: str, word: str, about: JsonObject) -> Response:
         if not as_node:
@@ -86,7 +89,7 @@ def chain_router(
         controller.stop(cancel_jobs=True)
         return done(request, "STOPPED", "stopped", {})
 
-    @router.get("/status", **shown, responses=problems(), openapi_extra=needs(Scope.READ))
+    @router.get("/status", **shown, responses=problems(), openapi_extra=Scope.READ.extra)
     async def status(request: Request) -> Response:
         """Return whether a round generates, and which."""
         server = describe_server(controller)

@@ -21,7 +21,11 @@ from assay.files.jsonl import JsonObject
 from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import HEAD, Scope, needs, problems
+from assay.poc.net.routes import (
+    HEAD,
+    Scope,
+    problems,
+)
 from assay.poc.net.runtime import GroupCommit, Runtime
 from assay.poc.net.shares import Shares, disk_room, fair_share
 from assay.poc.protocol.checks import MAX_NONCE
@@ -37,8 +41,6 @@ log = structlog.get_logger("assay.receipts")
 RECEIPTS_PREFIX = "/api/v1/receipts"
 MOST_FILES = 8
 OWN_FILES = 2  # files that are streamed at the same time, and those of one client
-READ = needs(Scope.READ)
-CONTROL = needs(Scope.CONTROL)
 
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
@@ -416,7 +418,9 @@ def receipts_router(
     }
     streaming = Shares(MOST_FILES, OWN_FILES)
 
-    @router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)
+    @router.get(
+        "", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=Scope.READ.extra
+    )
     def listed(after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """Return the facts of stored receipts after a sequence number, oldest first."""
         listed_receipts = receipts.listed(after, limit + 1)
@@ -427,7 +431,7 @@ def receipts_router(
         ".jsonl",
         responses=export | problems(422, 429, 503),
         response_class=StreamingResponse,
-        openapi_extra=READ,
+        openapi_extra=Scope.READ.extra,
     )
     async def file(
         request: Request,
@@ -484,7 +488,7 @@ def receipts_router(
         path_of_request,
         response_model=dict[str, list[StoredReceipt]],
         responses=problems(404, 413, 422, 503),
-        openapi_extra=READ,
+        openapi_extra=Scope.READ.extra,
     )
     def of_request(request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
@@ -495,7 +499,7 @@ def receipts_router(
         path_of_request,
         response_model=dict[str, int],
         responses=problems(404, 422, 503),
-        openapi_extra=CONTROL,
+        openapi_extra=Scope.CONTROL.extra,
     )
     def delete(request_id: str, index: Index = None) -> Response:
         """Delete the receipts of a request: of each of its choices, or of one."""

@@ -20,7 +20,12 @@ from assay.files.sqlite_connections import damaged
 from assay.files.sqlite_schema import table_names
 from assay.poc.net.application import new_app
 from assay.poc.net.logs import LogBudget
-from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
+from assay.poc.net.routes import (
+    Keys,
+    LocalOnly,
+    Scope,
+    route_class,
+)
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ListenerSettings, is_loopback
 from assay.poc.net.signatures import Signatures, message_id, parsed, unsigned
@@ -167,7 +172,7 @@ def create_receiver(store: Received, settings: ListenerSettings) -> FastAPI:
         budget.info(log, "callback", kind=kind, id=known_as, new=new)
         return JSONResponse({"status": "OK", "new": new})
 
-    @app.get("/batches", openapi_extra=needs(Scope.READ))
+    @app.get("/batches", openapi_extra=Scope.READ.extra)
     def batches(
         after: Annotated[int, Query(ge=0, le=MAX_NONCE)] = 0,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
@@ -175,12 +180,12 @@ def create_receiver(store: Received, settings: ListenerSettings) -> FastAPI:
         """Return what arrived, oldest first."""
         return JSONResponse({"batches": store.batches(after, limit)})
 
-    @app.get("/stats", openapi_extra=needs(Scope.READ))
+    @app.get("/stats", openapi_extra=Scope.READ.extra)
     def stats() -> Response:
         """Return counts."""
         return JSONResponse(store.stats())
 
-    @app.delete("/clear", openapi_extra=needs(Scope.CONTROL))
+    @app.delete("/clear", openapi_extra=Scope.CONTROL.extra)
     def clear() -> Response:
         """Forget everything."""
         store.clear()

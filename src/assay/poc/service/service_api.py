@@ -19,7 +19,14 @@ from assay.poc.net.application import (
     run_with,
 )
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
+from assay.poc.net.routes import (
+    SAFE_HEADERS,
+    Keys,
+    LocalOnly,
+    Scope,
+    problems,
+    route_class,
+)
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.checks import MAX_NONCE
@@ -35,9 +42,6 @@ PREFIX = "/api/v1/pow"
 PREFIXES = (PREFIX, CHAIN_PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
 
-READ = needs(Scope.READ)
-VALIDATE = needs(Scope.VALIDATE)
-CONTROL = needs(Scope.CONTROL)
 
 # The pages of the service need nothing from elsewhere and may not be framed.
 PAGE_HEADERS = SAFE_HEADERS | {
@@ -153,9 +157,15 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
     """
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
-    change: dict[str, Any] = {"response_model": requests.InitReply, "openapi_extra": CONTROL}
+    change: dict[str, Any] = {
+        "response_model": requests.InitReply,
+        "openapi_extra": Scope.CONTROL.extra,
+    }
     change["responses"] = problems(400, 409, 413, 422, 503)
-    of_job: dict[str, Any] = {"response_model": requests.JobReply, "openapi_extra": VALIDATE}
+    of_job: dict[str, Any] = {
+        "response_model": requests.JobReply,
+        "openapi_extra": Scope.VALIDATE.extra,
+    }
 
     def moved(call: Callable[..., None], *arguments: object) -> Response:
         call(*arguments)
@@ -192,7 +202,10 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         return moved(controller.stop)
 
     @router.post(
-        "/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE
+        "/validate",
+        response_model=requests.ValidateReply,
+        responses=works,
+        openapi_extra=Scope.VALIDATE.extra,
     )
     async def validate(body: requests.ValidateRequest, request: Request) -> Response:
         """Recompute distances and judge them."""
@@ -200,7 +213,10 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         return JSONResponse(await asyncio.wrap_future(future))
 
     @router.get(
-        "/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ
+        "/status",
+        response_model=requests.Status,
+        responses=problems(422),
+        openapi_extra=Scope.READ.extra,
     )
     async def status(
         after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
@@ -213,13 +229,16 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
             return JSONResponse(describe_status(controller))
         return JSONResponse(await controller.call(describe_status, controller, after, limit))
 
-    @router.get("/snapshot", responses=problems(), openapi_extra=READ)
+    @router.get("/snapshot", responses=problems(), openapi_extra=Scope.READ.extra)
     async def snapshot() -> Response:
         """Return the latest snapshot, the same object as an event."""
         return Response(feed.latest, media_type="application/json")
 
     @router.get(
-        "/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ
+        "/events",
+        responses=problems(429),
+        response_class=StreamingResponse,
+        openapi_extra=Scope.READ.extra,
     )
     async def events(request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""

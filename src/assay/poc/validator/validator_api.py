@@ -25,7 +25,12 @@ from assay.poc.net.application import (
 )
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
+from assay.poc.net.routes import (
+    Keys,
+    LocalOnly,
+    Scope,
+    route_class,
+)
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ServerSettings, check_host, is_loopback
 from assay.poc.protocol.checks import MAX_NONCE
@@ -39,8 +44,6 @@ log = structlog.get_logger("assay.validator")
 
 
 MOST_EPOCHS = 1000
-READ = needs(Scope.READ)
-CONTROL = needs(Scope.CONTROL)
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
@@ -84,7 +87,7 @@ def _validator_router(
     """
     router = APIRouter(prefix=PREFIX, route_class=kind_of_route)
 
-    @router.get("/status", response_model=None, openapi_extra=READ)
+    @router.get("/status", response_model=None, openapi_extra=Scope.READ.extra)
     async def status() -> Response:
         """Return what the validator does, and what it accepts."""
         hidden = ("nodes", "changes")
@@ -92,12 +95,12 @@ def _validator_router(
             {name: value for name, value in feed.values.items() if name not in hidden}
         )
 
-    @router.get("/events", response_model=None, openapi_extra=READ)
+    @router.get("/events", response_model=None, openapi_extra=Scope.READ.extra)
     async def events(request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
         return await feed.respond(request)
 
-    @router.get("/nodes", response_model=None, openapi_extra=READ)
+    @router.get("/nodes", response_model=None, openapi_extra=Scope.READ.extra)
     def nodes(after: After = 0, limit: Limit = 100) -> Response:
         """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips
         so many.
@@ -105,12 +108,12 @@ def _validator_router(
         listed = controller.nodes()
         return JSONResponse({"total": len(listed), "nodes": listed[after : after + limit]})
 
-    @router.get("/verdicts", response_model=None, openapi_extra=READ)
+    @router.get("/verdicts", response_model=None, openapi_extra=Scope.READ.extra)
     def verdicts(after: After = 0, limit: Limit = 100) -> Response:
         """Return changes of verdicts with an id above ``after``, the oldest first."""
         return JSONResponse({"verdicts": controller.inbox.verdicts(limit, after=after)})
 
-    @router.get("/evidence/{account}", response_model=None, openapi_extra=READ)
+    @router.get("/evidence/{account}", response_model=None, openapi_extra=Scope.READ.extra)
     def evidence(account: str, after: After = 0, limit: Limit = 100) -> Response:
         """Return entries of an account in the ledger, with a place above ``after`` among them, the
         oldest first.
@@ -150,12 +153,12 @@ def _validator_router(
         ledger = {"entries": count, "head": head}
         return JSONResponse({"commitments": controller.inbox.epochs(limit), "ledger": ledger})
 
-    @router.get("/blocks", response_model=None, openapi_extra=READ)
+    @router.get("/blocks", response_model=None, openapi_extra=Scope.READ.extra)
     def blocks() -> Response:
         """Return the open blocks, the newest first."""
         return JSONResponse({"blocks": controller.blocks()})
 
-    @router.post("/blocks", response_model=None, openapi_extra=CONTROL)
+    @router.post("/blocks", response_model=None, openapi_extra=Scope.CONTROL.extra)
     def announce(body: BlockBody) -> Response:
         """Open a block: messages of it are accepted from now on."""
         new = controller.announce(body.block_hash, body.block_height)

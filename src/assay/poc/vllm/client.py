@@ -1,7 +1,7 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
 A stream of nonces is admitted, collected a batch at a time, and returned in order.
-:class:`NonceStream` runs whole batches in calls where it can, and the streams of :data:`STREAMS`
+:class:`NonceStream` runs whole batches in calls where it can, and the two others
 nonces of several steps. Everything here runs in the event loop of the engine.
 
 Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a
@@ -534,7 +534,3 @@ class PointStream(NonceStream):
             return [0] * length, sampling_parameters(self._steps + 1, ignore_eos=True)
         claimed = self._claimed[nonce].tolist()
         return [0] * (length + self._steps), sampling_parameters(extra_args={CLAIMED: claimed})
-
-
-STREAMS = {"tokens": TokenStream, "points": PointStream}
-"""How the nonces of pipelines with steps run, by what these publish."""

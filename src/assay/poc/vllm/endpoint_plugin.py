@@ -35,7 +35,14 @@ from assay.models.load import identify, load_tokenizer
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
-from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, needs, route_class, route_path
+from assay.poc.net.routes import (
+    Keys,
+    LocalOnly,
+    Scope,
+    answer,
+    route_class,
+    route_path,
+)
 from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
@@ -447,7 +454,7 @@ def _router(
     guarded = route_class(Keys(controller.settings), controller.settings, controller.metrics)
     router = APIRouter(prefix=PREFIX, tags=["vLLM"], route_class=guarded)
 
-    @router.get("/engine", openapi_extra=needs(Scope.READ))
+    @router.get("/engine", openapi_extra=Scope.READ.extra)
     async def now() -> JSONResponse:
         """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers
         hold.
@@ -470,7 +477,7 @@ def _router(
             }
         )
 
-    @router.post("/engine", openapi_extra=needs(Scope.CONTROL))
+    @router.post("/engine", openapi_extra=Scope.CONTROL.extra)
     async def change(body: Changes) -> JSONResponse:
         """Change mode, share, chat_in_flight or path until the server ends."""
         throttle = running().throttle
@@ -481,12 +488,12 @@ def _router(
     if responses is None:
         return router
 
-    @router.get("/responses", openapi_extra=needs(Scope.READ))
+    @router.get("/responses", openapi_extra=Scope.READ.extra)
     async def recorded() -> JSONResponse:
         """Whether answers are seeded and recorded, by which block, and how many were."""
         return JSONResponse(responses.describe())
 
-    @router.post("/responses/block", openapi_extra=needs(Scope.CONTROL))
+    @router.post("/responses/block", openapi_extra=Scope.CONTROL.extra)
     async def post(body: NewBlock) -> JSONResponse:
         """Take the newest block of the chain: the answers to later requests follow from it."""
         check_name("block_hash", body.block_hash, do="pass the block hash as the chain prints it")
@@ -507,7 +514,7 @@ def _versions_router(controller: Controller, running: Callable[[], Client]) -> A
         return JSONResponse(about | {"assay_version": __version__})
 
     for prefix in (CHAIN_PREFIX, PREFIX):
-        router.get(f"{prefix}/versions", openapi_extra=needs(Scope.READ))(versions)
+        router.get(f"{prefix}/versions", openapi_extra=Scope.READ.extra)(versions)
     return router
 
 
