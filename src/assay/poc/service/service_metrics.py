@@ -1,6 +1,6 @@
 """Prometheus metrics of a service."""
 
-from assay.poc.net.metrics import Exported, Shown
+from assay.poc.net.metrics import Exported, SnapshotGauge
 
 STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided")
@@ -9,34 +9,38 @@ PAUSES = ("storage", "callbacks")
 
 
 SHOWN = (
-    Shown(
+    SnapshotGauge(
         "state",
         "1 for the state the service is in.",
         lambda s: {n: n == s["state"] for n in STATES},
         "state",
     ),
-    Shown("ready", "1 when the model is loaded.", lambda s: s["ready"]),
-    Shown(
+    SnapshotGauge("ready", "1 when the model is loaded.", lambda s: s["ready"]),
+    SnapshotGauge(
         "paused",
         "1 while generation waits, by reason.",
         lambda s: {n: n == s["paused"] for n in PAUSES},
         "reason",
     ),
-    Shown("callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]),
-    Shown("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"]),
-    Shown("nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]),
-    Shown("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"]),
-    Shown(
+    SnapshotGauge(
+        "callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]
+    ),
+    SnapshotGauge("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"]),
+    SnapshotGauge(
+        "nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]
+    ),
+    SnapshotGauge("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"]),
+    SnapshotGauge(
         "valid_expected_ratio",
         "Valid share that the law of the block expects.",
         lambda s: s["expected_rate"],
     ),
-    Shown(
+    SnapshotGauge(
         "valid_expected_error_ratio",
         "Standard error of that share: of the nonces checked, and of the block's law.",
         lambda s: s["expected_rate_error"],
     ),
-    Shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status"),
+    SnapshotGauge("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status"),
 )
 
 

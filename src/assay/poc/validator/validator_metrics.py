@@ -1,6 +1,6 @@
 """Prometheus metrics of a validator. Every series exists from the start."""
 
-from assay.poc.net.metrics import Exported, Shown
+from assay.poc.net.metrics import Exported, SnapshotGauge
 from assay.poc.validator.claims import REASONS
 
 KINDS = ("generated", "validated", "proof", "pulled")
@@ -9,20 +9,24 @@ VERDICTS = ("honest", "fraud", "undecided", "faulty")
 
 
 SHOWN = (
-    Shown(
+    SnapshotGauge(
         "nodes",
         "Nodes by verdict.",
         lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS},
         "verdict",
     ),
-    Shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"]),
-    Shown(
+    SnapshotGauge("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"]),
+    SnapshotGauge(
         "ready",
         "1 when the model is loaded and nothing has failed.",
         lambda s: s["ready"] and s["error"] is None,
     ),
-    Shown("storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"]),
-    Shown("nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"]),
+    SnapshotGauge(
+        "storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"]
+    ),
+    SnapshotGauge(
+        "nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"]
+    ),
 )
 
 
