@@ -403,7 +403,7 @@ def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, c
 def test_requests_of_another_length_or_with_embeddings_fail_alone():
     runner = Runner()
     key = new_key()
-    prompts = defined(rounded=False)[0].prompts_BP.tolist()
+    prompts = defined(rounded=False)[0].prompts.tolist()
     short = {3: (prompts[0][:-1], None), 8: (prompts[1], [1] * STEPS), 20: (prompts[2], None)}
     hooks = started(runner, key, short)
     assert sorted(hooks.rows.get(key).failed) == [3, 8]

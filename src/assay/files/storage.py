@@ -254,6 +254,7 @@ class PartialFile:
                 wanted="the same command as the interrupted one",
                 do="repeat that command with all its flags, or remove the partial file to restart",
             )
+        # More lines are the footer of a run that ended before its file was renamed.
         usable = lines[: most + 1]
         values = [
             read(number, f"{line}\n".encode()) for number, line in enumerate(usable[1:], start=2)

@@ -171,6 +171,7 @@ def render_chat(
     fields = chat.fields
     name = f"the chat template of {reference}"
     prompt = _render(tokenizer, name, fields, add_generation_prompt=True)
+    # A template that ignores tools would let a client believe that the model saw them.
     without_tools = fields | {"tools": None}
     if "tools" in fields and prompt == _render(
         tokenizer, name, without_tools, add_generation_prompt=True

@@ -121,6 +121,7 @@ def digest_tensors(tensors: list[StoredTensor], quantisation: object = None) -> 
     total = sum(math.prod(tensor.shape) for tensor in tensors)
     digest = hashlib.sha256()
     hashed = 0
+    # Tensors are hashed side by side, and their hashes joined in the order of names.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, tensor in zip(pool.map(_digest_tensor, tensors), tensors, strict=True):
             digest.update(part)

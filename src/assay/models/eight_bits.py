@@ -178,6 +178,7 @@ def _multiply_blocks(
         rows, columns = block
         weight_scales = weight.scales.repeat_interleave(rows, dim=0)[: len(weight.values)]
         y = torch.zeros(len(x.values), len(weight.values))
+        # The scales of a block belong to the sum over its columns alone.
         for group, start in enumerate(range(0, x.values.shape[1], columns)):
             part = slice(start, start + columns)
             product = x.values[:, part].float() @ weight.values[:, part].float().t()

@@ -259,6 +259,7 @@ def _check_settings(file: Path, header: GGUFHeader, config: "PreTrainedConfig") 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for key, value in header.values.items():
         name = key.removeprefix(f"{architecture}.")
+        # What is of no architecture, what transformers reads, and what is switched off.
         if name == key or read.get(name) or value in (0, "", "none") or name == "attention.causal":
             continue
         setting = _SAME_AS.get(name, "")

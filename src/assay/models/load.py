@@ -106,6 +106,7 @@ def load_model(
         >>> model.hidden_size, model.num_layers, model.vocab_size
         (256, 8, 4096)
     """
+    # A number format of weights may stand in either argument.
     if dtype in NUMBER_FORMATS and quantise in (None, dtype):
         quantise = dtype
         dtype = None
@@ -451,6 +452,7 @@ def save_random(
             model.module.save_pretrained(name)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(name)
+            # A temporary directory is its owner's alone.
             Path(name).chmod(0o755)
             Path(name).rename(target)
     except (OSError, SafetensorError) as error:

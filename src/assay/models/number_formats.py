@@ -127,6 +127,7 @@ def _parse_compressed_tensors(stated: Mapping[str, Any]) -> StoredFormat:
     if stated["format"] == "pack-quantized":
         _require(group, "input_activations", None)
         return _parse_packed(weights)
+    # Products here have eight bits on both sides.
     for part in (weights, inputs):
         _require_all(part, {"num_bits": (8,), "symmetric": (True, None)})
     _require(inputs, "dynamic", True)

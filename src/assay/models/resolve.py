@@ -95,6 +95,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> ModelSource:
                 wanted="a whole model: an adapter is not part of what is measured here",
                 do="merge the adapter into its model and save the result",
             )
+    # A GGUF file is converted once; from then on its checkpoint in the cache is read.
     gguf_file = find_gguf(path)
     directory = path if gguf_file is None else folder_of(gguf_file)
     if gguf_file is not None and not (directory / "config.json").is_file():

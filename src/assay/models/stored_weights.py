@@ -294,6 +294,7 @@ def _fill_experts(part: Any, path: str, reader: _TensorReader) -> nn.Module:
             return reader.read_packed(layer, shape)
         return reader.read_plain(f"{layer}.weight", shape)
 
+    # The first expert says how all are stored; the readers refuse one that is not.
     if not reader.is_rounded(f"{path}.0.gate_proj.weight"):
         gates, ups, downs = read_all(read_unrounded)
         pairs = zip(gates, ups, strict=True)

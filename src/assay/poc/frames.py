@@ -55,6 +55,7 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
         "weights": model.weights,
         "rows": model.vocab_size,
     }
+    # A frame without measurements, for its choice of tokens.
     drawn = Frame(
         **shape,
         left_out=_left_out(model.tokenizer, model.vocab_size),
@@ -75,6 +76,7 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     states_ND = np.concatenate(batches)
     mean_D = states_ND.mean(axis=0)
     scale_D = states_ND.std(axis=0)
+    # A coordinate that hardly moves would become noise.
     scale_D = np.maximum(scale_D, _SMALLEST * float(np.median(scale_D)) or 1.0)
     return Frame(
         **shape,

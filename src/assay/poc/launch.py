@@ -380,6 +380,7 @@ def vllm_options(text: str) -> dict[str, Any]:
     try:
         with redirect_stderr(captured):
             values = vars(parser.parse_args(shlex.split(text)))
+            # Only what was set is passed on: the engine has defaults of its own.
             unset = vars(parser.parse_args([]))
     except (SystemExit, ValueError) as error:
         reason = captured.getvalue().strip().rpartition("error: ")[2] or str(error)

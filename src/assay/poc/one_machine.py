@@ -177,6 +177,7 @@ def calibrate_model(
     if partial is not None:
         check_folder(partial)
     lender = _Lender(reference, device)
+    # A frame file that is not there yet is measured and written.
     is_new = frame is not None and not frame.exists()
     if is_new and frame is not None:
         check_new_file(frame, overwrite=False)
@@ -207,6 +208,7 @@ def calibrate_model(
             before = (len(by_engine) * chosen.blocks + len(engine_proofs)) * chosen.nonces
             counted = progress and _counting(progress, before, chosen.total)
             engine_proofs.append(store.prove(model, round, chosen.nonces, engine, counted))
+        # Every engine is compared with those before it, so each pair is compared once.
         for row, theirs in enumerate(by_engine):
             measured[row, len(by_engine)] = np.concatenate(
                 [

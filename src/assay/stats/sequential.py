@@ -224,6 +224,7 @@ class SequentialTest:
         They are relative to the density of the law.
         """
         size_N = self.law.magnitudes(values)
+        # All paths are ratios to the typical scale, so that sums of thousands stay small.
         base_N = self.law.log_density(size_N, 1.0)
         honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
         bets = []

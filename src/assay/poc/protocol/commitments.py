@@ -363,6 +363,7 @@ class CommitmentTree:
                 wanted=f"uint8[{count}, B], the bytes of each value",
                 do="pack one value for each nonce",
             )
+        # Before the cast, which would wrap numbers around.
         in_range = (
             stated_N.dtype.kind in "iu" and stated_N.min() >= 0 and stated_N.max() <= MAX_NONCE
         )
@@ -480,6 +481,7 @@ def _level_above(level: npt.NDArray[Any]) -> npt.NDArray[Any]:
     joined["first"] = pairs["first"][:, 0]
     joined["last"] = pairs["last"][:, 1]
     joined["hash"] = _hash_rows(rows)
+    # A label without a partner moves up as it is.
     if len(level) % 2:
         above[-1] = level[-1]
     return above

@@ -331,6 +331,7 @@ class NetworkPins(Table):
             )
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
         self._agreed = Pins(**{name: getattr(round_pins, name) for name in shared})
+        # Only for the refusal of positions that no share has.
         if round_pins.nonces is not None:
             Round(block_hash="any", public_key="any", node_count=round_pins.node_count).nonces(
                 *round_pins.nonces

@@ -119,6 +119,7 @@ def parse_line(
         raise line_error(
             path, number, "the file ends within this line", "a complete file: it was cut off"
         )
+    # Before the line is parsed, because every part of it takes memory of its own.
     for character, times in most.items():
         if (count := line.count(character)) > times:
             raise line_error(
@@ -131,6 +132,7 @@ def parse_line(
             "the line ends of Windows (CRLF)",
             "LF alone: fetch the file again as binary",
         )
+    # A line has one form: what was read must be the same bytes when it is written again.
     try:
         value = read(line)
         written = write(value)

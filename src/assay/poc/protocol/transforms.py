@@ -204,6 +204,7 @@ class Transform:
         weights_BT = as_tensor(self._backend.signs(self._seeds("weights", inputs), seq_len)).float()
         first = read.first(seq_len)
         if read.scaled:
+            # Neighbours get opposite signs, so what they have in common cancels.
             pairs_BR = weights_BT.repeat_interleave(2, dim=1)[:, : seq_len - first]
             pairs_BR[:, 1::2] *= -1
             weights_BT[:, first:] = pairs_BR

@@ -121,6 +121,8 @@ def load_adapter(path: str | Path) -> Lora:
             wanted="an adapter as peft writes it",
             do="write it again",
         ) from None
+    # Only settings that are known to leave the products as they are pass, so a new one of peft
+    # is refused until it was looked at.
     for name, value in ({name: values[-1] for name, values in _READ.items()} | config).items():
         if name not in _FREE and (
             value not in _READ[name] if name in _READ else value not in (None, False, {}, [])

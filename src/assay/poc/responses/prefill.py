@@ -113,6 +113,7 @@ class HFPrefill(Prefill):
         while order:
             alike = [index for index in order[: self.batch_size] if kinds[index] == kinds[order[0]]]
             batch = alike[: self._fitting([responses[index] for index in alike])]
+            # A set, because files of receipts have up to a million.
             in_batch = set(batch)
             order = [index for index in order if index not in in_batch]
             with nullcontext() if adapter is None else adapter.on(self.model):

@@ -171,6 +171,7 @@ def _borders(
         enter_NV = torch.maximum(enter_NV, largest[:, -2:-1] - z_NV)
         leave_NV = torch.minimum(leave_NV, z_NV - largest[:, -1:])
         left_NV &= z_NV >= largest[:, -2:-1]
+    # In log odds of the mass before a token, which move as far as the logits of that mass do.
     if sampling.top_p < 1:
         sorted_NV, order_NV = torch.where(left_NV, z_NV, -math.inf).sort(
             dim=1, descending=True, stable=True
@@ -237,6 +238,7 @@ def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor
     for squared, scale in enumerate(SCALES[::-1]):
         if scale <= enough or len(near_NK[0]) == vocabulary:
             total_N = torch.logsumexp(-near_NK / scale, dim=1)
+        # Half of the scale squares the powers, which is cheaper than another exponential.
         elif squared < _SQUARINGS:
             total_N = power_NV.sum(dim=1, dtype=torch.float64).log()
             power_NV.square_()
@@ -324,6 +326,7 @@ def replay(
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     engine = engine or HFPrefill(model)
     results: dict[int, ReplayedResponse] = {}
+    # An adapter changes every row of a batch, so its responses run by themselves.
     for used in (None, adapter) if adapter is not None else (None,):
         places = [
             place

@@ -143,6 +143,7 @@ def read_requests(
                 f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do
             ) from None
         name = (answers[0].user_seed, answers[0].request_id)
+        # The noise of an answer is drawn by this name, so two of one name would share it.
         if name in names:
             raise DataError(
                 f"{path}, line {number}: the request id {answers[0].request_id!r:.80} of line "
@@ -199,6 +200,7 @@ def _requests(
     texts, tokens = (
         [] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids")
     )
+    # One text stands for itself, as clients of chat servers send it.
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not isinstance(tokens, list):
         raise UsageError(

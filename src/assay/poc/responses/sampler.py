@@ -191,6 +191,7 @@ class Sampler:
         if self._uses_top_p:
             left_NV = z_NV.masked_fill(~kept_NV, -math.inf)
             sorted_NV, order_NV = left_NV.sort(dim=1, descending=True, stable=True)
+            # Sums over a vocabulary in float32 would round tokens in or out.
             sorted_NV = sorted_NV.to(torch.float64)
             sums_NV = torch.exp(sorted_NV - sorted_NV[:, :1]).cumsum(dim=1)
             before_NV = torch.nn.functional.pad(sums_NV[:, :-1], (1, 0), value=-1.0)

@@ -51,6 +51,7 @@ class Calibration:
                 do="leave the control out, or measure one in these formats: `assay poc calibrate "
                 "--model M`",
             )
+        # First what measured both formats, then what measured this very engine.
         fitting.sort(
             key=lambda build_noise: (
                 dtypes not in build_noise.formats,

@@ -122,6 +122,7 @@ class _EntryChain:
         self.found = False
         self._noted = defaultdict[str, list[int]](list)
         self.genesis: Genesis | None = None
+        # One head is right; a second one shows that the table was altered.
         heads = connection.execute(sa.select(LEDGER)).fetchmany(2)
         try:
             self.genesis = Genesis.parse(
@@ -132,6 +133,7 @@ class _EntryChain:
             return
         self.hash = self.genesis.hash
         self.found = head == self.hash
+        # Clocks differ and are set back, so a strange time is a note and no fault.
         before = self.genesis.created
         latest = time.time() + CLOCK
         for row in connection.execute(_ROWS, execution_options={"yield_per": AT_ONCE}):

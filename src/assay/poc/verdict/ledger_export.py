@@ -67,6 +67,7 @@ def read_export(path: Path, database: Database) -> str:
                         source,
                         f"a law that no line before it gives, or a name given twice ({error.orig})",
                     ) from None
+        # The copy is written out again: what is not an export line for line is refused.
         for read_line, wanted in zip_longest(_lines_of(path), export_lines(connection)):
             text, source = read_line or ("", f"{path}, the end")
             if text != wanted and not (

@@ -157,7 +157,9 @@ def leave_out(
     if len(kinds) < FEWEST_MACHINES:
         return None, None
     checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
+    # The smallest effect at which engines that were left out are seldom accused.
     for effect in EFFECTS:
+        # The same draws for every effect, so that nothing else differs.
         rng = np.random.default_rng(0)
         shares = list[float]()
         machines_left_out = list[int]()

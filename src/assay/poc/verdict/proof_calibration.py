@@ -209,6 +209,7 @@ def _fit_scores(
         chosen: dict[Pair, Sides] = {}
         for pair, sides in sides_by_pair.items():
             if tuple(engines[row].dtype for row in pair) == formats:
+                # A pair counts once, in the direction that came first.
                 chosen.setdefault((min(pair), max(pair)), sides)
         control = Control.measured([*chosen.values()], of=formats[1], dtypes=controls)
         if control is not None:

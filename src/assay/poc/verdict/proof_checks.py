@@ -46,6 +46,7 @@ def check_proof(
         if calibration.fixes_format(header):
             pins = replace(pins, prover_dtype=header.fingerprint.dtype)
     pins.check(header)
+    # Only for its refusals, before a model is loaded.
     draw_records(proof, sample, 0)
     check_distinct_seeds(header.round, header.all_nonces())
     return pins

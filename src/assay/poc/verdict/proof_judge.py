@@ -137,6 +137,7 @@ def judge(
     header = proof.header
     nonces = tuple(record.nonce for record in received)
     residuals_N = residuals(received, recomputed)
+    # The published count stands beside the verdict, for those who compare.
     if header.pipeline.output == "distance":
         pairs = zip(received, recomputed, strict=True)
         valid = [(record, again) for record, again in pairs if header.is_valid(record)]

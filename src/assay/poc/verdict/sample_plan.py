@@ -85,6 +85,7 @@ def plan_sample(
     rng = np.random.default_rng(0)
     law = test.law
     shape = _TRIALS, min(LARGEST_SAMPLE, proved) if sample is None else sample
+    # Honest residuals are drawn through the inverse of the survival function on a grid.
     grid = np.geomspace(law.size * 1e-4, law.size * 1e6, _GRID)
     honest_RC = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
     cheap_RC = rng.random(shape) < EXCLUDED[0][0]

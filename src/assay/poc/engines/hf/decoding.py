@@ -72,7 +72,7 @@ class StepDraws(ABC):
     def replayed(
         self, states_RND: Float[Tensor, "R N D"], claimed_RN: NDArray[Any], count: int
     ) -> Values:
-        """Return what is compared with the first ``count`` claims, from the states behind them."""
+        """Return what is compared with the first ``count`` claims, from the states of all."""
 
 
 class Draws(StepDraws):
@@ -157,7 +157,7 @@ class Draws(StepDraws):
 
 
 class ChainDraws(StepDraws):
-    """The noise of the prompts, and the chain of inputs and points behind them.
+    """The noise of the prompts, and the chain of inputs and points that follow.
 
     Attributes:
         chain: Chain of the batch.

@@ -109,6 +109,7 @@ class HFEngine(Engine):
         self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False
     ) -> None:
         check_shape(model, batch_size=batch_size, seq_len=seq_len)
+        # See `MIN_POSITIONS`: a batch of fewer positions would let places decide bits.
         if batch_size > 1:
             batch_size = max(batch_size, -(-MIN_POSITIONS // seq_len))
         check_fits(model, batch_size, seq_len)

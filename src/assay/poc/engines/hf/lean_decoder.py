@@ -119,6 +119,7 @@ def _is_plain(module: nn.Module) -> bool:
             has_unrounded = True
     if not rounded:
         return True
+    # Joined weights share the scales of a block, so each of them must fill its blocks.
     block = rounded[0].arithmetic.block
     linears = [part for part in rounded if isinstance(part, EightBitLinear)]
     fills_blocks = not block or all(part.out_features % block[0] == 0 for part in linears)
@@ -350,6 +351,7 @@ class MixtureLayer(KernelLayer):
         assert weights.router is not None
         shares_NK, chosen_NK = self.routed(rows_ND, weights.router)
         order_S, ends_E = sort_by_expert(chosen_NK, len(weights.router))
+        # The inverse of the order: where the copies of a row stand once they are sorted.
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         spread = use.spread(rows_ND, places_S, self.by)
@@ -466,6 +468,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0].data
     starts = [part.data.data_ptr() for part in parts]
     ends = [start + part.data.nbytes for start, part in zip(starts, parts, strict=True)]
+    # Parts that already lie side by side are joined without a copy.
     in_one = {part.data.untyped_storage().data_ptr() for part in parts}
     if len(in_one) == 1 and starts[1:] == ends[:-1]:
         return torch.as_strided(
