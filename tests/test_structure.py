@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "assay").rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 MOST_STATEMENTS = 45
 MOST_TUPLES = 30
 """Swaps, and values that a call or a step of a formula gives together."""
@@ -27,12 +27,18 @@ MOST_NAMES = 200
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
 
 
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The syntax of every module, which takes seconds to read."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
 def imports(name: str) -> list[tuple[str, str]]:
     """Every import in a module, the type-only and the late ones included: (module, imported name or
     nothing).
     """
     found = []
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(trees()[name]):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
             for alias in node.names:
@@ -97,7 +103,7 @@ def test_no_function_has_more_statements_than_a_screen():
     """Statements and not lines: packing must not make a function short."""
     too_long = {
         f"{name}.{node.name}": statements(node)
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and statements(node) > MOST_STATEMENTS
@@ -109,7 +115,7 @@ def test_an_assignment_binds_one_thing():
     """``a, b = x, y`` reads as one fact, and is two. A swap needs the form."""
     packed = [
         f"{name}:{node.lineno}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if measure.is_tuple_assignment(node)
     ]
@@ -119,7 +125,7 @@ def test_an_assignment_binds_one_thing():
 def test_a_class_name_is_of_one_class():
     """A name that stands for two things costs its reader a look at the imports."""
     places = defaultdict(list)
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name)
@@ -139,11 +145,13 @@ def test_research_and_examples_import_what_there_is():
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             if module.partition(".")[0] == "assay":
                 there = {
-                    name for statement in TREES[module].body for name in given_names(statement)
+                    name for statement in trees()[module].body for name in given_names(statement)
                 }
                 stub = MODULES[module].with_suffix(".pyi")
                 whole = (
-                    ast.parse(stub.read_text(encoding="utf-8")) if stub.exists() else TREES[module]
+                    ast.parse(stub.read_text(encoding="utf-8"))
+                    if stub.exists()
+                    else trees()[module]
                 )
                 parts = [
                     part

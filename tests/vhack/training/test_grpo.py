@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl.generation.vllm_generation import VLLMGeneration
 
 from assay.errors import UsageError
 from assay.vhack import weight_svd
@@ -317,6 +316,8 @@ class Weights(Engine):
 
 def generation(module, engine, mode):
     """TRL's object without its constructor, which starts or looks for a vLLM."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
     made = object.__new__(VLLMGeneration)
     executor = SimpleNamespace(
         driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=engine))
