@@ -26,7 +26,9 @@ ARMS = {
     ("vhack_filter_others.json", "penalty=cin-lda"): "flagged rollouts paid 1 less",
 }
 TOGETHER = 4  # steps whose mean is one point
-WIDTH = 720
+FIGURE = (4.0, 3.2)  # inches
+WIDTH = 440  # of pictures, which a phone of 360 shows at three quarters: letters stay legible
+DOTS = 2  # of the file for one of its width
 COLORS = 128  # of pages in flat colours: more are not seen, and make files three times as large
 PARTS = {
     "report-poc": ("demo/report.html", "figure >> nth=0", "h2:has-text('v_hack')"),
@@ -48,7 +50,7 @@ def write_arms(path: Path) -> None:
     seeds.
     """
     report = Report("v_hack", "")
-    fig, ax = figure(6.8, 2.8)
+    fig, ax = figure(*FIGURE)
     for ((file, name), label), color in zip(
         ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True
     ):
@@ -68,12 +70,12 @@ def write_arms(path: Path) -> None:
             steps, means.min(axis=0), means.max(axis=0), color=color, alpha=0.15, linewidth=0
         )
     ax.set(xlabel="step of training", ylabel="share of rollouts", ylim=(-0.03, 1.03))
-    legend(ax)
+    legend(ax, loc="upper center", bbox_to_anchor=(0.45, -0.22))
     report.section("Rollouts that cheat")
     report.figure(
         fig,
         "One exploit is stored in every group; the detector knows three of six kinds. A model of "
-        "7 M, 8 seeds.",
+        "7 M, 8 seeds, equal time: an arm with slower steps ends earlier.",
     )
     report.paragraph("End")
     report.write(path)
@@ -91,7 +93,10 @@ def main() -> None:
         for name, (report, first, end) in PARTS.items():
             for scheme in ("light", "dark"):
                 watched = Watched(
-                    browser, color_scheme=scheme, viewport={"width": WIDTH, "height": 900}
+                    browser,
+                    color_scheme=scheme,
+                    viewport={"width": WIDTH, "height": 900},
+                    device_scale_factor=DOTS,
                 )
                 watched.page.goto((folder / report).as_uri())
                 top, bottom = (

@@ -2,10 +2,12 @@
 without a file.
 """
 
+import codecs
 import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +140,11 @@ def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
         pytestconfig.rootpath / "tests/vectors/frame_qwen3.safetensors"
     )
     (made / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    proof = (made / "proof.jsonl").read_bytes()
+    (made / "within.jsonl").write_bytes(proof[: proof.index(b"\n") + 4])
+    for name, content in {"marked.jsonl": proof, "marked.toml": b"[poc.prove]\n"}.items():
+        (made / name).write_bytes(codecs.BOM_UTF8 + content)
+    (made / "pairs.csv").write_text("prompt,hack,clean\na,b,c\n")
     texts = {"nothing": "", "text.txt": "words\n", "list.json": "[1]", "nüll.jsonl": "null\n"}
     wrong = {"number": "nonces = 5.5", "true": "seq_len = true", "json": 'json = "no"'}
     for name, text in (
@@ -300,3 +307,27 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder
     assert (code, out) == (2, "[]\n"), err
     assert all(part in err for part in ("error: ", "wanted: ", "to do: "))
     assert not (folder / "f.safetensors").exists()
+
+
+PLAIN_WORDS = {
+    "vhack extract --model model --pairs pairs.csv -o b.safetensors": "this is CSV",
+    "vhack merge --model model --delta pairs.csv -o merged": "no safetensors file",
+    f"poc prove --model corrupt {ROUND} -o a.jsonl": "corrupt or cut short",
+    f"poc prove --model '~/absent' {ROUND} -o a.jsonl": str(Path.home() / "absent"),
+    VERIFY % "marked.jsonl": "byte order mark",
+    f"{PROVE} --config marked.toml -o a.jsonl": "byte order mark",
+    "poc calibrate --valid-rate 10%": "a number such as 0.1, without a sign for percent",
+    "vhack pairs generate --count 1e9 -o g.jsonl": "a whole number such as 64",
+    "vhack train --model model --detector cin -o new": "did you mean cin-svd or cin-lda?",
+    VERIFY % "within.jsonl": "line 2: the file ends within this line",
+    "ledger show": "did you mean assay poc ledger?",
+}
+
+
+@pytest.mark.parametrize("command", PLAIN_WORDS)
+def test_a_mistake_is_called_by_its_name_once(command, folder, fresh):
+    """On 0944c8c1 the words are those of a parser, or the parts of two errors."""
+    code, _, err = fresh(*with_file(*shlex.split(command)))
+    assert code == 2
+    assert PLAIN_WORDS[command] in err
+    assert (err.count("wanted: "), err.count("to do: ")) == (1, 1)

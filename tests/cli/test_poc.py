@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -360,3 +361,26 @@ def test_the_self_test_says_what_changes_and_ends_with_its_code(
     assert "other neighbours" in shown.out
     assert "decode" in refused(*words, "--preset", "decode")
     assert "--frame" in refused(*words, "--preset", "tokens-1")
+
+
+def test_tables_are_for_people_and_name_the_next_command(assay, proving, prove, tmp_path):
+    """Three digits, no empty row, 120 columns; on 0944c8c1 a law has 17 digits and empty rows."""
+    shown = [
+        prove(f"{number}.jsonl", nonces="0:32", dtype=dtype)
+        for number, dtype in enumerate(("float32", "bfloat16", "float16"))
+    ]
+    law = ("-o", tmp_path / "law.json")
+    shown.append(assay("poc", "calibrate", *sorted(tmp_path.glob("*.jsonl")), *law))
+    for done in shown:
+        assert done.code == 0, done.err
+        _, *rows = done.out.splitlines()
+        assert all(len(row.split()) > 1 for row in rows), "an empty row"
+        assert max(len(row.rstrip()) for row in rows) <= 120
+        assert not re.search(r"\d\.\d{7,}|\w\(\w+=", done.out)
+    assert "may be accused" in shown[-1].out
+    assert "two number formats are two builds" in shown[-1].err
+    assert "--dtype" in shown[-1].err
+    assert "next: assay poc verify" in shown[0].err
+    vectors = prove("vectors.jsonl", preset="artifact")
+    assert "valid" not in vectors.out, "this preset has no target"
+    assert "first batch" not in vectors.out

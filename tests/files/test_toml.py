@@ -45,6 +45,12 @@ def test_a_file_that_is_no_toml_of_assay_is_named(tmp_path, content):
     assert refusal.value.seen.startswith(f"{path}: ")
 
 
+def test_a_byte_order_mark_is_called_by_its_name(tmp_path):
+    (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfa = 1\n")
+    with pytest.raises(DataError, match="byte order mark"):
+        read_toml(tmp_path / "settings.toml")
+
+
 def test_every_whole_number_of_toml_is_read():
     assert parse_toml(f"least = {-(2**63)}\nlargest = {2**63 - 1}") == {
         "least": -(2**63),

@@ -315,7 +315,8 @@ def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool
     for build in measured.builds:
         values = {"path": str(chosen.output), **describe(build)}
         if not as_json:
-            values["limits"] = in_column(build.limits)
+            texts = {name: value for name, value in values.items() if isinstance(value, str)}
+            values |= {name: in_column(text) for name, text in texts.items()}
         show_values("assay.poc.calibrate/1", values, as_json, title="law")
     if chosen.pins is None or chosen.model is None:
         return

@@ -45,6 +45,7 @@ PAIRS = 48  # half of them fit the filter
 COMPARED = (
     20  # of which the model reads both sides: the fewest that show 5 % of clean completions lost
 )
+FIGURE = (4.0, 3.4)  # inches: its letters are legible on a phone
 MOST_WEIGHTS = 50_000_000  # of a model that is asked for gradients
 GRADIENTS = "cin-lda"  # the detector that reads gradients of δS
 SMOLLM2 = "pretrained:smollm2"
@@ -205,27 +206,23 @@ def draw(
             [*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)
         ]
         report.table(COLUMNS, rows, caption=caption)
-    fig, ax = figure()
+    fig, ax = figure(*FIGURE)
     for index, case in enumerate([honest[0], *cheaters]):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
-        ax.semilogy(
-            sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6
-        )
+        name = case.name if index else "an honest node"
+        color = SERIES[index % len(SERIES)]
+        ax.semilogy(sorted(residuals), color=color, label=name, linewidth=1.6)
     if honest[0].verdict.sequential is not None:
-        ax.axhline(
-            honest[0].verdict.sequential.gross_threshold,
-            linestyle=":",
-            linewidth=1,
-            color=SERIES[0],
-        )
+        bound = honest[0].verdict.sequential.gross_threshold
+        name = "honest noise, once in 10 000"
+        ax.axhline(bound, linestyle="--", linewidth=1.2, color=SERIES[0], label=name)
     ax.set_xlabel("checked nonces, sorted")
     ax.set_ylabel("|received − recomputed|")
-    legend(ax)
+    legend(ax, loc="center right", bbox_to_anchor=(1.0, 0.47))  # where no curve runs
     report.figure(
         fig,
-        "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line "
-        "once in 10 000. "
-        f"A residual of 0 is drawn at {RESOLUTION:.1e}, the resolution of float32.",
+        "Residuals of one honest node and of every cheater. Honest noise exceeds the broken line "
+        f"once in 10 000. A residual of 0 is drawn at {RESOLUTION:.1e}, the resolution of float32.",
     )
     report.section("v_hack: which completions cheat?")
     report.table(

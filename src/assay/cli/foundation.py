@@ -220,7 +220,8 @@ def doctor(as_json: bool) -> int:
     facts = versions | {name: "none" if value is None else value for name, value in origin.items()}
     table(("", "here"), list(facts.items()), title="Versions and devices")
     rows = []
-    for row in backends:
+    # Without a GPU, what the other tables call missing is left out.
+    for row in (row for row in backends if row["available"] or facts["gpu"] != "none"):
         state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
         of_all = (
             sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16]

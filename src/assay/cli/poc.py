@@ -423,7 +423,7 @@ def _print_verdict(verdict: "ProofVerdict", standing: "Standing | None") -> None
         ("model", f"{header.round.model:.80} ({header.digest[:12]})"),
         ("number format", header.fingerprint.dtype),
         ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
-        ("pinned", ", ".join(verdict.pins.given) or "nothing"),
+        ("pinned", in_column(", ".join(verdict.pins.given) or "nothing")),
         ("on the prover's word", "\n".join(believed) or "nothing"),
         (
             "checked",

@@ -105,7 +105,8 @@ def find_path(reference: str) -> Path | None:
     Raises:
         ModelNotFound: It is a path at which no model can be.
     """
-    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
+    reference = os.path.expanduser(reference)  # noqa: PTH111 - that of Path fails where there is no such user
+    path = Path(reference)
     try:
         path = existing_spelling(path)
         if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):

@@ -23,6 +23,8 @@ def parse_toml(text: str) -> JsonObject:
 
     Keys have 64 parts at most, and whole numbers 64 bits.
     """
+    if text.startswith("\ufeff"):
+        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
     # The parser takes memory by the square of the number of parts.
     if _LONG_KEY.search(_STRING.sub("s", text)):
         raise ValueError(f"a key of more than {DEEPEST} parts")

@@ -85,9 +85,10 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     label = escape(description, quote=True).replace("\\", r"\\")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    width = f"--width: {fig.get_figwidth():g}in"  # for the style sheet: how far it is scaled
     svg = re.sub(
         r'<svg[^>]*?viewBox="([^"]+)"[^>]*>',
-        rf'<svg {_NAMESPACES} viewBox="\1" role="img" aria-label="{label}">',
+        rf'<svg {_NAMESPACES} viewBox="\1" style="{width}" role="img" aria-label="{label}">',
         svg,
         count=1,
         flags=re.DOTALL,
