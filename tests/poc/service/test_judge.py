@@ -10,6 +10,7 @@ from assay.errors import CalibrationError
 from assay.poc import Calibration, bundled_noise
 from assay.poc.service import ServiceSettings
 from assay.poc.service.distance_judge import HonestNoise, check_calibration
+from assay.poc.verdict import Ledger
 from assay.poc.verdict.build_noise import BuildNoise, describe_machines
 from assay.poc.verdict.machine_sizes import Sizes
 from assay.poc.verdict.sample_plan import sequential_test
@@ -22,10 +23,11 @@ from tests.waiting import until
 CLAIM = BLOCK | {"node_id": 0}
 
 
-def truth(service, count: int, key: str = "node_A") -> list[float]:
+def truth(service, nonces: int | list[int], key: str = "node_A") -> list[float]:
     """The distances that an honest node of this key has, computed beside the service."""
     round = replace(service.controller.progress.stored.round, public_key=key)
-    batches = service.rig.deployment().compute(round.inputs(range(count)), 4)
+    chosen = range(nonces) if isinstance(nonces, int) else nonces
+    batches = service.rig.deployment().compute(round.inputs(chosen), 4)
     return [record.distance for batch in batches for record in batch]
 
 
@@ -67,6 +69,41 @@ def test_other_computation_is_fraud_and_one_nodes_fraud_is_not_anothers(judging)
         ask(judging, list(range(12)), truth(judging, 12, "honest"), key="honest")["verdict"]
         == "honest"
     )
+
+
+@pytest.mark.parametrize("share", [{}, {"node_id": 1, "node_count": 8}])
+def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_neither_honest_nor_fraud(
+    serving, tmp_path, share
+):
+    """In the reply, on the page's summary and in the ledger alike, by places of its own sequence."""
+    path = tmp_path / "ledger.sqlite3"
+    with serving(ledger=path) as service:
+        service.post("/init/validate", ROUND | {"node_id": 0, "node_count": 1} | share)
+        step = share.get("node_count", 1)
+        nonces = list(range(share.get("node_id", 0), 160 * step, step))
+        right = dict(zip(nonces, truth(service, nonces), strict=True))
+        # The first two rows of every batch of 16, on this machine.
+        claimed = [right[n] + (0.002 if n // step % 16 < 2 else 0.0) for n in nonces]
+        body = {**CLAIM, **share, "public_key": "node_A"}
+        body.pop("node_count", None)
+        for part in (slice(0, 100), slice(100, 160)):
+            sent = {"nonces": nonces[part], "dist": claimed[part]}
+            reply = service.post("/validate", body | sent)["residual_test"]
+        assert (reply["verdict"], reply["fault"]) == ("faulty", "position mod 16 in 0 to 1")
+        shown = service.controller.judge.last()[0]
+        assert (shown["verdict"], shown["fault"]) == ("faulty", reply["fault"])
+        with Ledger(path, read_only=True) as ledger:
+            (standing,) = ledger.standings()
+        assert (standing.verdict, standing.fault) == ("faulty", reply["fault"])
+        service.restart()
+        sent = {"nonces": nonces[:1], "dist": claimed[:1]}
+        assert service.post("/validate", body | sent)["residual_test"] == reply
+
+
+def test_lies_at_fixed_places_and_elsewhere_are_fraud(judging):
+    right = truth(judging, 160)
+    wrong = [d + (0.002 if n % 16 < 2 or n % 5 == 0 else 0.0) for n, d in enumerate(right)]
+    assert ask(judging, list(range(160)), wrong)["verdict"] == "fraud"
 
 
 def test_evidence_survives_a_restart(judging):

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 
-from assay import stats
 from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
@@ -27,11 +26,10 @@ from assay.poc.verdict.entries import Account, LedgerUpdate, round_identity
 from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
 from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.ledger import Ledger
+from assay.poc.verdict.proof_judge import judge_residuals
 from assay.poc.verdict.published_rule import count_mismatches, published_rule
 from assay.poc.verdict.sample_plan import sequential_test
 
-# sequential tests kept in memory; others are rebuilt from the records when they are needed
-MAX_TESTS = 4096
 # Threshold of chains where a request names none, as the network has it.
 CHAIN_MARGIN = 0.025
 
@@ -122,9 +120,9 @@ class Judge:
     """Judges validation requests and keeps what it found.
 
     The residual test runs over all nonces of one key that were checked in a round, each counted
-    once, so that many small requests decide like one large one and asking twice proves nothing.
-    With a ledger, the same residuals enter the life of the node as well, of which replies say
-    nothing.
+    once, so that many small requests decide like one large one and asking twice proves nothing. As
+    in a proof, those at faulty places of the batch are set aside. With a ledger, the same residuals
+    enter the life of the node as well, of which replies say nothing.
     """
 
     def __init__(
@@ -140,7 +138,6 @@ class Judge:
             self._ledger = Ledger(settings.ledger, alpha=self._alpha, beta=settings.beta)
         self._checks = database["checks"]
         self._verdicts = database["verdicts"]
-        self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
     def judge(
         self,
@@ -158,20 +155,17 @@ class Judge:
         nonces = request.nonces
         received = request.dist
         count = published_rule(received, computed, stored.r_target)
-        test = self._test(stored, validator, public_key)
-        known_nonces = self._seen(stored.id, public_key, nonces)
-        new = [i for i, nonce in enumerate(nonces) if nonce not in known_nonces]
-        if test is not None:
-            test.update([received[i] - computed[i] for i in new])
+        checked = self._checked(stored.id, public_key)
+        new = [i for i, nonce in enumerate(nonces) if nonce not in checked]
+        checked |= {nonces[i]: received[i] - computed[i] for i in new}
+        noise = self._noise.of(get_pipeline(stored.preset), validator, stored.digest, stored.round)
         result: JsonObject = {
             "fraud_detected": count.n > 0 and count.p_value < stored.fraud_threshold,
             "computed_distances": list(computed),
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": _residual(
-                test, missing_law(stored.reference, stored.digest, stored.round)
-            ),
+            "residual_test": self._residual_test(stored, noise, checked),
         }
         who = {"public_key": public_key, "block_hash": stored.block_hash}
         about = {
@@ -182,7 +176,11 @@ class Judge:
             **who,
             "n": count.n,
             **about,
-            "verdict": result["residual_test"]["verdict"],
+            **{
+                name: result["residual_test"][name]
+                for name in ("verdict", "fault")
+                if name in result["residual_test"]
+            },
         }
         body = {
             "nonces": list(nonces),
@@ -194,15 +192,10 @@ class Judge:
             {"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]}
             for i in new
         ]
-        try:
-            # First: the ledger knows what it has counted, so a request that is repeated after a
-            # crash adds nothing.
-            self._record(stored, validator, request, computed)
-            self._save(stored.id, public_key, checks, summary, body)
-        except BaseException:
-            # The test in memory has values that are not on disk: it is rebuilt next time.
-            self._tests.pop((stored.id, public_key), None)
-            raise
+        # First: the ledger knows what it has counted, so a request that is repeated after a crash
+        # adds nothing.
+        self._record(stored, validator, request, computed, noise)
+        self._save(stored.id, public_key, checks, summary, body)
         return result
 
     def close(self) -> None:
@@ -216,19 +209,16 @@ class Judge:
         validator: Fingerprint,
         request: ValidateRequest,
         computed: Sequence[float],
+        noise: Noise | None,
     ) -> None:
         """Write the residuals of a request to the ledger, if there is one and the honest noise is
         known.
         """
-        if self._ledger is None or not request.nonces:
-            return
-        pipeline = get_pipeline(stored.preset)
-        noise = self._noise.of(pipeline, validator, stored.digest, stored.round)
-        if noise is None:
+        if self._ledger is None or noise is None or not request.nonces:
             return
         # A request does not say what the node computes with; the number format is the one that the
         # network agreed on.
-        node = {"public_key": request.public_key, "digest": stored.digest, "preset": pipeline.name}
+        node = {"public_key": request.public_key, "digest": stored.digest, "preset": stored.preset}
         update = LedgerUpdate(
             account=Account(**node, build=validator.dtype),
             round=round_identity(stored.round),
@@ -236,6 +226,7 @@ class Judge:
             noise=noise,
             nonces=request.nonces,
             residuals=[a - b for a, b in zip(request.dist, computed, strict=True)],
+            positions=_places(request.nonces, stored.round.node_count),
         )
         self._ledger.append([update])
 
@@ -246,36 +237,26 @@ class Judge:
         )
         return [loads(text, "verdict") for (text,) in self._db.rows(query)]
 
-    def _test(
-        self, stored: StoredRound, validator: Fingerprint, public_key: str
-    ) -> stats.SequentialTest | None:
-        key = (stored.id, public_key)
-        if key not in self._tests:
-            noise = self._noise.of(
-                get_pipeline(stored.preset), validator, stored.digest, stored.round
-            )
-            if noise is None:
-                return None
-            test = sequential_test(noise, alpha=self._alpha, beta=self._settings.beta)
-            c = self._checks.c
-            query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
-            old = [
-                math.nan if row.received is None else row.received - row.computed
-                for row in self._db.rows(query)
-            ]
-            self._tests[key] = test.update(old)
-        self._tests.move_to_end(key)
-        if len(self._tests) > MAX_TESTS:
-            self._tests.popitem(last=False)
-        return self._tests[key]
+    def _residual_test(
+        self, stored: StoredRound, noise: Noise | None, checked: dict[int, float]
+    ) -> JsonObject:
+        """Return the verdict on residuals by nonce."""
+        rates = {"alpha": self._alpha, "beta": self._settings.beta}
+        missing = missing_law(stored.reference, stored.digest, stored.round)
+        errors = np.fromiter(checked.values(), np.float64)
+        return _residual(
+            noise, errors, _places(list(checked), stored.round.node_count), rates, missing
+        )
 
-    def _seen(self, round_id: int, public_key: str, nonces: Sequence[int]) -> set[int]:
-        among = self._checks.c.nonce.between(min(nonces, default=0), max(nonces, default=0))
-        query = sa.select(self._checks.c.nonce).where(self._of(round_id, public_key), among)
-        return {nonce for (nonce,) in self._db.rows(query)}
-
-    def _of(self, round_id: int, public_key: str) -> sa.ColumnElement[bool]:
-        return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
+    def _checked(self, round_id: int, public_key: str) -> dict[int, float]:
+        """Return the residuals of a key in a round by nonce, in the order of their checks."""
+        c = self._checks.c
+        of_key = (c.round_id == round_id) & (c.public_key == public_key)
+        query = sa.select(c.nonce, c.received, c.computed).where(of_key).order_by(c.id)
+        return {
+            row.nonce: math.nan if row.received is None else row.received - row.computed
+            for row in self._db.rows(query)
+        }
 
     def _save(
         self,
@@ -336,25 +317,40 @@ def judge_vectors(
     if pipeline.texts == "published" and not points:
         return reply
     rates = {"alpha": account_alpha(settings.pins, settings.alpha), "beta": settings.beta}
-    test = None if noise is None else sequential_test(noise, **rates).update(errors)
-    residual = _residual(test, missing)
+    residual = _residual(noise, errors, _places(nonces, request.node_count), rates, missing)
     if points:
         return reply | {"residual_test": residual}
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 
 
-def _residual(test: stats.SequentialTest | None, missing: str) -> JsonObject:
-    if test is None:
+def _residual(
+    noise: Noise | None,
+    errors: FloatArray,
+    positions: Sequence[int],
+    rates: dict[str, float],
+    missing: str,
+) -> JsonObject:
+    """Return the verdict on residuals [N] in checked order, with the places that are faulty."""
+    if noise is None:
         return {"verdict": "undecided", "reason": missing}
-    result = test.result
-    return {
-        "verdict": result.verdict,
+    test = sequential_test(noise, **rates)
+    verdict, result, places = judge_residuals(errors, noise, test=test, positions=positions)
+    reply = {
+        "verdict": verdict,
         "checked": result.n,
         "log_e_value": result.log_e_max,
         "log_evidence_honest": result.log_evidence_honest,
         "gross": result.gross,
         "alpha": result.alpha,
     }
+    return reply | ({"fault": places.pattern} if places.faulty else {})
+
+
+def _places(nonces: Sequence[int], stride: int) -> list[int]:
+    """Return the index of each nonce in the sequence of its machine, whose nonces are a stride
+    apart.
+    """
+    return [nonce // stride for nonce in nonces]
 
 
 def _finite(value: float) -> float | None:

@@ -3,7 +3,7 @@
 from assay.poc.net.metrics import Exported, SnapshotGauge
 
 STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
-VERDICTS = ("honest", "fraud", "undecided")
+VERDICTS = ("honest", "fraud", "undecided", "faulty")
 OUTCOMES = ("delivered", "failed", "dead")
 PAUSES = ("storage", "callbacks")
 

@@ -1,7 +1,6 @@
 // Shows each snapshot of a validator.
 
 const SCHEMA = "assay.poc.validator/1";
-const VERDICTS = { honest: ["pass", "✓"], undecided: ["undecided", "?"], faulty: ["undecided", "!"], fraud: ["fail", "✕"] };
 const FULL = 7; // natural logarithm of the evidence that fills a bar: a thousand to one
 
 let shown = null; // the last snapshot
@@ -61,11 +60,6 @@ function promise(network) {
   const stated = nodes === null ? "The network states no number of nodes" : `${plural(nodes, "node")}, ${most} false convictions accepted`;
   const more = expected === null ? "" : `, up to ${expected.toPrecision(3)} false convictions`;
   return `${stated}: α of an account is ${alpha.toPrecision(3)}. With the error of the law${more}: ${visible(error)}.`;
-}
-
-function badge(verdict) {
-  const [kind, mark] = VERDICTS[verdict] ?? ["undecided", "·"];
-  return part(`badge ${kind}`, part("mark", mark), visible(verdict));
 }
 
 function nodeRow(node) {

@@ -74,6 +74,15 @@ def test_a_hostile_block_hash_is_text(live):
     assert watched.errors == []
 
 
+def test_an_open_fault_is_shown_with_its_places_and_never_as_honest_or_undecided(live):
+    fault = {"verdict": "faulty", "fault": "position mod 16 in 0 to 1"}
+    watched = live(snapshot(verdicts=[VERDICT | fault, VERDICT]))
+    cells = watched.page.locator("#verdict-rows tr td:first-child").all_inner_texts()
+    assert [cell.split()[:2] for cell in cells] == [["!", "faulty"], ["✓", "honest"]]
+    assert "position mod 16 in 0 to 1" in cells[0]
+    assert watched.errors == []
+
+
 def test_a_snapshot_of_another_form_is_not_read(live, stand_in):
     watched = live()
     stand_in.send({"schema": "assay.poc.snapshot/2"})

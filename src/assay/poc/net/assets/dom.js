@@ -38,3 +38,9 @@ function part(className, ...children) {
   node.append(...children);
   return node;
 }
+
+/** The badge of a verdict on a node. */
+function badge(verdict) {
+  const [kind, mark] = VERDICTS[verdict] ?? ["undecided", "·"];
+  return part(`badge ${kind}`, part("mark", mark), visible(verdict));
+}

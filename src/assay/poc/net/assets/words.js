@@ -2,6 +2,7 @@
 
 const THIN = "\u202f";
 const STATES = { IDLE: "Idle", GENERATING: "Generating", VALIDATING: "Validating", STOPPED: "Stopped" };
+const VERDICTS = { honest: ["pass", "✓"], undecided: ["undecided", "?"], faulty: ["undecided", "!"], fraud: ["fail", "✕"] };
 
 function count(value) {
   return Math.round(value).toLocaleString("en").replaceAll(",", THIN);

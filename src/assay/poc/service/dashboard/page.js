@@ -83,12 +83,10 @@ function showVerdicts(verdicts) {
 }
 
 function verdictRow(verdict) {
-  const fraud = verdict.verdict === "fraud";
-  const [kind, mark, word] = fraud ? ["fail", "✕", "fraud"] : verdict.verdict === "honest" ? ["pass", "✓", "honest"] : ["undecided", "?", "undecided"];
   const row = document.createElement("tr");
-  const rule = verdict.fraud_detected && !fraud ? "the count says fraud" : "";
+  const rule = verdict.fraud_detected && verdict.verdict !== "fraud" ? "the count says fraud" : "";
   row.append(
-    cell("", part("badge " + kind, part("mark", mark), word), rule && part("note", rule)),
+    cell("", badge(verdict.verdict), verdict.fault ? part("note", name(verdict.fault, 60)) : "", rule && part("note", rule)),
     cell("names", part("", name(verdict.public_key, 40)), part("note", name(verdict.block_hash, 40))),
     cell("n", `${count(verdict.n_invalid)} of ${count(verdict.n)}`, part("note", chance(verdict.probability_honest))),
     cell("when", moment(verdict.time)),
