@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from assay.poc.responses import Request
+from assay.poc.responses.stop_search import StopSearch
 from tests.models.tokenizer_families import CODE, FAMILIES, WORDS, family
 
 
@@ -91,20 +92,77 @@ def test_a_stop_after_a_run_of_bytes_is_found(letter: str, stop: str):
         assert not request.is_ended(encoded[: end - 1], (), tokenizer)
 
 
+def long_tokens(tokenizer: Any, draw: random.Random) -> list[int]:
+    """Return stretches of one kind: letters, bytes that are text or none, specials, anything."""
+    byte = [tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256)]
+    has_bytes = byte[0] not in (None, tokenizer.unk_token_id)
+    tokens: list[int] = []
+    for _ in range(draw.randint(1, 5)):
+        count = draw.choice([1, 2, 5, 20, 60])
+        kind = draw.randrange(6)
+        if kind == 0 and has_bytes:
+            values = [0xFF, 0x80, 0xE6, 0xBC, 0xF0, 0xEF, 0xBF, 0xBD, 0x41]
+            tokens += [byte[draw.choice(values)] for _ in range(count)]
+        elif kind == 1 and has_bytes:
+            tokens.append(byte[draw.choice([0xFF, 0x80, 0xE6, 0xF0])])
+        elif kind == 2:
+            tokens += [draw.choice(tokenizer.all_special_ids)] * count
+        elif kind == 3:
+            tokens += [draw.randrange(len(tokenizer)) for _ in range(count)]
+        else:
+            letters = draw.choice(["漢", "é", "🛑", "ab ", "x\n", "\ufffd", CODE, *WORDS])
+            tokens += tokenizer(letters * count, add_special_tokens=False)["input_ids"][: 4 * count]
+    return tokens or [0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stops_of_replacement_characters_are_found_in_long_answers_as_in_the_whole(name: str):
+    tokenizer = family(name)
+    draw = random.Random(name)
+    for _ in range(30):
+        prompt = long_tokens(tokenizer, draw)
+        output = long_tokens(tokenizer, draw)[:200]
+        end = draw.randint(1, len(output))
+        text = answer_text(tokenizer, prompt, output[:end], draw.random() < 0.5) or "a"
+        start = max(0, len(text) - draw.choice([1, 2, 3, 8, 30]))
+        stops = [text[start : start + draw.randint(1, draw.choice([2, 6, 20]))]]
+        stops.append(
+            draw.choice(["nowhere", "a\ufffd", "\ufffd" * draw.choice([2, 40]), "漢\ufffd"])
+        )
+        request = Request(prompt=tuple(prompt), request_id="r", stop=tuple(stops))
+        search = StopSearch(request.stop, request.ids, tokenizer)
+        grown = next((n for n, token in enumerate(output, 1) if search.add(token)), None)
+        assert grown == first_end(tokenizer, request, output), (prompt, output, stops)
+
+
 def test_a_long_answer_is_decoded_in_linear_time():
-    """Tokens decoded at a token stay few: of a run of bytes, of a long prompt, of plain text."""
+    """Tokens decoded at a token stay few: of bytes that are text or none, of a long prompt, of
+    special tokens, of plain text; and of a stop that any byte may make.
+    """
     tokenizer = family("sentencepiece with a prefix and bytes")
     decoded: list[int] = []
 
     class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
         def decode(self, ids: list[int], **how: Any) -> str:
             decoded.append(len(ids))
             return tokenizer.decode(ids, **how)
 
-    for text in ("漢" * 400, CODE * 10, "🛑é" * 200):
-        prompt = tuple(tokenizer(CODE * 20)["input_ids"])
-        output = tokenizer(text, add_special_tokens=False)["input_ids"]
-        request = Request(prompt=prompt, request_id="r", stop=("nowhere", "。"))
-        decoded.clear()
-        assert not request.is_ended(output, (), Counting())
-        assert sum(decoded) < 60 * len(output) + 20 * len(prompt)
+    ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("漢", CODE)}
+    broken = tokenizer.convert_tokens_to_ids(["<0xFF>", "<0xE6>"])
+    for output in (
+        ids["漢"] * 400,
+        ids[CODE] * 20,
+        broken[:1] * 1200,
+        broken[1:] * 1200,
+        [*broken, *ids["漢"] * 400],
+        [tokenizer.eos_token_id] * 1200,
+    ):
+        prompt = tuple(ids[CODE] * 20)
+        for stops in (("nowhere", "。"), ("nowhere", "\ufffd\ufffda")):
+            request = Request(prompt=prompt, request_id="r", stop=stops)
+            decoded.clear()
+            assert not request.is_ended(output, (), Counting())
+            assert sum(decoded) < 250 * len(output) + 20 * len(prompt)

@@ -2,17 +2,27 @@
 
 Tokens of an answer have no text of their own: a letter may be several of them, the bytes of a run
 are text or none together, and many tokenizers drop a space at the start of what they decode. So the
-text of an answer is what is decoded after the text of its prompt, and a window of last tokens is
-decoded only from a token on at which the text before was whole.
+text of an answer is what is decoded after the text of its prompt.
+
+Of a long answer, a window of last tokens is decoded, whose text is the end of the whole text and
+longer than every stop. Tokenizers of bytes as tokens (`<0xE6>`) decode a run of them as a whole:
+one byte that is no text turns all of it into replacement characters. So the state of a run's bytes
+and the text before it are kept.
 """
 
+import codecs
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from assay.models.token_text import added_text, decode_tokens
 
-# What tokenizers write for bytes that are no text.
+# What tokenizers write for a byte that is no text.
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_LETTER = 4  # bytes of the longest letter
+# Tokens of a window, and characters of its text, beside those of the longest stop.
+_MORE = 8
 
 
 class StopSearch:
@@ -24,9 +34,7 @@ class StopSearch:
 
     def __init__(self, stops: Sequence[str], prompt: Sequence[int], tokenizer: Any) -> None:
         self._views = [
-            _GrowingText(stops, prompt, tokenizer, skip_special_tokens=skip)
-            for skip in (False, True)
-            if stops
+            _GrowingText(stops, prompt, tokenizer, skips=skips) for skips in (False, True) if stops
         ]
 
     def add(self, token: int) -> bool:
@@ -40,36 +48,111 @@ class _GrowingText:
     """The end of a text that grows by tokens, in which stop texts are looked for."""
 
     def __init__(
-        self,
-        stops: Sequence[str],
-        prompt: Sequence[int],
-        tokenizer: Any,
-        *,
-        skip_special_tokens: bool,
+        self, stops: Sequence[str], prompt: Sequence[int], tokenizer: Any, *, skips: bool
     ) -> None:
         self._stops = stops
         self._tokenizer = tokenizer
-        self._skips = skip_special_tokens
-        self._overlap = max(map(len, stops)) - 1
-        # A byte that comes later turns what was decoded into such characters, back to the start.
-        self._slides = not any(_NO_TEXT in stop for stop in stops)
-        self._settled_tokens = list(prompt)
-        self._settled = self._decode(prompt)
-        self._new_tokens: list[int] = []
-        self._tail = ""
+        self._skips = skips
+        added = getattr(tokenizer, "added_tokens_decoder", {}) if skips else {}
+        self._skipped = {token for token, content in added.items() if content.special}
+        self._longest = max(map(len, stops))
+        names = getattr(tokenizer, "convert_tokens_to_ids", None)
+        byte = names("<0xFF>") if names else None
+        # Whether bytes are tokens, of which a run is text or none.
+        self._has_bytes = byte is not None and self._decode([byte]) == _NO_TEXT
+        self._run = _ByteRun()
+        self._window = [token for token in prompt if token not in self._skipped]
+        for token in self._window:
+            self._run.add(self._byte_of(token))
+        self._head = self._decode(self._window)  # what the window has of the prompt's text
+        self._new = ""  # text of the answer in the window
+        self._before_run: str | None = None  # that before a run which began in the answer
+        self._most = 0  # tokens of the window before it is shortened
+        self._shorten(self._head)
 
     def add(self, token: int) -> bool:
-        self._new_tokens.append(token)
-        text = self._decode([*self._settled_tokens, *self._new_tokens])
-        new = added_text(self._settled, text)
-        searched = self._tail + new
-        if self._slides and new and not new.endswith(_NO_TEXT):
-            # The tokens of this text begin the next window: of them a first space may be lost.
-            self._tail = searched[max(0, len(searched) - self._overlap) :]
-            self._settled_tokens = self._new_tokens
-            self._settled = self._decode(self._settled_tokens)
-            self._new_tokens = []
-        return any(stop in searched for stop in self._stops)
+        if token in self._skipped:
+            return False
+        self._window.append(token)
+        self._run.add(self._byte_of(token))
+        if self._run.length < 2:
+            self._before_run = self._new[-self._longest :] if self._run.length else None
+        text = self._decode(self._window)
+        self._new = added_text(self._head, text)
+        texts = [self._new]
+        if self._before_run is not None and not self._run.is_text:
+            texts.append(self._before_run + _NO_TEXT * min(self._run.length, self._longest))
+        if len(self._window) > self._most:
+            self._shorten(text)
+        return any(stop in searched for stop in self._stops for searched in texts)
+
+    def _shorten(self, text: str) -> None:
+        """Leave tokens out of the window, whose text is given."""
+        run = self._run
+        count = len(self._window)
+        first = max(0, count - run.length)  # of the run at the end
+        last = count - self._longest - _MORE
+        if run.broken_after is not None and first < last:
+            # What broke it, and as many of the same character as a stop may have.
+            end = max(0, count - run.length + run.broken_after)
+            broken = range(max(first, end - _LETTER), end)
+            self._keep([*broken, *range(max(end, last), count)])
+        elif start := self._start(text, last if run.is_text else min(first, last)):
+            self._keep(range(start, count))
+        elif run.broken_after is None and not run.is_text:
+            return  # after the next byte, perhaps
+        self._most = len(self._window) * 3 // 2 + _MORE
+
+    def _start(self, text: str, last: int) -> int:
+        """Return where a shorter window may begin; 0 where it may not."""
+        count = len(self._window)
+        while last > 0:
+            for start in range(last, max(0, last - _LETTER), -1):
+                rest = self._decode(self._window[start:])
+                byte = self._byte_of(self._window[start])
+                begins = byte is None or not 0x80 <= byte < 0xC0
+                if begins and len(rest) >= self._longest + _MORE and text.endswith(rest):
+                    return start
+            last -= count - last
+        return 0
+
+    def _keep(self, places: Sequence[int]) -> None:
+        self._window = [self._window[place] for place in places]
+        text = self._decode(self._window)
+        self._head = text[: max(0, len(text) - len(self._new))]
+
+    def _byte_of(self, token: int) -> int | None:
+        """Return the byte that a token stands for; None where it stands for text."""
+        if not self._has_bytes:
+            return None
+        named = _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "")
+        return int(named[1], 16) if named else None
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return decode_tokens(self._tokenizer, tokens, skip_special_tokens=self._skips)
+
+
+class _ByteRun:
+    """The tokens of bytes at the end of a text: how many, and whether they are text."""
+
+    length = 0
+    broken_after: int | None = None  # number of tokens after which no more make text of them
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, byte: int | None) -> None:
+        """Add the byte of the next token; None, where it is text, ends the run."""
+        self.length = 0 if byte is None else self.length + 1
+        try:
+            if byte is None:
+                self.broken_after = None
+                self._decoder.reset()
+            elif self.broken_after is None:
+                self._decoder.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            self.broken_after = self.length
+
+    @property
+    def is_text(self) -> bool:
+        return self.broken_after is None and not self._decoder.getstate()[0]

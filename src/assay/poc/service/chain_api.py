@@ -26,15 +26,9 @@ from assay.poc.service.states import State
 CHAIN_PREFIX = "/api/v1/inference/pow"
 """Path that the client calls: that of MLNode, whose servers have the published path."""
 
-CONFIG = (
-    "block_hash",
-    "block_height",
-    "public_key",
-    "node_id",
-    "node_count",
-    "group_id",
-    "n_groups",
-    "seq_len",
+CONFIG = tuple(
+    """block_hash block_height public_key node_id node_count
+    group_id n_groups seq_len""".split()  # noqa: SIM905
 )
 """What a status says of the round."""
 

@@ -159,13 +159,20 @@ class Judge:
         new = [i for i, nonce in enumerate(nonces) if nonce not in checked]
         checked |= {nonces[i]: received[i] - computed[i] for i in new}
         noise = self._noise.of(get_pipeline(stored.preset), validator, stored.digest, stored.round)
+        residual = _residual(
+            noise,
+            np.fromiter(checked.values(), np.float64),
+            _places(list(checked), stored.round.node_count),
+            {"alpha": self._alpha, "beta": self._settings.beta},
+            missing_law(stored.reference, stored.digest, stored.round),
+        )
         result: JsonObject = {
             "fraud_detected": count.n > 0 and count.p_value < stored.fraud_threshold,
             "computed_distances": list(computed),
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": self._residual_test(stored, noise, checked),
+            "residual_test": residual,
         }
         who = {"public_key": public_key, "block_hash": stored.block_hash}
         about = {
@@ -176,11 +183,7 @@ class Judge:
             **who,
             "n": count.n,
             **about,
-            **{
-                name: result["residual_test"][name]
-                for name in ("verdict", "fault")
-                if name in result["residual_test"]
-            },
+            **{name: residual[name] for name in ("verdict", "fault") if name in residual},
         }
         body = {
             "nonces": list(nonces),
@@ -236,17 +239,6 @@ class Judge:
             sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
         )
         return [loads(text, "verdict") for (text,) in self._db.rows(query)]
-
-    def _residual_test(
-        self, stored: StoredRound, noise: Noise | None, checked: dict[int, float]
-    ) -> JsonObject:
-        """Return the verdict on residuals by nonce."""
-        rates = {"alpha": self._alpha, "beta": self._settings.beta}
-        missing = missing_law(stored.reference, stored.digest, stored.round)
-        errors = np.fromiter(checked.values(), np.float64)
-        return _residual(
-            noise, errors, _places(list(checked), stored.round.node_count), rates, missing
-        )
 
     def _checked(self, round_id: int, public_key: str) -> dict[int, float]:
         """Return the residuals of a key in a round by nonce, in the order of their checks."""

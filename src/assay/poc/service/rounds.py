@@ -76,20 +76,12 @@ class RoundValues:
     @property
     def round(self) -> Round:
         """The round as the engine knows it."""
-        shared = (
-            "block_hash",
-            "public_key",
-            "block_height",
-            "preset",
-            "seq_len",
-            "r_target",
-            "strength",
-        )
+        shared = "block_hash public_key block_height preset seq_len r_target strength"
         return Round(
             node_id=self.node_id + self.group_id * self.node_count,
             node_count=self.node_count * self.n_groups,
             model=self.reference,
-            **{name: getattr(self, name) for name in shared},
+            **{name: getattr(self, name) for name in shared.split()},
         )
 
 
@@ -107,16 +99,9 @@ class StoredRound(RoundValues):
 
     def public(self) -> dict[str, Any]:
         """Return the public values: without the callback URL, which may contain a token."""
-        hidden = {
-            "callback_url",
-            "under_pins",
-            "next_nonce",
-            "checked",
-            "valid",
-            "seconds",
-            "touched_at",
-        }
-        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+        hidden = "callback_url under_pins next_nonce checked valid seconds touched_at"
+        values = self.__dict__.items()
+        return {name: value for name, value in values if name not in hidden.split()}
 
 
 @dataclass(frozen=True)
