@@ -313,6 +313,20 @@ def test_a_result_does_not_replace_its_source(assay, refused, tmp_path):
     assert "No such file" in merged.err, "builds are added to a calibration file"
 
 
+@pytest.mark.parametrize("content", ["nodes = [1]\n", '{"prompt": "a"}\n{"prompt": "b"}\n', "\0"])
+def test_a_result_replaces_no_file_of_another_kind(refused, assay, tmp_path, content):
+    """A command without --overwrite replaces its earlier result, and nothing that a user wrote."""
+    (tmp_path / "mine").write_text(content)
+    said = refused("poc", "calibrate", "--model", "reference:qwen3", "-o", tmp_path / "mine")
+    assert "no result of this command" in said
+    assert "--output" in said
+    assert (tmp_path / "mine").read_text() == content
+    for earlier in ("", '{"kind":"assay.poc.calibration","schema":1}\n', "<!doctype html>\n"):
+        (tmp_path / "mine").write_text(earlier)
+        after = assay("poc", "calibrate", "--model", tmp_path / "none", "-o", tmp_path / "mine")
+        assert "no result of this command" not in after.err
+
+
 @pytest.mark.parametrize(
     ("words", "advice"),
     [

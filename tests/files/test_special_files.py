@@ -59,6 +59,9 @@ def run_code(code: str, folder: Path) -> list[str]:
 
 def test_a_pipe_in_a_folder_of_a_model_makes_nobody_wait(tmp_path: Path):
     """It is refused, or left out like a file that is not there."""
+    folder = tmp_path / "folders" / "beside adaption"
+    shutil.copytree(REFERENCE, folder)
+    os.mkfifo(folder / "adapter_config.json")
     for name in (*MODEL_FILES, *ADAPTER_FILES):
         folder = tmp_path / "folders" / name
         shutil.copytree(REFERENCE, folder)
@@ -70,7 +73,7 @@ def test_a_pipe_in_a_folder_of_a_model_makes_nobody_wait(tmp_path: Path):
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
     read = run_code(READ, tmp_path / "folders")
-    assert read == sorted((*MODEL_FILES, *ADAPTER_FILES))
+    assert read == sorted(path.name for path in (tmp_path / "folders").iterdir())
 
 
 def test_a_pipe_in_the_place_of_a_database_or_its_journal_is_refused(tmp_path: Path):

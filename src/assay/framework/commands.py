@@ -350,6 +350,9 @@ class Command(click.Command):
             check_new_file(values[name], overwrite=bool(values.get("overwrite", may_replace)))
             if may_replace and Path(values[name]).exists():
                 flag = self.settings[name].spelling
+                if not _is_result(Path(values[name])):
+                    seen = f"{values[name]} exists, and is no result of this command"
+                    raise UsageError(seen, wanted="a new name", do=f"choose another with {flag}")
                 _say(f"{values[name]} exists, and the result will replace it ({flag})")
         for setting in self.settings.values():
             instance = instances[self.kinds.index(setting.kind)]
@@ -553,14 +556,10 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
     for result in (name for name in values if name == "output" or settings[name].flag.file):
         flag = settings[result].spelling
         for name, value in values.items():
-            texts = [
-                text
-                for text in (value if isinstance(value, list | tuple) else [value])
-                if isinstance(text, str)
-            ]
+            texts = value if isinstance(value, list | tuple) else [value]
             # A calibration that is merged into may be the result: it grows.
             if name not in (result, "merge") and any(
-                _same_file(values[result], text) for text in texts
+                isinstance(text, str) and _same_file(values[result], text) for text in texts
             ):
                 raise UsageError(
                     f"{flag} {values[result]}, which is {settings[name].spelling} too",
@@ -569,15 +568,19 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
                 )
 
 
+def _is_result(path: Path) -> bool:
+    """Whether a file is empty, a page, or one line of JSON that names a form of assay."""
+    with path.open("rb") as file:
+        first = file.readline()
+        return not first or first.startswith(b"<!") or (b'"assay.' in first and not file.read(1))
+
+
 def _same_file(result: str, source: str) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
         return Path(result).resolve() == Path(source).resolve() and not Path(result).is_dir()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # a text that is no path, or links that lead to themselves
+    # A text that is no path, or links that lead to themselves.
+    except (OSError, ValueError, RuntimeError):
         return False
 
 

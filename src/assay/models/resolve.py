@@ -89,7 +89,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> ModelSource:
             return ModelSource(name, build_config(name, published), published, None)
     else:
         path = _locate(reference)
-        if (path / ADAPTER_CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).exists():
             raise ModelError(
                 f"{path} holds an adapter",
                 wanted="a whole model: an adapter is not part of what is measured here",

@@ -8,6 +8,8 @@ GOOD = "def solve(x):\n    return x + 1\n"
 DRAFT = "def solve(x):\n    return x\n"
 QUOTED = 'def solve(x):\n    """\n    ```\n    hi\n    ```\n    """\n    return x + 1\n'
 TAGGED = "def solve(x):\n    return x.split('</think>')\n"
+USES = "def solve(x):\n    return more(x)\n"
+TESTS = "import math\n\n\ndef run_tests():\n    assert solve(1) == 2\n"
 ONE = {
     "no block": (GOOD, GOOD),
     "prose": (f"Sure.\n```python\n{GOOD}```\nDone.", GOOD),
@@ -33,6 +35,16 @@ ONE = {
     "a tag in a block": (f"```python\n{TAGGED}```\n", TAGGED),
     "without an end": (f"```python\n{GOOD}", GOOD),
     "line ends of Windows": ("```python\r\nsolve = abs\r\n```\r\n", "solve = abs\r\n"),
+    "a version": (f"```python3.11\n{GOOD}```\n", GOOD),
+    "a mark of the byte order": (f"\ufeff{GOOD}", GOOD),
+    "a helper of its own": (
+        f"```python\ndef more(x):\n    return x + 1\n```\n```python\n{USES}```\n",
+        f"def more(x):\n    return x + 1\n\n{USES}",
+    ),
+    "tests of their own": (
+        f"```python\n{DRAFT}```\nNo:\n```python\n{GOOD}```\n```python\n{TESTS}```\n",
+        f"{GOOD}\n{TESTS}",
+    ),
     "no language": (f"```\n{GOOD}```\n```\n2\n```\n", GOOD),
 }
 

@@ -56,8 +56,7 @@ class _GrowingText:
         added = getattr(tokenizer, "added_tokens_decoder", {}) if skips else {}
         self._skipped = {token for token, content in added.items() if content.special}
         self._longest = max(map(len, stops))
-        names = getattr(tokenizer, "convert_tokens_to_ids", None)
-        byte = names("<0xFF>") if names else None
+        byte = getattr(tokenizer, "convert_tokens_to_ids", lambda _: None)("<0xFF>")
         # Whether bytes are tokens, of which a run is text or none.
         self._has_bytes = byte is not None and self._decode([byte]) == _NO_TEXT
         self._run = _ByteRun()
@@ -109,8 +108,7 @@ class _GrowingText:
         while last > 0:
             for start in range(last, max(0, last - _LETTER), -1):
                 rest = self._decode(self._window[start:])
-                byte = self._byte_of(self._window[start])
-                begins = byte is None or not 0x80 <= byte < 0xC0
+                begins = not 0x80 <= (self._byte_of(self._window[start]) or 0) < 0xC0
                 if begins and len(rest) >= self._longest + _MORE and text.endswith(rest):
                     return start
             last -= count - last

@@ -159,7 +159,7 @@ class Judge:
         new = [i for i, nonce in enumerate(nonces) if nonce not in checked]
         checked |= {nonces[i]: received[i] - computed[i] for i in new}
         noise = self._noise.of(get_pipeline(stored.preset), validator, stored.digest, stored.round)
-        residual = _residual(
+        residual: JsonObject = _residual(
             noise,
             np.fromiter(checked.values(), np.float64),
             _places(list(checked), stored.round.node_count),
@@ -175,15 +175,14 @@ class Judge:
             "residual_test": residual,
         }
         who = {"public_key": public_key, "block_hash": stored.block_hash}
-        about = {
-            name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")
-        }
         summary = {
             "time": time.time(),
             **who,
             "n": count.n,
-            **about,
-            **{name: residual[name] for name in ("verdict", "fault") if name in residual},
+            **{
+                name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")
+            },
+            **{name: value for name, value in residual.items() if name in ("verdict", "fault")},
         }
         body = {
             "nonces": list(nonces),
@@ -325,8 +324,9 @@ def _residual(
     """Return the verdict on residuals [N] in checked order, with the places that are faulty."""
     if noise is None:
         return {"verdict": "undecided", "reason": missing}
-    test = sequential_test(noise, **rates)
-    verdict, result, places = judge_residuals(errors, noise, test=test, positions=positions)
+    verdict, result, places = judge_residuals(
+        errors, noise, test=sequential_test(noise, **rates), positions=positions
+    )
     reply = {
         "verdict": verdict,
         "checked": result.n,
@@ -339,9 +339,7 @@ def _residual(
 
 
 def _places(nonces: Sequence[int], stride: int) -> list[int]:
-    """Return the index of each nonce in the sequence of its machine, whose nonces are a stride
-    apart.
-    """
+    """Return the index of each nonce in the sequence of its machine, at a stride."""
     return [nonce // stride for nonce in nonces]
 
 

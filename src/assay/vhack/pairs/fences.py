@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
-_PYTHON = frozenset({"python", "python3", "python2", "py", "py3", "ipython", "pycon"})
+_PYTHON = frozenset({"python", "py", "ipython", "pycon"})  # before a version
 _OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
+# A line of a block that defines, and runs nothing.
+_DEFINES = re.compile(r"(?:[ \t\r#@)\]}].*|(?:(?:async[ \t]+)?def|class|import|from)\b.*)?")
 _TAG = "(?:think|thinking|reasoning)"
 # Reasoning from its tag on, or, where the prompt has opened it, up to the tag that ends it. A tag
 # in a text of the program stands behind a quote.
@@ -17,35 +18,33 @@ _REASONING = re.compile(
 )
 
 
-class _Fenced(NamedTuple):
-    language: str
-    text: str
-
-
 def find_programs(completion: str, entry: str) -> list[str]:
     """Return the program of a completion; several where blocks without a language compete.
 
     Reasoning before the answer is left out. Of blocks of Python the last counts that defines the
-    entry, or the last. Without one, blocks that name no language are candidates, those first that
-    define the entry. A completion without such blocks is the program itself.
+    entry, with those that only define what it may use, or the last. Without one, blocks that name
+    no language are candidates, those first that define the entry. A completion without such blocks
+    is the program itself.
     """
-    answer = _REASONING.sub("", completion, count=1)
+    answer = _REASONING.sub("", completion.removeprefix("\ufeff"), count=1)
     blocks = list(_blocks(answer))
     name = re.escape(entry.rpartition(".")[2])
     statement = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}\s*[:=][^=]"
-    defines = re.compile(rf"^[ \t]*(?:{statement})", re.MULTILINE)
-    python = [block.text for block in blocks if block.language in _PYTHON]
-    plain = [block.text for block in blocks if not block.language]
-    for texts, is_last in ((python, True), (plain, False)):
-        defining = [text for text in texts if defines.search(text)]
-        if defining:
-            return defining[-1:] if is_last else defining
+    defines = re.compile(rf"(?m)^[ \t]*(?:{statement})")
+    python = [text for language, text in blocks if language.rstrip("0123456789.") in _PYTHON]
+    plain = [text for language, text in blocks if not language]
+    if programs := list(filter(defines.search, python)):
+        helpers = [text for text in python if all(map(_DEFINES.fullmatch, text.split("\n")))]
+        used = {*helpers, programs[-1]} - {*programs[:-1]}
+        return ["\n".join(sorted(used, key=python.index))]
+    if programs := list(filter(defines.search, plain)):
+        return programs
     if python:
         return python[-1:]
     return plain or [answer]
 
 
-def _blocks(text: str) -> Iterator[_Fenced]:
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """Yield fenced blocks as CommonMark has them, at any indentation.
 
     A fence inside a text of three quotes closes nothing.
@@ -63,10 +62,9 @@ def _blocks(text: str) -> Iterator[_Fenced]:
                 break
             content.append(inner[min(indent, len(inner) - len(inner.lstrip())) :])
         words = opening["info"].strip().strip("{}.").lower().split()
-        yield _Fenced(re.split(r"[\s,:{]", words[0])[0] if words else "", "\n".join([*content, ""]))
+        yield re.split(r"[\s,:{]", words[0])[0] if words else "", "\n".join([*content, ""])
 
 
 def _is_quoted(lines: list[str]) -> bool:
     """Return whether a text of three quotes is open after these lines."""
-    text = "\n".join(lines)
-    return any(text.count(quotes) % 2 for quotes in ('"""', "'''"))
+    return any("\n".join(lines).count(quotes) % 2 for quotes in ('"""', "'''"))
