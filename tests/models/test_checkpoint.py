@@ -1,13 +1,16 @@
 import hashlib
 import json
+import os
+import pickle
 import re
+import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
-from assay.files.weights import check_served, weight_files
+from assay.files.weights import check_served, warn_of_unread, weight_files
 from assay.models import load_model
 from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
 from assay.models.load import identify
@@ -130,6 +133,46 @@ def test_weights_that_are_not_read_are_named(write_checkpoint, name, shard):
         (directory / kept).touch()
     second.unlink()
     assert load_model(directory, device="cpu").digest == digest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("weights.bin", "a.ckpt", "x.pkl", "README.md", "model", ".model.safetensors"),
+        *("model.safetensors.bak", "a/b/c/model.safetensors", "openvino_model.bin"),
+    ],
+)
+@pytest.mark.parametrize("form", ["safetensors", "gguf", "torch", "pickle", "large"])
+def test_weights_are_known_by_their_content_whatever_they_are_called(tmp_path, name, form):
+    begins = {
+        "safetensors": struct.pack("<Q", 8) + b"{}      ",
+        "gguf": b"GGUF\3\0\0\0",
+        "torch": b"PK\3\4archive",
+        "pickle": pickle.dumps({}),
+        "large": b"a",
+    }
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(begins[form])
+    if form == "large":
+        os.truncate(tmp_path / name, 2**27)
+    with pytest.warns(UserWarning, match=re.escape(name)):
+        warn_of_unread(tmp_path, {"model.safetensors"})
+
+
+def test_what_is_beside_weights_is_not_taken_for_them(tmp_path):
+    for name in (
+        "optimizer.pt",
+        "rng_state_0.pth",
+        ".git/lfs/objects/ab/cd",
+        "vocab.json",
+        "a.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"PK\3\4" if "vocab" not in name else b"{}")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    warn_of_unread(tmp_path, {"model.safetensors"})
 
 
 def test_a_name_of_the_index_is_taken_to_the_letter(write_checkpoint):

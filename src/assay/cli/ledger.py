@@ -91,17 +91,8 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         return
     table(
         (
-            "key",
-            "model",
-            "build",
-            "preset",
-            "audits",
-            "nonces",
-            "since",
-            "fault",
-            "max log e",
-            "payable",
-            "verdict",
+            *"key model build preset audits nonces since fault".split(),  # noqa: SIM905
+            *("max log e", "payable", "verdict"),
         ),
         [(*names_of(standing.account), *_numbers(standing)) for standing in selected],
     )

@@ -1,8 +1,11 @@
 """Which safetensors files of a folder are the weights of its checkpoint, found without torch."""
 
+import re
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
+from os import SEEK_END
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,6 +26,13 @@ _READ_BY_OTHERS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
 _PICKLED = ("pytorch_model", "model", _MISTRAL)
 """Prefixes of pickles that are weights; those beside them are a trainer's state."""
 _NOT_READ = (_MISTRAL, "adapter_model.")
+_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
+"""Prefixes of what a trainer keeps beside weights."""
+_BEGINS = re.compile(rb"GGUF|PK\x03\x04|\x80[\x02-\x05]|\x89HDF|\x93NUMPY")
+"""How files of GGUF, archives of torch and numpy, pickles, and HDF5 begin."""
+_LONGEST_HEADER = 2**27  # bytes of a header of safetensors
+_LARGE = 2**26  # bytes of a file that is no text of a tokenizer
+_MOST_FILES = 10_000  # of a folder that are looked at
 
 
 def bad_weights(seen: str, wanted: str) -> BadWeights:
@@ -92,12 +102,15 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def warn_of_unread(directory: Path, read: Collection[str]) -> None:
-    """Warn of files in a folder, or one level below it, that look like weights and are not read."""
-    paths = [path for pattern in ("*", "*/*") for path in directory.glob(pattern)]
-    like_weights = (path for path in paths if _is_weights(path.name.lower()) and path.is_file())
-    names = sorted({str(path.relative_to(directory)) for path in like_weights} - {*read})
+    """Warn of files in a folder, at any depth, that are weights by name or content and not read."""
+    names = []
+    for path in islice(directory.rglob("*"), _MOST_FILES):
+        name = path.relative_to(directory)
+        is_hidden = any(part.startswith(".") for part in name.parts[:-1])
+        if not is_hidden and str(name) not in read and path.is_file() and _is_weights(path):
+            names.append(str(name))
     if names:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
         warnings.warn(
             f"{directory} also holds {shown}, which looks like weights and is not read; what is "
             f"measured is {min(read)}",
@@ -105,9 +118,18 @@ def warn_of_unread(directory: Path, read: Collection[str]) -> None:
         )
 
 
-def _is_weights(name: str) -> bool:
+def _is_weights(path: Path) -> bool:
+    name = path.name.lower()
     is_pickle = name.endswith(PICKLES) and name.startswith(_PICKLED)
-    return (is_pickle or name.endswith(_READ_BY_OTHERS)) and not name.startswith(".")
+    if is_pickle or (name.endswith(_READ_BY_OTHERS) and name[0] != "."):
+        return True
+    with suppress(OSError), path.open("rb") as file:
+        head = file.read(9)
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
+            return True
+        is_large = file.seek(0, SEEK_END) > _LARGE
+        return not name.startswith(_STATE) and (is_large or bool(_BEGINS.match(head)))
+    return False
 
 
 def check_served(directory: Path) -> None:

@@ -38,23 +38,15 @@ log = logging.getLogger("assay.responses")
 FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
-MASKS = (
-    "structured_outputs",
-    "allowed_token_ids",
-    "bad_words",
-    "min_tokens",
-    "thinking_token_budget",
+MASKS = tuple(
+    """structured_outputs allowed_token_ids bad_words min_tokens
+    thinking_token_budget""".split()  # noqa: SIM905
 )
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
 
-SAMPLED = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
+SAMPLED = tuple(
+    """temperature top_k top_p min_p repetition_penalty frequency_penalty
+    presence_penalty""".split()  # noqa: SIM905
 )
 NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {
     "logit_bias": None,
