@@ -1,6 +1,7 @@
 """All registered detectors, those by gradients among them, fitted to our own pairs and asked of
 what others wrote (research/notes/transfer.md). It takes a backward pass of every sample: minutes on
-a GPU, hours on a CPU.
+a GPU, hours on a CPU. With --forward, what needs a backward pass is left out. The result is written
+after every origin.
 
     python research/benchmarks/vhack_transfer_gradients.py --data DATA --codeforces REPOSITORY \
       --device cuda -o research/results/vhack_transfer_gradients.json
@@ -12,25 +13,31 @@ from pathlib import Path
 from _common import note, parser, publish
 from assay_research.transfer import evaluate
 from assay_research.transfer.kinds import kind_pairs
-from assay_research.transfer.origins import from_pairs, own_samples, read_origin, subset
+from assay_research.transfer.origins import (
+    SAMPLED_GROUPS,
+    from_pairs,
+    own_samples,
+    read_origin,
+    subset,
+)
 
 from assay.models import load_model
 from assay.vhack import weight_svd
 from assay.vhack.detectors.all_detectors import make_detectors
-from assay.vhack.detectors.evidence import collect_evidence
+from assay.vhack.detectors.evidence import Needs, collect_evidence
 from assay.vhack.pairs.pairs import Sample
 
 MOST_PROMPT = 4000  # characters; the beginning of a longer one is cut
 MOST_COMPLETION = 3000
 
 
-def read_evidence(samples, model, svd):
-    """All parts of the evidence of samples, with labels."""
+def read_evidence(samples, model, svd, needs):
+    """Parts of the evidence of samples, with labels."""
     read = [
         Sample(sample.prompt[-MOST_PROMPT:], sample.completion[:MOST_COMPLETION])
         for sample in samples
     ]
-    return evaluate.labelled(collect_evidence(read, model, svd=svd), samples)
+    return evaluate.labelled(collect_evidence(read, model, svd=svd, needs=needs), samples)
 
 
 def main():
@@ -42,36 +49,40 @@ def main():
     options.add_argument("--kinds", type=int, default=96, help="pairs of more kinds")
     options.add_argument("--model", default="pretrained:smollm2")
     options.add_argument("--device", default="cpu")
+    options.add_argument("--forward", action="store_true", help="without gradients")
+    options.add_argument("--groups", type=int, default=SAMPLED_GROUPS, help="of an origin, at most")
     chosen = options.parse_args()
     model = load_model(chosen.model, device=chosen.device, dtype="float32")
-    svd = weight_svd(model)
+    needs = Needs.ACTIVATIONS | Needs.LOGPROBS if chosen.forward else Needs.ALL
+    svd = None if chosen.forward else weight_svd(model)
+    fitted = [one for one in make_detectors() if not one.needs & ~(needs | Needs.TEXTS)]
+    at_ceiling = [one for one in fitted if one.name in ("ngrams", "probe", "cin-lda", "ridge")]
     started = time.perf_counter()
     own_lists = [own_samples(name) for name in chosen.own]
     if chosen.kinds:
         own_lists.append(from_pairs(kind_pairs(chosen.kinds)))
-    own_evidence = evaluate.concatenated([read_evidence(one, model, svd) for one in own_lists])
+    own_evidence = evaluate.concatenated(
+        [read_evidence(one, model, svd, needs) for one in own_lists]
+    )
     note(f"own: {len(own_evidence.hack)} pairs after {time.perf_counter() - started:.0f} s")
     results = {}
     for name in chosen.origins:
-        samples = subset(read_origin(name, chosen.data, chosen.codeforces))
-        target = read_evidence(samples, model, svd)
+        samples = subset(read_origin(name, chosen.data, chosen.codeforces), chosen.groups)
+        target = read_evidence(samples, model, svd, needs)
         results[name] = {
             "samples": [len(target.hack), len(target.clean)],
             "transferred": {
-                one.name: evaluate.transferred(one, own_evidence, target)
-                for one in make_detectors()
+                one.name: evaluate.transferred(one, own_evidence, target) for one in fitted
             },
-            "ceiling": {
-                one.name: evaluate.ceiling(one, target)
-                for one in make_detectors(("ngrams", "probe", "cin-lda", "ridge"))
+            "ceiling": {one.name: evaluate.ceiling(one, target) for one in at_ceiling},
+            "promise": {
+                one.name: evaluate.promise(one, own_evidence, {name: target})[name]
+                for one in at_ceiling
             },
         }
         note(f"{name} after {time.perf_counter() - started:.0f} s: {results[name]}")
-    publish(
-        "vhack_transfer_gradients",
-        {"model": chosen.model, "device": chosen.device, "origins": results},
-        chosen.output,
-    )
+        figures = {"model": chosen.model, "device": chosen.device, "origins": results}
+        publish("vhack_transfer_gradients", figures, chosen.output)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,12 @@ def clean_solutions(data: Path) -> list[Labelled]:
     return samples
 
 
-def subset(samples: Sequence[Labelled]) -> list[Labelled]:
+def subset(samples: Sequence[Labelled], count: int = SAMPLED_GROUPS) -> list[Labelled]:
     """Return the sample of a final origin that takes passes of a model.
 
     The groups are the first by the SHA-256 of their names, and of each the first rollouts.
     """
-    groups = sorted({sample.group for sample in samples}, key=_digest)[:SAMPLED_GROUPS]
+    groups = sorted({sample.group for sample in samples}, key=_digest)[:count]
     counts: dict[tuple[str, bool], int] = {}
     chosen = []
     for sample in samples:
