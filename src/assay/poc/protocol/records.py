@@ -94,6 +94,10 @@ class Column(NamedTuple):
     missing: float = math.nan
     below: int = 0
 
+    def size(self, pipeline: Pipeline) -> int:
+        """Return the number of its bytes in a preset."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape(pipeline))
+
 
 @dataclass(frozen=True)
 class PublishedForm:
@@ -151,14 +155,14 @@ class PublishedForm:
 
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
         """Return the record whose bytes, in base64, another machine sent."""
-        packed = decode_vector(text, packed_size(pipeline), "u1").tobytes()
+        size = packed_size(pipeline)
+        packed = _decode(text, size, f"base64 of {size} bytes")
         arrays = {}
+        start = 0
         for column in self.columns:
-            count = math.prod(column.shape(pipeline))
-            kind = np.dtype(column.dtype)
-            values = np.frombuffer(packed, kind, count)
-            packed = packed[values.nbytes :]
-            arrays[column.name] = values.astype(kind.newbyteorder("="))
+            stop = start + column.size(pipeline)
+            arrays[column.name] = _numbers(packed[start:stop], column.dtype)
+            start = stop
         return self._record(nonce, arrays, pipeline)
 
     def missing(self, nonce: int, pipeline: Pipeline) -> Record:
@@ -174,8 +178,6 @@ class PublishedForm:
             values = arrays[column.name]
             if column.below and (values >= column.below).any():
                 raise format_error(f"{column.name} {values.max()}", f"numbers below {column.below}")
-            if not np.isfinite(values).all():
-                raise format_error(f"{column.name} with NaN or infinity", "finite numbers")
             arrays[column.name] = values.reshape(column.shape(pipeline))
         return Record(nonce, **arrays)
 
@@ -316,26 +318,34 @@ def decode_vector(text: object, size: int, dtype: str = "<f2") -> NDArray[Any]:
     """Return the finite numbers of base64, float16 or ids in ``<u4``; else a ProofFormatError."""
     kind = np.dtype(dtype)
     wanted = f"base64 of {size} finite little-endian {kind.name} values"
+    return _numbers(_decode(text, size * kind.itemsize, wanted), dtype)
+
+
+def _decode(text: object, size: int, wanted: str) -> bytes:
+    """Return so many bytes from base64; a ProofFormatError where it is anything else."""
     try:
         if not isinstance(text, str):
             raise ValueError(f"a {type(text).__name__}")
         raw = base64.b64decode(text, validate=True)
-        if len(raw) != size * kind.itemsize:
+        if len(raw) != size:
             raise ValueError(f"{len(raw)} bytes")
     except ValueError as error:
         raise format_error(f"a vector that is {error}", wanted) from None
+    return raw
+
+
+def _numbers(raw: bytes, dtype: str) -> NDArray[Any]:
+    """Return the finite numbers of little-endian bytes, in the order of this machine."""
+    kind = np.dtype(dtype)
     vector = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
     if kind.kind == "f" and not np.isfinite(vector).all():
-        raise format_error("a vector that is NaN or infinity", wanted)
+        raise format_error("a vector that is NaN or infinity", f"finite {kind.name} values")
     return vector
 
 
 def packed_size(pipeline: Pipeline) -> int:
     """Return the number of bytes of a packed record."""
-    return sum(
-        np.dtype(column.dtype).itemsize * math.prod(column.shape(pipeline))
-        for column in published_form(pipeline).columns
-    )
+    return sum(column.size(pipeline) for column in published_form(pipeline).columns)
 
 
 def pack_points(points: Sequence[int]) -> str:
