@@ -5,6 +5,7 @@ import torch
 
 from assay.errors import BackendUnavailable, ModelError
 from assay.models import load_model, rounding
+from assay.models.decoder import backbone
 from assay.models.eight_bits import round_rows
 from assay.models.number_formats import check_rounding
 from assay.poc import HFEngine, Round, prove, verify
@@ -42,7 +43,7 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
     monkeypatch.setattr(rounding, "WIDTHS", 48)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     with pytest.raises(ModelError, match="q_proj has 64 rows of 64 numbers") as refused:
-        rounding.quantise(model.module)
+        rounding.quantise(backbone(model.module))
     assert "multiples of 48" in refused.value.wanted
 
 

@@ -35,6 +35,7 @@ from assay.models.configuration import (
     choose_attention,
     silence_transformers,
 )
+from assay.models.decoder import backbone
 from assay.models.device import parse_device
 from assay.models.header_check import check_headers, check_report
 from assay.models.model import Model
@@ -350,7 +351,7 @@ def _place(module: "PreTrainedModel", device: torch.device, quantise: str | None
     # The library's own `to` is wrapped in a way that hides its type.
     cast("torch.nn.Module", module).to(device).eval()
     if quantise is not None:
-        round_weights(module)
+        round_weights(backbone(module))
 
 
 def check_loadable(

@@ -5,24 +5,18 @@ Inputs of the rounded layers are rounded too, with a scale for every position
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from assay.errors import ModelError
-from assay.models.decoder import backbone
 from assay.models.eight_bits import WIDTHS, EightBitExperts, EightBitLinear, round_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def quantise(module: "PreTrainedModel") -> None:
-    """Round the weights of the decoder's linear layers to e4m3, but no embedding, norm or head."""
-    _round_to_float8(backbone(module))
-
-
-def _round_to_float8(owner: nn.Module) -> None:
+def quantise(owner: nn.Module) -> None:
+    """Round the weights of all linear layers below a module to e4m3: those of a decoder, whose head
+    stays as it is.
+    """
     # Names alone are listed, so that a layer that is rounded is freed at once.
     for name in [name for name, _ in owner.named_children()]:
         part = getattr(owner, name)
@@ -36,7 +30,7 @@ def _round_to_float8(owner: nn.Module) -> None:
             down = round_rows(stacks["down_proj"].detach())
             setattr(owner, name, EightBitExperts(part, gate_up, down))
         else:
-            _round_to_float8(part)
+            quantise(part)
 
 
 def _check_widths(name: str, weight: Tensor) -> None:

@@ -93,7 +93,7 @@ def mixture(quantise: str | None) -> Model:
     if quantise in STORED:
         in_eight_bits(backbone(module), STORED[quantise])
     elif quantise:
-        round_weights(module, quantise)
+        round_weights(backbone(module))
     return Model(module, None, "mixture", "", "trained", quantise or "")
 
 

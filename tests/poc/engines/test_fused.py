@@ -135,7 +135,7 @@ def test_experts_of_another_layout_are_refused_in_float8():
     model = made("mixture")
     model.module.model.layers[1].mlp.experts.has_bias = True
     with pytest.raises(ModelError, match="experts is a Qwen3MoeExperts, and eight bits"):
-        quantise(model.module)
+        quantise(backbone(model.module))
 
 
 def test_it_is_chosen_where_its_kernels_run(small_model, monkeypatch: pytest.MonkeyPatch):

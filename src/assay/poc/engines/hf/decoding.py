@@ -98,10 +98,6 @@ class Draws(StepDraws):
         """Add the Gumbel numbers of one step to the logits of every nonce, in place."""
         self._backend.add_gumbels(logits_BV, self._noise_BN[:, step])
 
-    def add_noise_of(self, row: int, logits_NV: Float32[Tensor, "N V"], start: int) -> None:
-        """Add the Gumbel numbers from step ``start`` on to the logits of one nonce, in place."""
-        self._backend.add_gumbels(logits_NV, self._noise_BN[row, start : start + len(logits_NV)])
-
     def sketches(self, states_BSD: Float[Tensor, "B S D"]) -> Float16[np.ndarray, "B S K"]:
         """Return the sketches of the states that gave the sketched tokens."""
         sketches = sketch_states(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
@@ -139,7 +135,7 @@ class Draws(StepDraws):
             for start in range(0, len(tokens_N), _TOKENS_AT_ONCE):
                 places = slice(start, start + _TOKENS_AT_ONCE)
                 scores_NV = self._logits(states_RND[row, places])
-                self.add_noise_of(row, scores_NV, start)
+                self._backend.add_gumbels(scores_NV, self._noise_BN[row, places])
                 parts.append(margins(scores_NV, tokens_N[places]))
             margins_BN.append(torch.cat(parts))
         sketches_RSK = self.sketches(states_RND[:, self._sketched])
