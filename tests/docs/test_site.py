@@ -25,6 +25,11 @@ OFF_SCREEN = """() => {
 }"""
 """What a reader does not see on a screen of this width: code, pictures, a part of the page."""
 
+TABLES_SCROLL = """() => [...document.querySelectorAll("article table")]
+  .filter(table => table.scrollWidth > table.parentElement.clientWidth)
+  .map(table => table.rows[0].innerText)"""
+"""The heads of tables that are wider than the page."""
+
 
 def build_site():
     subprocess.run([sys.executable, "scripts/site_pages.py"], cwd=ROOT, check=True)
@@ -53,6 +58,9 @@ def test_no_code_and_no_picture_of_the_site_is_off_screen_on_any_width():
                 page.goto(path.as_uri())
                 if off_screen := page.evaluate(OFF_SCREEN):
                     faults[width, path.parent.name] = off_screen
+        page = browser.new_page(viewport={"width": 360, "height": 900})
+        page.goto((SITE / "index.html").as_uri())
+        assert page.evaluate(TABLES_SCROLL) == [], "tables of the README fit on a phone"
     assert not faults
 
 
