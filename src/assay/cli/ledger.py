@@ -90,10 +90,7 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         emit_json("assay.poc.ledger/1", values)
         return
     table(
-        (
-            *"key model build preset audits nonces since fault".split(),  # noqa: SIM905
-            *("max log e", "payable", "verdict"),
-        ),
+        "key,model,build,preset,audits,nonces,since,fault,max log e,payable,verdict".split(","),  # noqa: SIM905
         [(*names_of(standing.account), *_numbers(standing)) for standing in selected],
     )
     for account, entries in audits.items():

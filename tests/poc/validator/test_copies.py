@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections import Counter
 from contextlib import ExitStack, closing
 from itertools import chain
 
@@ -100,6 +101,22 @@ def test_many_small_messages_are_drawn_from_as_fast_as_a_large_one(opened):
     found = passes(inbox)
     assert sorted(flat(found)) == [*CHEAP]
     assert len(found) == math.ceil(len(CHEAP) / SAMPLE)
+
+
+def test_claims_in_another_form_are_copies_where_they_are_equal(opened):
+    inbox = opened()
+    sent = {"cheap": b"c", **{f"copy{number}": b"h" for number in range(20)}}
+    inbox.add(
+        [
+            Message("node_A", name, "generated", 50, claim, claim, "p")
+            for name, claim in sent.items()
+        ]
+    )
+    drawn = Counter()
+    while draws := inbox.plan(["node_A"], SAMPLE):
+        drawn.update({one.claim: one.planned - one.drawn for one in draws})
+        inbox.finish(draws)
+    assert drawn == {b"c": 50, b"h": 50}
 
 
 def test_a_draw_never_takes_more_than_may_be_spent(opened):

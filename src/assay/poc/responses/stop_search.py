@@ -1,13 +1,10 @@
 """Stop texts: whether the text of an answer has one, token by token and in linear time.
 
-Tokens of an answer have no text of their own: a letter may be several of them, the bytes of a run
-are text or none together, and many tokenizers drop a space at the start of what they decode. So the
-text of an answer is what is decoded after the text of its prompt.
-
-Of a long answer, a window of last tokens is decoded, whose text is the end of the whole text and
-longer than every stop. Tokenizers of bytes as tokens (`<0xE6>`) decode a run of them as a whole:
-one byte that is no text turns all of it into replacement characters. So the state of a run's bytes
-and the text before it are kept.
+The text of an answer is what is decoded after that of its prompt: a letter may be several tokens,
+and many tokenizers drop a space at the start of what they decode. A window of last tokens is
+decoded, whose text is the end of the whole and longer than every stop. Tokenizers of bytes
+(`<0xE6>`) decode a run of them as a whole: one byte that is no text turns all of it into
+replacement characters, so the state of its bytes and the text before it are kept.
 """
 
 import codecs
