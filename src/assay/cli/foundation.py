@@ -67,7 +67,7 @@ def list_(as_json: bool) -> None:
     )
     for entry in catalogue:
         wheel = entry.pop("wheel", None)
-        if wheel and importlib.util.find_spec(wheel["package"]) is None:
+        if wheel and not all(map(importlib.util.find_spec, wheel["packages"])):
             entry["get_it"] = wheel["install"]
     names = ("num_layers", "hidden_size", "vocab_size", "get_it")
     rows = [
