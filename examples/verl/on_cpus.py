@@ -40,6 +40,7 @@ def _device_module() -> ModuleType:
     vars(module).update(vars(torch.cpu))
     module.is_available = lambda: False
     module.get_device_name = lambda: "CPU"
+    module.set_rng_state = torch.set_rng_state
     for name in ("empty_cache", "synchronize", "set_device"):
         setattr(module, name, _nothing)
     for kind in ("allocated", "reserved"):

@@ -26,7 +26,6 @@ from assay.vhack.training.verl import JudgedLog, judge_score, unflagged_advantag
 from tests.vhack.conftest import bytewise
 
 BESIDE = Path(sys.prefix, "ray")
-EXAMPLE = Path(__file__).parents[3] / "examples" / "verl"
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
 FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
 
@@ -133,29 +132,6 @@ def test_verl_itself_trains_on_unflagged_rollouts_alone(tmp_path):
     learned = np.array(found["gradients"])
     assert np.isfinite(learned).all()
     assert (learned != 0).tolist() == [True, False, False, True, False, False]
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.timeout(1200)
-@pytest.mark.skipif(not (BESIDE / "hydra").is_dir(), reason="what a run of verl takes is missing")
-def test_a_run_of_verl_goes_on_after_its_checkpoint(tmp_path):
-    paths = [EXAMPLE.parents[1] / "src", BESIDE, *sys.path]
-    where = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HOME": str(tmp_path)}
-    command = [sys.executable, EXAMPLE / "train.py", "--mode", "penalty", "--out", tmp_path]
-    said = [
-        subprocess.run(
-            [*command, "--steps", steps], env=os.environ | where, capture_output=True, text=True
-        ).stdout
-        for steps in ("1", "2")
-    ]
-    assert "Training from scratch" in said[0]
-    assert "setting global step to 1" in said[1]
-    head, steps = read_steps(tmp_path)
-    assert head["settings"]["arm"] == "penalty"
-    assert [step["step"] for step in steps] == [0, 1]
-    assert {"flagged", "hack", "solve", "reward"} <= set(steps[1])
-    assert "undecided" in (tmp_path / "page.html").read_text()
 
 
 def main():
