@@ -6,11 +6,11 @@ import asyncio
 import gc
 import os
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from anyio.from_thread import start_blocking_portal
 
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
@@ -59,10 +59,9 @@ class DyingLLM:
 def loop():
     """An event loop in a thread of its own, and the errors that it logged."""
     logged: list[str] = []
-    with start_blocking_portal() as portal:
-        loop = portal.call(asyncio.get_running_loop)
-        loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
-        yield loop, logged
+    with closing(_engine._Loop()) as made:
+        made.loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
+        yield made.loop, logged
 
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
