@@ -17,7 +17,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class SnapshotGauge(NamedTuple):
+class Gauged(NamedTuple):
     """A gauge of snapshots; with a label, ``read`` returns a value for each of its values."""
 
     name: str
@@ -34,7 +34,7 @@ class Exported:
     Labels never hold keys, hashes, addresses or URLs.
     """
 
-    def __init__(self, namespace: str, shown: Sequence[SnapshotGauge] = ()) -> None:
+    def __init__(self, namespace: str, shown: Sequence[Gauged] = ()) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._namespace = namespace

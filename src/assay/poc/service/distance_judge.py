@@ -21,6 +21,7 @@ from assay.poc.service.outbox import Outbox
 from assay.poc.service.request_bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.service_settings import ServiceSettings
+from assay.poc.verdict.build_noise import BuildNoise
 from assay.poc.verdict.calibration_file import Calibration, account_alpha, find_build_noise
 from assay.poc.verdict.entries import Account, LedgerUpdate, round_identity
 from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
@@ -51,38 +52,24 @@ class HonestNoise:
     ) -> Noise | None:
         """Return the noise of a preset; None where it is unknown."""
         dtype = validator.dtype
-        builds: Sequence[Build | None]
+        builds: Sequence[Build | None] = [None]
         if self._given is not None:
-            mine = [
-                measured_build
-                for measured_build in self._given.builds
-                if (measured_build.digest, measured_build.preset) == (digest, pipeline.name)
+            own = _builds_of([self._given], digest, pipeline.name)
+            is_measured = bool(own)
+            measured = [
+                Calibration(builds=(build,))
+                for build in own
+                if not build.engines or dtype in {engine.dtype for engine in build.engines}
             ]
-            fitting = (
-                measured_build
-                for measured_build in mine
-                if not measured_build.engines
-                or dtype in {is_measured.dtype for is_measured in measured_build.engines}
-            )
-            is_measured, builds, measured = (
-                bool(mine),
-                [None],
-                [Calibration(builds=(measured_build,)) for measured_build in fitting],
-            )
         else:
             pinned, measured = self._pinned.get(digest, ((), []))
             is_measured = bool(measured)
             builds = [build for build in pinned if dtype in build.dtype]
         if not is_measured:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
-        of: dict[str, Any] = {
-            "digest": digest,
-            "preset": pipeline.name,
-            "formats": (dtype, dtype),
-            "round": round,
-        }
-        of["validator"] = validator
-        laws = (find_build_noise(measured, measured_build, **of) for measured_build in builds)
+        of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "round": round}
+        of |= {"formats": (dtype, dtype), "validator": validator}
+        laws = (find_build_noise(measured, build, **of) for build in builds)
         # The law of the first build that was measured.
         return next((noise for noise in laws if noise is not None), None)
 
@@ -91,15 +78,14 @@ class HonestNoise:
         measured = (
             [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
         )
-        mine = [
-            build
-            for calibration in measured
-            for build in calibration.builds
-            if (build.digest, build.preset) == (digest, preset)
-        ]
-        return next(
-            (build.effective_dimension for build in mine if build.effective_dimension), None
-        )
+        sizes = (b.effective_dimension for b in _builds_of(measured, digest, preset))
+        return next(filter(None, sizes), None)
+
+
+def _builds_of(calibrations: Sequence[Calibration], digest: str, preset: str) -> list[BuildNoise]:
+    """Return what was measured of a checkpoint and a preset."""
+    every = (build for calibration in calibrations for build in calibration.builds)
+    return [build for build in every if (build.digest, build.preset) == (digest, preset)]
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:

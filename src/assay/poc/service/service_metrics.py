@@ -1,6 +1,6 @@
 """Prometheus metrics of a service."""
 
-from assay.poc.net.metrics import Exported, SnapshotGauge
+from assay.poc.net.metrics import Exported, Gauged
 
 STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
@@ -9,38 +9,38 @@ PAUSES = ("storage", "callbacks")
 
 
 SHOWN = (
-    SnapshotGauge(
+    Gauged(
         "state",
         "1 for the state the service is in.",
         lambda s: {n: n == s["state"] for n in STATES},
         "state",
     ),
-    SnapshotGauge("ready", "1 when the model is loaded.", lambda s: s["ready"]),
-    SnapshotGauge(
+    Gauged("ready", "1 when the model is loaded.", lambda s: s["ready"]),
+    Gauged(
         "paused",
         "1 while generation waits, by reason.",
         lambda s: {n: n == s["paused"] for n in PAUSES},
         "reason",
     ),
-    SnapshotGauge(
+    Gauged(
         "callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]
     ),
-    SnapshotGauge("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"]),
-    SnapshotGauge(
+    Gauged("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"]),
+    Gauged(
         "nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]
     ),
-    SnapshotGauge("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"]),
-    SnapshotGauge(
+    Gauged("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"]),
+    Gauged(
         "valid_expected_ratio",
         "Valid share that the law of the block expects.",
         lambda s: s["expected_rate"],
     ),
-    SnapshotGauge(
+    Gauged(
         "valid_expected_error_ratio",
         "Standard error of that share: of the nonces checked, and of the block's law.",
         lambda s: s["expected_rate_error"],
     ),
-    SnapshotGauge("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status"),
+    Gauged("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status"),
 )
 
 

@@ -1,6 +1,6 @@
 """Prometheus metrics of a validator. Every series exists from the start."""
 
-from assay.poc.net.metrics import Exported, SnapshotGauge
+from assay.poc.net.metrics import Exported, Gauged
 from assay.poc.validator.claims import REASONS
 
 KINDS = ("generated", "validated", "proof", "pulled")
@@ -9,24 +9,20 @@ VERDICTS = ("honest", "fraud", "undecided", "faulty")
 
 
 SHOWN = (
-    SnapshotGauge(
+    Gauged(
         "nodes",
         "Nodes by verdict.",
         lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS},
         "verdict",
     ),
-    SnapshotGauge("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"]),
-    SnapshotGauge(
+    Gauged("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"]),
+    Gauged(
         "ready",
         "1 when the model is loaded and nothing has failed.",
         lambda s: s["ready"] and s["error"] is None,
     ),
-    SnapshotGauge(
-        "storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"]
-    ),
-    SnapshotGauge(
-        "nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"]
-    ),
+    Gauged("storage_failing", "1 while the disk takes nothing.", lambda s: s["storage_failing"]),
+    Gauged("nodes_waiting", "Nodes of which nonces may be drawn.", lambda s: s["nodes_waiting"]),
 )
 
 
