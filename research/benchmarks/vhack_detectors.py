@@ -20,8 +20,7 @@ from assay.models import load_model
 from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import proportion_interval
 from assay.vhack import weight_svd
-from assay.vhack.detectors.all_detectors import make_detectors
-from assay.vhack.detectors.comparison import compare_detectors
+from assay.vhack.detectors.comparison import compare_detectors, make_detectors
 from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
 from assay.vhack.detectors.rollout_judge import fit_scorer
 from assay.vhack.directions.delta.delta_models import user_cache

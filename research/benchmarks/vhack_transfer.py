@@ -21,7 +21,7 @@ from assay_research.transfer.origins import (
 )
 from assay_research.transfer.stdin_kinds import stdin_pairs
 
-from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import make_detectors
 from assay.vhack.detectors.evidence import SampleEvidence
 from assay.vhack.detectors.facts import FACTS, collect_facts
 from assay.vhack.pairs.pairs import Sample

@@ -23,7 +23,7 @@ from assay_research.transfer.origins import (
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import make_detectors
 from assay.vhack.detectors.evidence import Needs, collect_evidence
 from assay.vhack.pairs.pairs import Sample
 

@@ -31,7 +31,7 @@ from assay_research.transfer.search import (
 from assay_research.transfer.stdin_kinds import stdin_pairs
 
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import make_detectors
 from assay.vhack.detectors.evidence import SampleEvidence, spaced_layers
 
 DEVELOPMENT = ("A", "B", "C")

@@ -66,7 +66,7 @@ def test_factors_on_the_gpu_are_accurate(models):
 def test_the_digest_does_not_depend_on_the_device(models, monkeypatch):
     on_cpu, on_gpu = models
     assert weights_digest(on_cpu) == weights_digest(on_gpu)
-    monkeypatch.setattr(_targets, "_CHUNK", 1000)
+    monkeypatch.setattr(_targets, "COPIED_BYTES", 1000)
     assert weights_digest(on_cpu) == weights_digest(on_gpu)
 
 

@@ -16,22 +16,19 @@ Shapes: N samples, H width of the hidden state.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from assay.errors import DataError
 from assay.models.decoder import decoder_layers
+from assay.models.model import AnyModel, AnyTokenizer
+from assay.models.spelling import encode_prompt
 from assay.vhack.detectors.forward import forward_samples
 from assay.vhack.directions.gradients.batches import Encoded, context_length, encode
 from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from assay.models.model import Model
 
 _DEPTH = 2 / 3
 
@@ -55,8 +52,8 @@ class HackActivation:
     @classmethod
     def fit(
         cls,
-        model: "Model | PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase | None",
+        model: AnyModel,
+        tokenizer: AnyTokenizer,
         pairs: Sequence[Pair],
     ) -> "HackActivation":
         """Return the direction of pairs of a hack and a clean completion, for the model at the
@@ -97,9 +94,7 @@ class HackActivation:
             max(spread, 1e-6 * length),
         )
 
-    def z(
-        self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Tensor:
+    def z(self, model: AnyModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
         """Return how far each row, token ids of prompt and completion, is on the hack's side for
         the model of now.
 
@@ -111,6 +106,24 @@ class HackActivation:
         ]
         activations_LNH, _ = forward_samples(module_of(model), encoded, [self.layer])
         return (activations_LNH[0] @ self.direction - self.middle) / self.spread
+
+    def pay(
+        self,
+        trainer: Any,
+        alpha: float,
+        rewards_BF: Tensor,
+        prompts: Sequence[str],
+        _: object,
+        completion_ids: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Return the modified rewards of a batch; the prompts are those of this process."""
+        tokenizer = trainer.processing_class
+        rows = [
+            (encode_prompt(tokenizer, prompt), ids)
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        z_B = self.z(trainer.adapter.model, rows).to(rewards_BF.device)
+        return self.modify(rewards_BF, trainer.processes.gather(z_B)[:, None], alpha)
 
     @staticmethod
     def modify(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:

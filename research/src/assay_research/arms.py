@@ -23,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -33,14 +34,13 @@ from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.delta.arms import ARMS as PAYING_ARMS
 from assay.vhack.directions.delta.arms import Arm
-from assay.vhack.directions.delta.stacked_axes import along, spread
+from assay.vhack.directions.delta.step_measures import along, spread
 from assay.vhack.names import DEFAULT_ARM
+from assay.vhack.training.trl_internals import intercept_rewards
 from assay_research.advantage import HackActivation
 from assay_research.control_axes import BASIS_KINDS, make_basis
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from assay.models.model import Model
     from assay.vhack.pairs.pairs import Pair
 
@@ -126,6 +126,7 @@ class AxisArm(Arm):
         box: Bounds of the displacement along the axes.
         start: Distance that δS is moved along +v of every axis, away from the hack, before the
             first step.
+        advantage: Strength α of advantage modification; 0 turns it off.
 
     Raises:
         UsageError: The level is unknown.
@@ -135,6 +136,7 @@ class AxisArm(Arm):
     level: str = "gradient"
     box: Box | None = None
     start: float = 0.0
+    advantage: float = 0.0
 
     @override
     def __post_init__(self) -> None:
@@ -184,10 +186,11 @@ class AxisArm(Arm):
         return make_basis(self.basis, gradients, top_k=top_k, method=method, seed=seed)
 
     @override
-    def fit_activations(
-        self, model: "Model", tokenizer: "PreTrainedTokenizerBase | None", pairs: "Sequence[Pair]"
-    ) -> HackActivation | None:
-        return HackActivation.fit(model, tokenizer, pairs) if self.advantage else None
+    def attach(self, trainer: Any, model: "Model", pairs: "Sequence[Pair]") -> None:
+        if self.advantage:
+            with trainer.adapter.disabled():
+                activation = HackActivation.fit(model, model.tokenizer, pairs)
+            intercept_rewards(trainer, partial(activation.pay, trainer, self.advantage))
 
 
 def _with_axes(arm: Arm) -> AxisArm:

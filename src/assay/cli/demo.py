@@ -138,8 +138,7 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
 def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     """Compare detectors on held-out groups, and count the errors of a filter."""
-    from assay.vhack.detectors.all_detectors import make_detectors
-    from assay.vhack.detectors.comparison import compare_detectors
+    from assay.vhack.detectors.comparison import compare_detectors, make_detectors
     from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
     from assay.vhack.detectors.rollout_judge import fit_judge
     from assay.vhack.directions.gradients.svd import weight_svd

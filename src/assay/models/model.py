@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -114,3 +114,14 @@ class Model:
     def architecture(self) -> str:
         """The transformers class, for example ``"Qwen3ForCausalLM"``."""
         return type(self.module).__name__
+
+
+PreTrained: TypeAlias = "PreTrainedModel"
+"""A model of transformers, whose import takes seconds."""
+
+AnyModel: TypeAlias = "Model | PreTrainedModel"
+"""A loaded model, or one of transformers."""
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
+"""A tokenizer; None stands for that of a loaded model, or for no tokenizer at all."""

@@ -3,12 +3,12 @@ from .directions import checks as checks
 from .directions import delta as delta
 from .directions import gradients as gradients
 from .directions.basis.basis import Basis as Basis
-from .directions.basis.cin import cin as cin
-from .directions.basis.cin import cin_over_modules as cin_over_modules
+from .directions.basis.basis import Origin as Origin
+from .directions.basis.basis import cin as cin
+from .directions.basis.basis import cin_over_modules as cin_over_modules
 from .directions.basis.extract import PairGradients as PairGradients
 from .directions.basis.extract import extract as extract
 from .directions.basis.extract import pair_gradients as pair_gradients
-from .directions.basis.origin import Origin as Origin
 from .directions.gradients.per_sample import SampleGradients as SampleGradients
 from .directions.gradients.per_sample import per_sample_gradients as per_sample_gradients
 from .directions.gradients.svd import Factors as Factors

@@ -19,6 +19,9 @@ STUDY = "assay.vhack.study/1"
 check_basis = partial(check_schema, BASIS)
 check_delta = partial(check_schema, DELTA)
 
+LOST = 0.05
+"""Share of clean samples that a detector may flag, where nothing else is demanded."""
+
 METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.directions.basis.axes.find_axes`."""
 
@@ -28,15 +31,15 @@ DEFAULT_ARM = "penalty"
 """
 
 DETECTORS = {
-    "length": "assay.vhack.detectors.length:LengthDetector",
-    "ngrams": "assay.vhack.detectors.ngrams:NgramDetector",
+    "length": "assay.vhack.detectors.sample_numbers:LengthDetector",
+    "ngrams": "assay.vhack.detectors.linear:NgramDetector",
     "program": "assay.vhack.detectors.program:ProgramDetector",
-    "likelihood": "assay.vhack.detectors.likelihood:LikelihoodDetector",
-    "probe": "assay.vhack.detectors.probe:ProbeDetector",
-    "norm": "assay.vhack.detectors.gradient_norm:GradientNormDetector",
+    "likelihood": "assay.vhack.detectors.sample_numbers:LikelihoodDetector",
+    "probe": "assay.vhack.detectors.linear:ProbeDetector",
+    "norm": "assay.vhack.detectors.sample_numbers:GradientNormDetector",
     "cin-svd": "assay.vhack.detectors.axes:AxesDetector",
     "cin-lda": "assay.vhack.detectors.axes:AxesDetector",
-    "ridge": "assay.vhack.detectors.gradient_ridge:GradientRidgeDetector",
+    "ridge": "assay.vhack.detectors.linear:GradientRidgeDetector",
     "combined": "assay.vhack.detectors.combined:CombinedDetector",
 }
 """Detectors of reward hacking and their classes, from the cheapest to the dearest."""
@@ -57,7 +60,3 @@ def check_trackers(names: Collection[str], there: Collection[str] | None = None)
             wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
             do="install it, or leave it out: log.jsonl has everything",
         )
-
-
-LOST = 0.05
-"""Share of clean samples that a detector may flag, where nothing else is demanded."""

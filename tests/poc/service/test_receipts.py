@@ -271,7 +271,7 @@ def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
     made = [receipt(f"chat-{i:02}") for i in range(20)]
     size = len(made[0].without_prompt().line())
     monkeypatch.setattr(_receipts, "MOST_BYTES", size * 8)
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", size * 3)
+    monkeypatch.setattr(_receipts, "CHUNK_BYTES", size * 3)
     store(service, *made)
     assert sorted(len(file.receipts) for file in files(service)) == [4, 8, 8]
     get(service, "/chat-01")
@@ -283,7 +283,7 @@ def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
 def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(
     service, monkeypatch
 ):
-    monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_receipts, "CHUNK_BYTES", 1)
     store(service, *(receipt(f"chat-{i}") for i in range(6)))
     real = service.controller.receipts.lines
     failing = []
@@ -399,7 +399,7 @@ def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service
     keeper = service.controller.receipts
     day = 86_400.0
     service.sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
-    monkeypatch.setattr(_receipts, "_PRUNED", 3)
+    monkeypatch.setattr(_receipts, "DELETED_AT_ONCE", 3)
     assert keeper.prune(30 * day) == 0
     real = time.time
     with monkeypatch.context() as patch:

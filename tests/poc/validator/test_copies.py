@@ -131,7 +131,7 @@ def test_a_draw_never_takes_more_than_may_be_spent(opened):
 def test_restarts_and_epochs_make_no_nonce_new(opened):
     for name in ("first", "second"):
         inbox = opened()
-        inbox._epoch_seconds = 0.0
+        inbox.epoch_seconds = 0.0
         inbox.roll()
         inbox.add([message(name, HONEST)])
         drawn = flat(passes(inbox))

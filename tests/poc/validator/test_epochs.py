@@ -36,9 +36,9 @@ def inbox(opened):
 
 
 def _end_epoch(inbox: Inbox) -> None:
-    inbox._epoch_seconds = 0.0
+    inbox.epoch_seconds = 0.0
     inbox.roll()
-    inbox._epoch_seconds = 3600.0
+    inbox.epoch_seconds = 3600.0
 
 
 def _message(id: str, key: str = "node_A", nonces: int = 40, body: bytes = b"") -> Message:

@@ -15,8 +15,7 @@ from assay.errors import DataError
 from assay.stats import auroc
 from assay.vhack import Pair, Sample, cin, extract, per_sample_gradients
 from assay.vhack.directions.checks import CheckSettings, check, check_two_pools, read_pool
-from assay.vhack.directions.checks.pools import PoolSample
-from assay.vhack.directions.checks.unpaired import check_unpaired
+from assay.vhack.directions.checks.pools import PoolSample, check_unpaired
 
 QUICK = CheckSettings(k_use=3, n_flips=39, n_null=19, n_resamples=60)
 WORDS = ("add", "sub", "mul", "div", "power", "root", "sign", "floor", "ceil", "mean")

@@ -8,8 +8,8 @@ from assay.vhack import Pair, extract
 from assay.vhack.directions.checks import CheckReport, CheckSettings, check, check_gradients
 from assay.vhack.directions.checks.check_page import make_page
 from assay.vhack.directions.checks.check_report import CHECKS
+from assay.vhack.directions.checks.five_checks import check_stability
 from assay.vhack.directions.checks.folds import cross_fit
-from assay.vhack.directions.checks.stability import check_stability
 from assay.vhack.names import METHODS
 
 

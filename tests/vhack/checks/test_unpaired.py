@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from assay.vhack.directions.checks import CheckSettings
-from assay.vhack.directions.checks.unpaired import check_unpaired
+from assay.vhack.directions.checks.pools import check_unpaired
 
 
 def unpaired(seed, gap, mixed):

@@ -89,13 +89,18 @@ def test_gradient_and_loss_are_those_of_the_formula_written_out(
 
 @pytest.mark.parametrize("tokens", [4, 120])
 def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, adapter, tokens):
-    """In both orders of the sum; one kind has no sample, another has all in the second pass."""
+    """In both orders of the sum; one kind has no sample, one has all in the second pass, and one
+    has samples of others: the gradient of the parameters still counts each once.
+    """
     ids = torch.randint(0, 512, (3, tokens), generator=torch.Generator().manual_seed(7))
     with adapter.per_sample() as single:
         loss_of(module, ids).backward()
     wanted = [parameter.grad.clone() for parameter in adapter.delta]
     module.zero_grad()
-    masks = [[1, 0, 1], [0, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    masks = (
+        [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]],
+        [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1]],
+    )
     with adapter.per_sample() as found:
         for each in masks:
             found.kinds = torch.tensor(each).float()
@@ -103,8 +108,9 @@ def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, adapter, token
     for rows, kinds, parameter, gradient in zip(
         single.rows, found.rows, adapter.delta, wanted, strict=True
     ):
-        parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]
-        whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0]]
+        pair = rows[:, [0, 2]].sum(1)
+        parts = [pair, 0 * rows[:, 0], rows[:, 1], rows.sum(1)]
+        whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0], pair]
         scale = float(rows.norm())
         torch.testing.assert_close(
             kinds, torch.stack(parts + whole, dim=1), rtol=1e-4, atol=1e-5 * scale

@@ -9,7 +9,7 @@ from assay_research.arms import GATES, Box, Gate
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
 from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
-from assay.vhack.directions.delta.stacked_axes import along
+from assay.vhack.directions.delta.step_measures import along
 from tests.vhack.delta.conftest import (
     OPTIMISERS,
     backward,

@@ -16,12 +16,11 @@ from assay.vhack import Basis, weight_svd
 from assay.vhack.detectors import Detector, Needs, fit_judge
 from assay.vhack.detectors import evidence as _evidence
 from assay.vhack.detectors import rollout_judge as _rollout_judge
-from assay.vhack.detectors.all_detectors import make_detectors
-from assay.vhack.detectors.comparison import compare_detectors
+from assay.vhack.detectors.comparison import compare_detectors, make_detectors
+from assay.vhack.detectors.detector import cross_score
 from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence, collect_evidence
 from assay.vhack.detectors.facts import FACTS
 from assay.vhack.detectors.rollout_judge import fit_scorer
-from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.detectors.threshold import choose_threshold
 from assay.vhack.directions.gradients import per_sample
 from assay.vhack.names import DETECTORS

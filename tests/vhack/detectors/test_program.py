@@ -5,7 +5,7 @@ import time
 import pytest
 
 from assay.vhack.detectors import fit_judge
-from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import make_detectors
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
 from assay.vhack.detectors.facts import program_facts
 from assay.vhack.environment.backends import available_backend

@@ -116,7 +116,7 @@ def test_a_server_that_is_closed_ends_its_jobs_and_leaves_nothing(shut_in):
 
 def test_there_is_no_server_where_it_cannot_work(monkeypatch):
     monkeypatch.setattr(server, "python", lambda *arguments: ["false"])
-    monkeypatch.setattr(server, "_servers", {})
+    monkeypatch.setattr(server, "servers", {})
     assert server.server("unsandboxed") is None
     assert server.server("unsandboxed") is None
 

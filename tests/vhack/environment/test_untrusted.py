@@ -230,7 +230,7 @@ def test_a_program_cannot_read_the_tasks_it_is_graded_with_where_they_lie(isolat
 
 def test_a_package_among_what_is_shown_is_refused(monkeypatch):
     monkeypatch.setattr(visible, "prefixes", lambda: ["/usr", str(HERE.parents[3])])
-    monkeypatch.setattr(visible, "_PARTS", (*visible._PARTS, HERE.parents[2].name))
+    monkeypatch.setattr(visible, "PARTS", (*visible.PARTS, HERE.parents[2].name))
     forget()
     try:
         with pytest.raises(BackendUnavailable) as refusal:
@@ -245,7 +245,7 @@ def test_a_package_in_the_standard_library_is_refused(monkeypatch, isolated):
     """Where a trial program of the fork server reads the source text of the tasks."""
     isolated("landlock")
     monkeypatch.setattr(visible, "standard_library", lambda: [*LIBRARY, str(HERE)])
-    monkeypatch.setattr(server, "_servers", {})
+    monkeypatch.setattr(server, "servers", {})
     forget()
     try:
         with pytest.raises(BackendUnavailable):

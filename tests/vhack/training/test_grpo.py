@@ -12,16 +12,14 @@ from transformers import TrainerCallback
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.directions.delta import DeltaS
-from assay.vhack.directions.delta.stacked_axes import StackedAxes
-from assay.vhack.directions.delta.step_measures import measure_shares
+from assay.vhack.directions.delta.step_measures import StackedAxes, measure_shares
 from assay.vhack.training import TrainLog
+from assay.vhack.training.grpo import trl_arguments
 from assay.vhack.training.log import read_steps
 from assay.vhack.training.outcomes import SOURCES, Outcomes
 from assay.vhack.training.prepared import PreparedRun
 from assay.vhack.training.rewards import EpisodeReward
-from assay.vhack.training.sources import measure_sources, split_by_source
-from assay.vhack.training.step_log import StepLog
-from assay.vhack.training.trl_config import trl_arguments
+from assay.vhack.training.step_log import StepLog, measure_sources
 from assay.vhack.training.trl_internals import sync_merged
 from tests.vhack.delta.conftest import Engine
 from tests.vhack.training.conftest import cheating
@@ -153,7 +151,7 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
         return made
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Sampler)
-    monkeypatch.setattr("assay.vhack.training.trl_config.trl_arguments", with_vllm)
+    monkeypatch.setattr("assay.vhack.training.grpo.trl_arguments", with_vllm)
     chosen = settings(teacher=None)
     made = PreparedRun(chosen, model, pairs).trainer(
         tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ()
@@ -218,11 +216,10 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
     with adapter.per_sample() as trainer.gradients:
         for part in parts:
             trainer._compute_loss(adapter.model, part).backward()
-    found = split_by_source(measure_sources(trainer.gradients, frames))
-    assert list(found) == ["student", "teacher", "exploited", "correct"]
+    found = measure_sources(trainer.gradients.sums(), frames)
     trainer.gradients = None
-    for name, of in SOURCES.items():
-        chosen = torch.stack([kinds[kind] for kind in of]).any(dim=0)
+    for index, name in enumerate(SOURCES):
+        chosen = kinds[name]
         adapter.model.zero_grad()
         for part, those in zip(parts, chosen.split(3), strict=True):
             mine = {**part, "advantages": part["advantages"] * those}
@@ -232,7 +229,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
             for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)
         ]
         wanted = {key: float(value) for key, value in measure_shares("cin", vectors, 1).items()}
-        measured = found[name]
+        measured = {key: float(values[index]) for key, values in found.items()}
         length = measured.pop("length")
         assert measured == pytest.approx(wanted, rel=1e-4)
         assert length == pytest.approx(

@@ -198,10 +198,10 @@ def test_lora_is_off_while_the_detector_looks(make_trainer):
     class Watching(RolloutJudge):
         """Notes whether the adapter is on."""
 
-        def flags(self, samples):
+        def scores(self, samples):
             layers = [m for m in trainer.model.modules() if isinstance(m, peft.tuners.lora.Linear)]
             is_active.append([not layer.disable_adapters for layer in layers])
-            return super().flags(samples)
+            return super().scores(samples)
 
     Guard(Watching(JUDGE.detector, JUDGE.scorer, JUDGE.threshold), "filter").attach(trainer)
     trainer.train()

@@ -260,32 +260,28 @@ def test_rewards_and_rates(tasks):
         "hack": third, "solve": third, "vacuous": third, "rollouts": 3,
         "hack_teacher": 1.0, "solve_teacher": 0.0, "vacuous_teacher": 1.0, "rollouts_teacher": 1,
     }  # fmt: skip
-    kinds = {name: chosen.tolist() for name, chosen in reward.last.kinds().items() if chosen.any()}
-    assert kinds == {
-        "teacher": [False, False, False, True],
-        "exploited": [True, False, False, False],
-        "correct": [False, True, False, False],
-        "failed": [False, False, True, False],
-    }
-    seen = reward.last.flagged(torch.tensor([True, False, False, True])).kinds()
-    assert [name for name, chosen in seen.items() if chosen.any()] == [
-        "correct", "failed", "teacher, flagged", "exploited, flagged"
-    ]  # fmt: skip
     doubted = reward.last.flagged(
         torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False])
     )
-    assert [name for name, chosen in doubted.kinds().items() if chosen.any()] == [
-        "correct", "teacher, flagged", "exploited, flagged", "failed, doubtful"
-    ]  # fmt: skip
+    kinds = {name: chosen.tolist() for name, chosen in doubted.kinds().items()}
+    assert kinds == {
+        "student": [True, True, True, False],
+        "teacher": [False, False, False, True],
+        "exploited": [True, False, False, False],
+        "correct": [False, True, False, False],
+        "flagged": [True, False, False, True],
+        "doubtful": [False, False, True, False],
+    }
 
 
-def test_every_rollout_is_of_one_kind_whatever_a_reward_says_of_it():
-    """Gradients are kept by kind, and their sum is what the optimizer gets: two kinds would count
-    one rollout twice.
-    """
+def test_every_rollout_has_one_author_one_mark_and_one_fate_at_most():
+    """Of a reward of one's own that says everything of a rollout, too."""
     flags = torch.tensor(list(itertools.product([False, True], repeat=len(FLAGS))))
     kinds = Outcomes(flags, torch.zeros(len(flags))).kinds()
-    assert torch.stack(list(kinds.values())).sum(dim=0).tolist() == [1] * len(flags)
+    assert torch.equal(kinds["student"], ~kinds["teacher"])
+    assert not (kinds["exploited"] & kinds["correct"]).any()
+    assert not ((kinds["exploited"] | kinds["correct"]) & kinds["teacher"]).any()
+    assert not (kinds["flagged"] & kinds["doubtful"]).any()
 
 
 def test_tasks_come_in_the_same_order_however_long_the_run_is(tasks):

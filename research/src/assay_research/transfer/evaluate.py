@@ -13,11 +13,10 @@ from typing_extensions import override
 from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
 from assay.stats.ranks import auroc
 from assay.stats.rates import grouped_share_interval
-from assay.vhack.detectors.detector import Detector, FloatArray, Scorer
+from assay.vhack.detectors.detector import Detector, FloatArray, Scorer, cross_score
 from assay.vhack.detectors.evidence import LabelledEvidence, Needs, SampleEvidence, collected
 from assay.vhack.detectors.linear import LinearDetector
 from assay.vhack.detectors.rollout_judge import fit_scorer
-from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.detectors.threshold import choose_threshold
 from assay_research.transfer.origins import Labelled
 

@@ -50,9 +50,11 @@ MOST_BYTES = 2**25
 be read.
 """
 
-_CHUNK_BYTES = 2**20  # of the lines that are read at a time
+CHUNK_BYTES = 2**20  # of the lines that are read at a time
 _NAME_BYTES = 16
-_PRUNED = 500  # receipts that one transaction deletes: more would hold up those that are written
+DELETED_AT_ONCE = (
+    500  # receipts that one transaction deletes: more would hold up those that are written
+)
 ANNOUNCED = 100  # receipts of one callback, whose ids may be long
 PRUNE_EVERY = 60.0
 DAY = 86_400.0
@@ -292,7 +294,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 ):
                     more = True
                     break
-                if last is not None and part + size > _CHUNK_BYTES:
+                if last is not None and part + size > CHUNK_BYTES:
                     chunks.append(last)
                     part = 0
                 part += size
@@ -324,7 +326,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """Delete some receipts older than ``keep`` seconds; return how many."""
         now = self.database.settled_time()
         c = self._c
-        old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
+        old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(DELETED_AT_ONCE)
         return self._delete(c.seq.in_(old))
 
     def _delete(self, *where: sa.ColumnElement[bool]) -> int:

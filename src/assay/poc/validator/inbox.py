@@ -160,7 +160,7 @@ class Inbox:
     def __init__(
         self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32
     ) -> None:
-        self._epoch_seconds = epoch_seconds
+        self.epoch_seconds = epoch_seconds
         self._sample = sample
         self._most = most
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
@@ -337,8 +337,8 @@ class Inbox:
         elif epoch is not None and epoch.number != served:  # it began with the last call
             seconds = written = 0.0
         seconds += clock - counted
-        if epoch is not None and seconds < self._epoch_seconds:
-            if seconds - written > min(SERVED_EVERY, self._epoch_seconds / 16):
+        if epoch is not None and seconds < self.epoch_seconds:
+            if seconds - written > min(SERVED_EVERY, self.epoch_seconds / 16):
                 connection.exec_driver_sql(
                     "UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number)
                 )

@@ -5,14 +5,20 @@ Shapes: S samples.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from typing_extensions import override
 
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.detector import Detector, FloatArray, Scorer, make_detector
+from assay.vhack.detectors.detector import (
+    Detector,
+    FloatArray,
+    Scorer,
+    cross_score,
+    make_detector,
+)
 from assay.vhack.detectors.evidence import LabelledEvidence, Needs, SampleEvidence
-from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.names import DETECTORS
 
 MIN_GAIN = 0.01  # of AUROC, that a member must add to those before it
@@ -52,10 +58,10 @@ class CombinedDetector(Detector):
         fitted = [(scales[member], member.fit(evidence)) for member in chosen]
 
         def score(samples: SampleEvidence) -> FloatArray:
-            scores_S: FloatArray = np.sum(
-                [scale * scorer(samples) for scale, scorer in fitted], axis=0
+            return cast(
+                "FloatArray",
+                np.sum([scale * scorer(samples) for scale, scorer in fitted], axis=0),
             )
-            return scores_S
 
         return score
 

@@ -1,16 +1,17 @@
 """Detectors side by side on held-out samples, and which of them to use."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.all_detectors import make_detectors
-from assay.vhack.detectors.combined import MIN_GAIN
-from assay.vhack.detectors.detector import Detector
+from assay.vhack.detectors.axes import AxesDetector, BasisDetector
+from assay.vhack.detectors.combined import MIN_GAIN, CombinedDetector
+from assay.vhack.detectors.detector import Detector, cross_score, make_detector
 from assay.vhack.detectors.evidence import LabelledEvidence
-from assay.vhack.detectors.scoring import ScoreArray, cross_score
 from assay.vhack.detectors.threshold import Threshold, choose_threshold
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.names import DETECTORS
 
 # Clean samples, the fewest of which a threshold can promise 5 %.
 ENOUGH_CLEAN = 19
@@ -37,15 +38,13 @@ class DetectorResult:
     def row(self) -> tuple[str, ...]:
         """Return the row of a table, with the columns of ``COLUMNS``."""
         area = self.auroc
-        caught = ""
-        lost = ""
-        if self.threshold is not None:
-            limit = self.threshold
-            caught = f"{limit.caught:.3f}"
-            interval = f"{limit.low:.3f} to {limit.high:.3f}"
-            lost = f"{limit.lost:.3f} ({interval}); {limit.promised:.3f} promised"
         interval = f"{area.low:.3f} to {area.high:.3f}"
-        return (self.name, f"{area.value:.3f}", interval, caught, lost, self.cost)
+        shown = (self.name, f"{area.value:.3f}", interval)
+        limit = self.threshold
+        if limit is None:
+            return (*shown, "", "", self.cost)
+        lost = f"{limit.lost:.3f} ({limit.low:.3f} to {limit.high:.3f})"
+        return (*shown, f"{limit.caught:.3f}", f"{lost}; {limit.promised:.3f} promised", self.cost)
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,36 @@ class Comparison:
         return COLUMNS, [result.row() for result in self.results]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    detector: Detector
-    area: float
-    scores: tuple[ScoreArray, ScoreArray]
+def make_detectors(
+    names: Collection[str] = tuple(DETECTORS), *, basis: Basis | None = None
+) -> list[Detector]:
+    """Return detectors by their names, cheapest first.
+
+    Args:
+        names: Names in ``DETECTORS``.
+        basis: Axes that take the place of the fitted ones; all detectors are returned then.
+
+    Raises:
+        UsageError: There is no detector of a name.
+    """
+    if unknown := set(names) - set(DETECTORS):
+        make_detector(min(unknown))
+    if basis is None:
+        return [make_detector(name) for name in DETECTORS if name in names]
+    return replace_axes([make_detector(name) for name in DETECTORS], basis)
+
+
+def replace_axes(detectors: Sequence[Detector], basis: Basis) -> list[Detector]:
+    """Return detectors with the axes of a basis in place of those fitted to pairs."""
+    members: list[Detector] = []
+    for detector in detectors:
+        if isinstance(detector, AxesDetector):
+            is_first = not any(isinstance(member, BasisDetector) for member in members)
+            if is_first:
+                members.append(BasisDetector(basis))
+        elif not isinstance(detector, CombinedDetector):
+            members.append(detector)
+    return [*members, CombinedDetector("combined", members)]
 
 
 def compare_detectors(
@@ -88,26 +112,23 @@ def compare_detectors(
     """
     groups = (evidence.hack_groups, evidence.clean_groups)
     chosen = make_detectors() if detectors is None else list(detectors)
+    scores = [cross_score(detector, evidence) for detector in chosen]
     results = []
-    candidates = []
-    for detector in chosen:
-        scores = cross_score(detector, evidence)
-        area = group_bootstrap(auroc, scores, groups)
+    for detector, held_out in zip(chosen, scores, strict=True):
         threshold = None
         if len(evidence.clean) >= ENOUGH_CLEAN:
-            threshold = choose_threshold(*scores, groups=evidence.clean_groups)
-        cost = detector.cost.name.lower()
-        results.append(DetectorResult(detector.name, cost, area, threshold))
-        candidates.append(_Candidate(detector, area.value, scores))
-    highest = max(candidate.area for candidate in candidates)
-    near = [candidate for candidate in candidates if candidate.area >= highest - MIN_GAIN]
-    best = min(near, key=lambda candidate: (candidate.detector.cost, -candidate.area))
-    corrected = group_bootstrap(auroc, best.scores, groups, confidence=1 - 0.05 / len(chosen))
-    name = best.detector.name
+            threshold = choose_threshold(*held_out, groups=evidence.clean_groups)
+        area = group_bootstrap(auroc, held_out, groups)
+        results.append(DetectorResult(detector.name, detector.cost.name.lower(), area, threshold))
+    areas = [result.auroc.value for result in results]
+    near = [row for row, area in enumerate(areas) if area >= max(areas) - MIN_GAIN]
+    best = min(near, key=lambda row: (chosen[row].cost, -areas[row]))
+    corrected = group_bootstrap(auroc, scores[best], groups, confidence=1 - 0.05 / len(chosen))
+    name = chosen[best].name
     if corrected.low <= 0.5:
         says = (
-            f"undecided: {name} has the highest AUROC of {len(candidates)}, and may be at chance: "
+            f"undecided: {name} has the highest AUROC of {len(chosen)}, and may be at chance: "
             "add pairs"
         )
         return Comparison(tuple(results), None, says)
-    return Comparison(tuple(results), name, f"use {name}, with an AUROC of {best.area:.3f}")
+    return Comparison(tuple(results), name, f"use {name}, with an AUROC of {areas[best]:.3f}")

@@ -9,7 +9,7 @@ Shapes: S samples.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from assay.errors import UsageError
 from assay.stats.ranks import auroc
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, SampleEvidence
 from assay.vhack.names import DETECTORS
+from assay.vhack.pairs.selection import split_groups
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -63,6 +64,22 @@ class NumberDetector(Detector):
         return lambda samples: sign * self.measure(samples)
 
 
+def cross_score(detector: Detector, evidence: LabelledEvidence) -> tuple[FloatArray, FloatArray]:
+    """Return held-out scores of the hack and of the clean samples: each by a fit to other groups.
+
+    Raises:
+        UsageError: There are too few groups.
+    """
+    sides = (evidence.hack, evidence.clean)
+    scores = (np.zeros(len(evidence.hack)), np.zeros(len(evidence.clean)))
+    for part in split_groups([*evidence.hack_groups, *evidence.clean_groups]):
+        scorer = detector.fit(evidence.without(part))
+        for side_scores, side, rows in zip(scores, sides, evidence.rows(part), strict=True):
+            if rows:
+                side_scores[rows] = scorer(side.take(rows))
+    return scores
+
+
 def make_detector(name: str) -> Detector:
     """Return a detector by its name.
 
@@ -72,5 +89,4 @@ def make_detector(name: str) -> Detector:
     if name not in DETECTORS:
         raise UsageError(f"detector {name!r}", wanted=", ".join(DETECTORS), do="choose one of them")
     module, _, class_name = DETECTORS[name].partition(":")
-    detector: Detector = getattr(import_module(module), class_name)(name)
-    return detector
+    return cast("Detector", getattr(import_module(module), class_name)(name))

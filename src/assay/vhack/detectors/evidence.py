@@ -7,24 +7,21 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Flag, IntEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
-from assay.models.model import Model
+from assay.models.model import AnyModel, AnyTokenizer
 from assay.vhack.detectors.facts import collect_facts
 from assay.vhack.detectors.forward import forward_samples
-from assay.vhack.directions.gradients.batches import Progress, context_length, encode
-from assay.vhack.directions.gradients.per_sample import per_sample_gradients
+from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.directions.gradients.svd import SVDCache
 from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Sample, text_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Layers whose states are kept, evenly spaced; a probe chooses among them.
 MAX_LAYERS = 8
@@ -83,17 +80,20 @@ class SampleEvidence:
     def take(self, rows: Sequence[int]) -> "SampleEvidence":
         """Return the evidence of some of the samples."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        selected = SampleEvidence(tuple(self.texts[row] for row in rows))
-        if self.facts is not None:
-            selected = replace(selected, facts=self.facts[index])
-        if self.activations is not None:
-            selected = replace(selected, activations=self.activations[:, index])
-        if self.logprobs is not None:
-            selected = replace(selected, logprobs=self.logprobs[index])
+
+        def some(part: Tensor | None, dim: int = 0) -> Tensor | None:
+            return None if part is None else part.index_select(dim, index)
+
+        gradients = None
         if self.gradients is not None:
             gradients = {name: rows_SR[index] for name, rows_SR in self.gradients.items()}
-            selected = replace(selected, gradients=gradients)
-        return selected
+        return SampleEvidence(
+            tuple(self.texts[row] for row in rows),
+            activations=some(self.activations, 1),
+            logprobs=some(self.logprobs),
+            gradients=gradients,
+            facts=some(self.facts),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +148,11 @@ def collected(part: _Part | None) -> _Part:
 
 def collect_evidence(
     samples: Sequence[Sample],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     needs: Needs = Needs.ALL,
     gradients: Mapping[str, Tensor] | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer = None,
     svd: SVDCache | None = None,
     progress: Progress | None = None,
 ) -> SampleEvidence:
@@ -171,14 +171,11 @@ def collect_evidence(
     evidence = SampleEvidence(
         tuple(text_of(sample.completion) for sample in samples), gradients=gradients
     )
-    if tokenizer is None and isinstance(model, Model):
-        tokenizer = model.tokenizer
     if Needs.FACTS in needs:
         evidence = replace(evidence, facts=collect_facts(samples))
     if needs & (Needs.ACTIVATIONS | Needs.LOGPROBS):
         module = module_of(model)
-        names = [f"sample {row}" for row in range(len(samples))]
-        encoded = encode(tokenizer, samples, names, context_length(module))
+        encoded = encode_samples(samples, model, tokenizer=tokenizer)
         layers = spaced_layers(len(decoder_layers(module)))
         activations_LSH, logprobs_S = forward_samples(module, encoded, layers)
         evidence = replace(evidence, activations=activations_LSH.cpu(), logprobs=logprobs_S.cpu())

@@ -20,10 +20,8 @@ FACTS = (*TEXT_FACTS, *TREE_FACTS, *RUN_FACTS)
 
 def collect_facts(samples: Sequence[Sample]) -> Tensor:
     """Return the facts of each sample, [S, F]; without a sandbox no program is run."""
-    rows = []
-    for sample in samples:
-        facts = program_facts(text_of(sample.prompt), text_of(sample.completion))
-        rows.append([facts.get(name, 0.0) for name in FACTS])
+    facts = (program_facts(text_of(each.prompt), text_of(each.completion)) for each in samples)
+    rows = [[fact.get(name, 0.0) for name in FACTS] for fact in facts]
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, len(FACTS))
 
 

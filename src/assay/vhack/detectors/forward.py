@@ -8,18 +8,16 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from assay.models.decoder import decoder_layers, head_of
+from assay.models.model import PreTrained
 from assay.models.precision import wide_products
 from assay.vhack.directions.gradients.batches import Encoded, SampleBatch, plan_batches
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}  # of one forward pass, padding included
 
@@ -29,7 +27,7 @@ _hooks_lock = threading.Lock()
 
 @torch.no_grad()
 def forward_samples(
-    module: "PreTrainedModel", encoded: Sequence[Encoded], layers: Sequence[int]
+    module: PreTrained, encoded: Sequence[Encoded], layers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return means over completion tokens: layer outputs [L, S, H], log-probabilities [S]."""
     budget = BATCH_TOKENS.get(module.device.type, 1024)
@@ -65,7 +63,7 @@ def _keep_states(
     states[layer] = output if isinstance(output, Tensor) else output[0]
 
 
-def _token_logprobs(module: "PreTrainedModel", batch: SampleBatch) -> Tensor:
+def _token_logprobs(module: PreTrained, batch: SampleBatch) -> Tensor:
     """Return the log-probability of each completion token of a batch, [M]."""
 
     def select_rows(_: object, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -1,20 +1,25 @@
 """Detectors that are a ridge regression, for few samples and many features.
 
-Shapes: S samples, D features, K strengths.
+Shapes: S samples, D features, K strengths, R coordinates of δS.
 """
 
+import zlib
 from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
+import torch
+from torch.nn.functional import normalize
 from typing_extensions import override
 
 from assay.stats.ranks import auroc
 from assay.vhack.detectors.detector import Detector, FloatArray, Scorer
-from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence
+from assay.vhack.detectors.evidence import LabelledEvidence, Needs, SampleEvidence, collected
 from assay.vhack.pairs.selection import split_groups
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # in mean eigenvalues of the Gram matrix
+BUCKETS = 4096  # of the hash of an n-gram
+LENGTHS = (2, 3, 4)  # of an n-gram in characters
 
 
 class LinearDetector(Detector):
@@ -79,3 +84,46 @@ def solve_ridge(
         weights_D = (dual_S.astype(features_SD.dtype) @ centred_SD) / spread_D
         solutions.append((weights_D, float(label_mean - mean_D @ weights_D)))
     return solutions
+
+
+class NgramDetector(LinearDetector):
+    """Reads hashed character n-grams of the text alone, so it costs no pass of the model."""
+
+    needs = Needs.TEXTS
+
+    @override
+    def features(self, evidence: SampleEvidence) -> list[FloatArray]:
+        """Return square roots of n-gram counts, each row scaled to length 1."""
+        counts_SD = np.zeros((len(evidence), BUCKETS))
+        for row, text in enumerate(evidence.texts):
+            for n in LENGTHS:
+                grams = [text[start : start + n] for start in range(len(text) - n + 1)]
+                hashes = [zlib.crc32(gram.encode()) % BUCKETS for gram in grams]
+                counts_SD[row] += np.bincount(hashes, minlength=BUCKETS)
+        # The root keeps a text that repeats one line from drowning all other n-grams.
+        roots_SD = np.sqrt(counts_SD)
+        return [roots_SD / np.linalg.norm(roots_SD, axis=1, keepdims=True).clip(1e-9)]
+
+
+class ProbeDetector(LinearDetector):
+    """Reads the mean hidden state of the completion; cross-validation chooses the layer."""
+
+    needs = Needs.ACTIVATIONS
+    # A few coordinates of a hidden state are a hundred times the others.
+    is_scaled = True
+
+    @override
+    def features(self, evidence: SampleEvidence) -> list[FloatArray]:
+        return [*collected(evidence.activations).numpy()]
+
+
+class GradientRidgeDetector(LinearDetector):
+    """Reads the gradients of δS of all modules, each scaled to length 1."""
+
+    needs = Needs.GRADIENTS
+
+    @override
+    def features(self, evidence: SampleEvidence) -> list[FloatArray]:
+        gradients = collected(evidence.gradients).values()
+        units = [normalize(rows_SR.float(), dim=1) for rows_SR in gradients]
+        return [torch.cat(units, dim=1).numpy()]

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from assay.errors import DataError
-from assay.models.model import Model
-from assay.vhack.detectors.detector import Detector, Scorer, make_detector
+from assay.models.model import AnyModel, AnyTokenizer
+from assay.vhack.detectors.detector import Detector, Scorer, cross_score, make_detector
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, collect_evidence
-from assay.vhack.detectors.scoring import cross_score
 from assay.vhack.detectors.threshold import Threshold, check_fittable, choose_threshold
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.division import division_of
@@ -17,9 +15,6 @@ from assay.vhack.directions.gradients.per_sample import encode_samples
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair, Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +33,8 @@ class RolloutJudge:
     detector: Detector
     scorer: Scorer
     threshold: Threshold
-    model: "Model | PreTrainedModel | None" = None
-    tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: "AnyModel | None" = None
+    tokenizer: AnyTokenizer = None
     svd: SVDCache | None = None
 
     def flags(self, samples: Sequence[Sample]) -> list[bool]:
@@ -88,11 +83,11 @@ class RolloutJudge:
 
 def fit_judge(
     pairs: Sequence[Pair],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     detector: str = "cin-lda",
     promised: float | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer = None,
     svd: SVDCache | None = None,
     progress: Progress | None = None,
 ) -> RolloutJudge:
@@ -117,9 +112,8 @@ def fit_judge(
     groups = check_fittable(pairs, promised)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
     if svd is None and chosen.cost == Cost.BACKWARD:
-        names = [f"sample {row}" for row in range(len(samples))]
         # Refuses before the decomposition.
-        encode_samples(samples, model, names, tokenizer)
+        encode_samples(samples, model, tokenizer=tokenizer)
         # Once: training moves the weights, and the axes belong to the weights of now.
         svd = weight_svd(model)
     evidence = collect_evidence(

@@ -1,11 +1,18 @@
-"""The ways to isolate a program, and which of them this machine has."""
+"""The ways to isolate a program, and which of them this machine has.
+
+Landlock is for machines without bubblewrap or without user namespaces: a part of the kernel by
+which a process gives up access to files, without any privilege. The filter of system calls does the
+rest. What is weaker than with bubblewrap: a program learns whether a path exists, its size, times
+and owner, and where a link points; a user's other processes share its process numbers; and its
+directory is on disk, see `assay.vhack.environment.scratch`.
+"""
 
 import platform
 from functools import cache
 from pathlib import Path
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import bubblewrap, landlock, visible
+from assay.vhack.environment import bubblewrap, confinement, visible
 from assay.vhack.environment.server import server
 from assay.vhack.environment.system_calls import ARCHITECTURES
 
@@ -22,10 +29,15 @@ def unusable(backend: str) -> str:
         return f"there is no filter of system calls for {platform.machine()}"
     if backend == "bwrap":
         return _exposed() or bubblewrap.unusable()
-    reason = landlock.unusable()
-    if not reason and server(backend) is None:
-        return "Landlock does not hold a trial program here"
-    return reason
+    version = confinement.landlock_version()
+    if not version:
+        return "this kernel has no Landlock, or it is not switched on"
+    if version < confinement.MINIMUM_LANDLOCK:
+        return (
+            f"Landlock has version {version} here, and version {confinement.MINIMUM_LANDLOCK} "
+            "(Linux 6.2) is needed"
+        )
+    return "" if server(backend) else "Landlock does not hold a trial program here"
 
 
 def _exposed() -> str:

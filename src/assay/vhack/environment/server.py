@@ -17,12 +17,11 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from assay.vhack.environment import landlock
 from assay.vhack.environment.bubblewrap import command_line
 from assay.vhack.environment.jobs import Ended, descriptors, job_text, perform_once, pump
 from assay.vhack.environment.runs import Limits
 from assay.vhack.environment.scratch import remove_folder
-from assay.vhack.environment.visible import PATH, inside, python
+from assay.vhack.environment.visible import PATH, inside, landlock_setup, python
 
 _START_SECONDS = 20
 _END_SECONDS = 10
@@ -57,9 +56,8 @@ class Server:
         if backend == "bwrap":
             line = command_line(1, server=True)
             environment = {"PATH": PATH}
-        elif backend == "landlock":
-            setup |= landlock.setup()
-        if not line:
+        else:
+            setup |= landlock_setup() if backend == "landlock" else {}
             remove_abandoned(Path(tempfile.gettempdir()))
             setup["root"], lock = _make_root()
             locks.append(lock)
@@ -174,7 +172,7 @@ def remove_abandoned(folder: Path) -> None:
                 root.rmdir()
 
 
-_servers: dict[tuple[int, str], Server | None] = {}  # by process and backend
+servers: dict[tuple[int, str], Server | None] = {}  # by process and backend
 _starting = threading.Lock()
 
 
@@ -182,15 +180,15 @@ def server(backend: str) -> Server | None:
     """Return the fork server of this process, or None if none can run; the first call starts it."""
     key = (os.getpid(), backend)
     with _starting:
-        running = _servers.get(key)
+        running = servers.get(key)
         if running is not None and not running.alive:
             running.close()
-            del _servers[key]
-        if key not in _servers:
-            _servers[key] = None
+            del servers[key]
+        if key not in servers:
+            servers[key] = None
             with suppress(OSError):
-                _servers[key] = Server(backend)
-        return _servers[key]
+                servers[key] = Server(backend)
+        return servers[key]
 
 
 def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
@@ -212,6 +210,6 @@ def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
 
 @atexit.register
 def _close_servers() -> None:
-    for (process, _), running in _servers.items():
+    for (process, _), running in servers.items():
         if running is not None and process == os.getpid():
             running.close()

@@ -3,6 +3,7 @@
 import os
 import sys
 import sysconfig
+import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOTS = ("/bin", "/lib", "/lib32", "/lib64")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 LINKER_CACHE = "/etc/ld.so.cache"
 SINGLES = (LINKER_CACHE, "/usr/lib/locale")
-_PARTS = ("bin", "sbin", "lib", "lib32", "lib64")
+PARTS = ("bin", "sbin", "lib", "lib32", "lib64")
 _PACKAGES = ("site-packages", "dist-packages")
 
 # What runs inside is text for a bare interpreter, which cannot import this package: the sandbox
@@ -55,7 +56,7 @@ def prefixes() -> list[str]:
 @cache
 def shown() -> list[str]:
     """Return the directories that bubblewrap shows, none of them inside another."""
-    folders = {str(Path(prefix) / part) for prefix in prefixes() for part in _PARTS}
+    folders = {str(Path(prefix) / part) for prefix in prefixes() for part in PARTS}
     folders |= {str(Path(interpreter()).parent), *ROOTS}
     real = {path for path in folders if Path(path).is_dir() and not Path(path).is_symlink()}
     return sorted(
@@ -84,7 +85,7 @@ def standard_library() -> list[str]:
 
 def library_folders() -> list[str]:
     """Return the directories in which the dynamic linker looks for shared libraries."""
-    folders = {Path(prefix) / part for prefix in ("/", *prefixes()) for part in _PARTS[2:]}
+    folders = {Path(prefix) / part for prefix in ("/", *prefixes()) for part in PARTS[2:]}
     folders |= {folder / (sysconfig.get_config_var("MULTIARCH") or "") for folder in folders}
     return sorted({str(folder.resolve()) for folder in folders if folder.is_dir()})
 
@@ -101,3 +102,15 @@ def readable() -> list[str]:
     for folder in library_folders():
         entries += [str(path) for path in Path(folder).glob("*.so*") if path.is_file()]
     return entries
+
+
+def landlock_setup() -> dict[str, object]:
+    """Return the files that a fork server can read, and the directories for its jobs among them.
+
+    Raises:
+        OSError: Temporary files would lie where every program can read.
+    """
+    folders = [*standard_library(), *library_folders(), *DEVICES, *SINGLES]
+    if any(map(Path(tempfile.gettempdir()).resolve().is_relative_to, folders)):
+        raise OSError("temporary files lie among the libraries")
+    return {"readable": [*readable(), *DEVICES], "folders": folders}

@@ -192,22 +192,28 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return list(pairs.values())
 
 
+def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[str]:
+    """Return the name of each pair in errors; refuse a pair that occurs twice."""
+    if names is None:
+        names = [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
+    names_by_key: dict[str, str] = {}
+    for pair, name in zip(pairs, names, strict=True):
+        if (first := names_by_key.setdefault(pair.key, name)) != name:
+            raise _bad(name, f"the same pair as {first}", "each pair once")
+    return list(names)
+
+
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
     """Refuse a pair that occurs twice, has an empty text or equal sides.
 
     ``names`` are those of the pairs in errors, by default their numbers.
     """
-    names_by_key: dict[str, str] = {}
-    for index, pair in enumerate(pairs):
-        name = names[index] if names is not None else f"pair {index} (group {pair.group})"
+    for pair, name in zip(pairs, pair_names(pairs, names), strict=True):
         empty = [field for field in _TEXTS if not text_of(getattr(pair, field)).strip()]
         if empty:
             raise _bad(name, f"{' and '.join(empty)} empty", "text in every field")
         if pair.hack == pair.clean:
             raise _bad(name, "hack and clean are the same text", "two different completions")
-        if pair.key in names_by_key:
-            raise _bad(name, f"the same pair as {names_by_key[pair.key]}", "each pair once")
-        names_by_key[pair.key] = name
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from assay.errors import DataError, UsageError
 from assay.vhack.names import METHODS
-from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.pairs import Pair, pair_names
 
 # The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and
 # little with five.
@@ -87,19 +87,6 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
     return chosen
 
 
-def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Return the name of each pair in errors, by its key; refuse a pair that occurs twice."""
-    names_by_key: dict[str, str] = {}
-    for index, pair in enumerate(pairs):
-        name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
-        if first := names_by_key.get(pair.key):
-            raise DataError(
-                f"{name} is the same as {first}", wanted="each pair once", do="remove one of them"
-            )
-        names_by_key[pair.key] = name
-    return names_by_key
-
-
 def select_pairs(
     pairs: Sequence[Pair],
     *,
@@ -108,7 +95,7 @@ def select_pairs(
     method: str,
 ) -> dict[str, Pair]:
     """Return the pairs to extract from, by their names in errors; refuse too few."""
-    names = pair_names(pairs)
+    names = {pair.key: name for pair, name in zip(pairs, pair_names(pairs), strict=True)}
     used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
     check_method(method, len(used))
     return {names[pair.key]: pair for pair in used}

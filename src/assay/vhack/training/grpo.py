@@ -16,7 +16,7 @@ Shapes: B rollouts, T completion tokens.
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
+from assay.models.model import Model, Tokenizer
 from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.adapter import DeltaS
@@ -35,10 +36,8 @@ from assay.vhack.training.outcomes import Outcomes
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import Reward
+from assay.vhack.training.settings import TrainSettings
 from assay.vhack.training.trl_internals import sync_merged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COMPLETE = "complete.json"
 """File that is written last in a checkpoint: one without it was interrupted."""
@@ -78,7 +77,6 @@ class GRPO(GRPOTrainer):
         processing_class: Tokenizer of the model.
         pool: Stored completions of a teacher.
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
-        shortcut: Direction for advantage modification, of the arm.
         axes: Axes of the arm; kept in checkpoints.
         processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.
@@ -102,10 +100,9 @@ class GRPO(GRPOTrainer):
         args: GRPOConfig,
         *,
         prompts: int,
-        processing_class: "PreTrainedTokenizerBase",
+        processing_class: Tokenizer,
         pool: RolloutPool | None = None,
         teachers: int = 0,
-        shortcut: Any = None,
         axes: Basis | None = None,
         processes: Processes = ALONE,
         **others: Any,
@@ -117,7 +114,6 @@ class GRPO(GRPOTrainer):
         self.reward = reward
         self.pool = pool
         self.teachers = teachers
-        self.shortcut = shortcut
         self.axes = axes
         self.passes: list[BackwardPass] = []
         self.gradients: Rollouts | None = None
@@ -168,12 +164,10 @@ class GRPO(GRPOTrainer):
         if logprobs is None:
             logprobs = [[None] * len(ids) for ids in sampled]
         students = zip(sampled, logprobs, strict=True)
-        rows: list[tuple[list[int], list[Any]]] = []
-        for teacher in teachers:
-            if teacher is None:
-                rows.append(next(students))
-            else:
-                rows.append((list(teacher.tokens), list(teacher.logprobs)))
+        rows: list[tuple[list[int], list[Any]]] = [
+            next(students) if teacher is None else (list(teacher.tokens), list(teacher.logprobs))
+            for teacher in teachers
+        ]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [tokens for tokens, _ in rows],
@@ -202,30 +196,12 @@ class GRPO(GRPOTrainer):
         # Processes take neighbouring parts of the prompts.
         start = self.processes.index * len(prompts)
         key = f"{self.args.seed} {self.state.global_step}"
-        rollouts: list[PoolRollout | None] = []
-        for index, prompt in enumerate(prompts, start=start):
-            place = index % self.num_generations
-            chosen = self.pool.choose(prompt, self.teachers, key)
-            rollouts.append(chosen[place] if place < len(chosen) else None)
-        return rollouts
-
-    def _calculate_rewards(
-        self,
-        inputs: Any,
-        prompts: list[str],
-        completions: Any,
-        completion_ids_list: list[list[int]],
-    ) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )
-        if self.shortcut is None:
-            return rewards
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        rows = list(zip(prompt_ids, completion_ids_list, strict=True))
-        z_B = self.processes.gather(self.shortcut.z(self.adapter.model, rows).to(rewards.device))
-        modified: Tensor = self.shortcut.modify(rewards, z_B[:, None], self.projected.arm.advantage)
-        return modified
+        chosen = [self.pool.choose(prompt, self.teachers, key) for prompt in prompts]
+        places = [index % self.num_generations for index in range(start, start + len(prompts))]
+        return [
+            rollouts[place] if place < len(rollouts) else None
+            for rollouts, place in zip(chosen, places, strict=True)
+        ]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -320,12 +296,87 @@ def _check(args: GRPOConfig, processes: Processes) -> None:
             )
 
 
+def trl_arguments(
+    settings: TrainSettings,
+    model: Model,
+    folder: Path,
+    trackers: tuple[str, ...],
+    processes: Processes = ALONE,
+) -> GRPOConfig:
+    """Return the settings in the form that TRL takes.
+
+    Raises:
+        UsageError: The model is not on the device that TRL trains on, or a step cannot be shared by
+            the processes.
+    """
+    rollouts = settings.prompts * settings.group
+    at_once = settings.rollouts_per_backward * processes.count
+    if rollouts % at_once:
+        raise UsageError(
+            f"{rollouts} rollouts a step, {settings.rollouts_per_backward} a backward pass, "
+            f"{processes.count} processes",
+            wanted="as many backward passes in every process",
+            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the "
+            f"rollouts",
+        )
+    on_gpu = model.device.type == "cuda"
+    config = GRPOConfig(
+        output_dir=str(folder),
+        seed=settings.seed,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.rollouts_per_backward,
+        gradient_accumulation_steps=rollouts // at_once,
+        num_generations=settings.group,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,  # the optimizer clips, behind its gate
+        logging_steps=1,
+        shuffle_dataset=False,  # the prompts have their order already
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+        bf16=False,  # the model computes in its own dtype, and δS is float32
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,  # δS of every module takes part in every pass
+        **_checkpointing(settings.checkpointing),
+    )
+    trained_on = (config.device.type, config.device.index or 0)
+    if trained_on != (model.device.type, model.device.index or 0):
+        raise UsageError(
+            f"a model on {model.device}",
+            wanted=f"{config.device}, where TRL trains",
+            do="set CUDA_VISIBLE_DEVICES",
+        )
+    if not on_gpu:
+        # In several processes accelerate says cpu:0, to which torch loads no checkpoint.
+        vars(config)["_setup_devices"] = model.device
+    # This run does not use other visible devices.
+    config._n_gpu = 1
+    return config
+
+
+def _checkpointing(is_on: bool) -> dict[str, Any]:
+    """Return TRL's settings of gradient checkpointing."""
+    # transformers 5.24 renamed them.
+    has_new_name = hasattr(GRPOConfig, "activation_checkpointing")
+    name = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
+    return {name: is_on, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """Return the latest whole checkpoint and its number of steps; None and 0 without one."""
-    checkpoints: dict[int, Path] = {}
-    for path in folder.glob(f"checkpoint-*/{COMPLETE}"):
-        step = path.parent.name.rpartition("-")[2]
-        if step.isdecimal():
-            checkpoints[int(step)] = path.parent
+    folders = {
+        path.parent.name.removeprefix("checkpoint-"): path.parent
+        for path in folder.glob(f"checkpoint-*/{COMPLETE}")
+    }
+    checkpoints = {int(step): path for step, path in folders.items() if step.isdecimal()}
     last = max(checkpoints, default=0)
     return checkpoints.get(last), last

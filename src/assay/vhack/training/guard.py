@@ -14,7 +14,7 @@ Shapes: B rollouts of all processes, F reward functions.
 
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
 _TRL_EPSILON = 1e-4  # that TRL adds to a spread of rewards
+_REWARD_LISTS = (
+    "reward_funcs",
+    "reward_func_names",
+    "reward_processing_classes",
+    "reward_weights",
+)
+"""What TRL keeps of each reward function."""
 
 Mode = Literal["watch", "penalty", "filter", "quarantine", "absorb"]
 """What becomes of flagged rollouts: nothing; they are paid less; they give no gradient and are in
@@ -122,6 +129,7 @@ class Guard:
         self.alarm = Alarm()
         self.log: list[JsonObject] = []
         self._callback = _Resume(self)
+        self._restore: Callable[[], None]  # the rewards, while it is attached
         self._undo = ExitStack()
         self._marks: tuple[Tensor, Tensor]  # of the last batch, for the blocks of LoRA
         # Of the batch that `flags` are of.
@@ -146,11 +154,13 @@ class Guard:
             )
         if self.mode in SECOND and getattr(trainer, "projected", None) is None:
             self.blocks = LoraBlocks(trainer.accelerator.unwrap_model(trainer.model))
-        self._undo.callback(intercept_rewards(trainer, self._act))
+        self._restore = intercept_rewards(trainer, self._act)
         if self.blocks is not None:
             self._undo.callback(train_blocks(trainer, self.blocks, lambda: self._marks))
         self.trainer = trainer
         if self.mode == "penalty":
+            before = {name: getattr(trainer, name) for name in _REWARD_LISTS}
+            self._undo.callback(vars(trainer).update, before)
             weights_F = trainer.reward_weights
             # New lists: TRL keeps the one that its caller passed.
             trainer.reward_funcs = [*trainer.reward_funcs, self.flagged]
@@ -158,22 +168,16 @@ class Guard:
             trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
             trainer.reward_weights = torch.cat([weights_F, weights_F.new_tensor([-self.penalty])])
         trainer.add_callback(self._callback)
+        self._undo.callback(trainer.remove_callback, self._callback)
         return self
 
     def detach(self) -> None:
         """Leave the trainer as it was before `attach`; without a trainer this does nothing."""
         if self.trainer is None:
             return
+        self._restore()
         self._undo.close()
         self.blocks = None
-        trainer = self.trainer
-        trainer.remove_callback(self._callback)
-        if self.mode == "penalty":
-            column = self._column
-            trainer.reward_weights = _without(trainer.reward_weights, column)
-            for name in ("reward_funcs", "reward_func_names", "reward_processing_classes"):
-                values = getattr(trainer, name)
-                setattr(trainer, name, [*values[:column], *values[column + 1 :]])
         self.trainer = None
 
     def flagged(
@@ -207,11 +211,6 @@ class Guard:
             self.log.append({"step": line["step"], **rates})
         self.alarm.resume(self.log)
 
-    @property
-    def _column(self) -> int:
-        """Column of the penalty among the reward functions."""
-        return [*self.trainer.reward_func_names].index("flagged")
-
     def _is_judging(self) -> bool:
         """Return whether rollouts of this step are judged: those of evaluations never are."""
         step: int = self.trainer.state.global_step
@@ -227,14 +226,12 @@ class Guard:
     def _pay(self, rewards_BF: Tensor, flags_B: Tensor) -> Tensor:
         """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
         trainer = self.trainer
-        paid_BF = rewards_BF
         if self.mode == "penalty":
-            paid_BF = _without(rewards_BF, self._column)
             # TRL leaves rollouts that no function pays out of the baseline; a penalty is no pay.
-            is_unpaid_B = paid_BF.isnan().all(dim=1)
-            rewards_BF[is_unpaid_B, self._column] = torch.nan
+            is_unpaid_B = rewards_BF.isnan().sum(dim=1) == rewards_BF.shape[1] - 1
+            rewards_BF[is_unpaid_B, trainer.reward_func_names.index("flagged")] = torch.nan
         if getattr(trainer, "reward", None) is None:
-            self._log_rates(paid_BF, flags_B)
+            self._log_rates(rewards_BF, flags_B)
         if self.mode == "filter":
             return rewards_BF.masked_fill(flags_B[:, None], torch.nan)
         if self.mode in SECOND and self.blocks is None:
@@ -269,35 +266,31 @@ class Guard:
 
     def _judge_batch(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         trainer = self.trainer
-        if isinstance(completions[0], str):
+        reward: Any = getattr(trainer, "reward", None)
+        # The texts of assay's own trainer have their spaces.
+        if reward is None and isinstance(completions[0], str):
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
             completions = [
                 recover_spaces(tokenizer, encode_prompt(tokenizer, prompt), text, row)
                 for prompt, text, row in zip(prompts, completions, ids, strict=True)
             ]
-        reward: Any = getattr(trainer, "reward", None)
         template_options = getattr(trainer, "chat_template_kwargs", None) or {}
         samples = [
             as_sample(prompt, completion, **template_options)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         step_key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
-        doubtful = [False] * len(samples)
-        if self.judge is not None and self.mode != "absorb":
-            with self._initial_model():
-                flags = self.judge.flags(samples)
+        if self.judge is None:
+            threshold = self.labels.threshold
+            scores = self.labels.scores(reward, step_key)
         else:
-            if self.judge is None:
-                threshold = self.labels.threshold
-                scores = self.labels.scores(reward, step_key)
-            else:
-                threshold = self.judge.threshold
-                with self._initial_model():
-                    scores = self.judge.scores(samples)
-            flags = [score > threshold.value for score in scores]
-            if self.mode == "absorb":
-                doubtful = [threshold.usual < score <= threshold.value for score in scores]
-        is_cheat = list(flags)
+            threshold = self.judge.threshold
+            with self._initial_model():
+                scores = self.judge.scores(samples)
+        flags = [score > threshold.value for score in scores]
+        lowest = threshold.usual if self.mode == "absorb" else threshold.value
+        doubtful = [lowest < score <= threshold.value for score in scores]
+        is_cheat = flags
         if reward is not None:
             is_cheat = (reward.last.column("exploited") | torch.tensor(flags)).tolist()
         self.judged.extend(zip(samples, is_cheat, strict=True))
@@ -319,17 +312,16 @@ class Guard:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return getattr(model, "disable_adapter", nullcontext)()
 
-    def _log_rates(self, paid_BF: Tensor, flags_B: Tensor) -> None:
+    def _log_rates(self, rewards_BF: Tensor, flags_B: Tensor) -> None:
         """Log what the detector flags, catches, loses and misses, and let the alarm see it."""
         trainer = self.trainer
         names = trainer.reward_func_names
-        weights_F = trainer.reward_weights
+        weights_F = trainer.reward_weights.clone()
         if self.mode == "penalty":
-            names = [name for name in names if name != "flagged"]
-            weights_F = _without(weights_F, self._column)
-        columns = dict(zip(names, paid_BF.unbind(dim=1), strict=True))
+            weights_F[names.index("flagged")] = 0.0
+        columns = dict(zip(names, rewards_BF.unbind(dim=1), strict=True))
         marks = {name: columns[name] > 0.5 for name in MARKS if name in columns}
-        paid_B = paid_BF.nan_to_num() @ weights_F.to(paid_BF)
+        paid_B = rewards_BF.nan_to_num() @ weights_F.to(rewards_BF)
         rates = judged_rates(marks | {"flagged": flags_B}, paid_B, self.alarm)
         self.log.append({"step": trainer.state.global_step + 1, **rates})
         log_values(trainer, rates)
@@ -349,8 +341,3 @@ class _Resume(TrainerCallback):
         """Leave the kept block of LoRA, which is what is saved from now on."""
         if self.guard.blocks is not None:
             self.guard.blocks.delete()
-
-
-def _without(values: Tensor, column: int) -> Tensor:
-    """Return rewards or weights without those of one function, the last dimension."""
-    return torch.cat([values[..., :column], values[..., column + 1 :]], dim=-1)

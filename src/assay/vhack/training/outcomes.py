@@ -14,16 +14,10 @@ from assay.vhack.training.alarm import Alarm
 
 MARKS = ("correct", "exploited", "vacuous")
 FLAGS = ("teacher", *MARKS, "flagged", "doubtful")
-SOURCES = {
-    "student": ("exploited", "correct", "failed"),
-    "teacher": ("teacher",),
-    "exploited": ("exploited",),
-    "correct": ("correct",),
-}
-"""Kinds of rollouts that make up each source in the log, flagged or not."""
+SOURCES = ("student", "teacher", "exploited", "correct")
+"""Rollouts whose gradient along the axes is in the log: all of each author, and the student's by
+mark, flagged or not."""
 
-FLAGGED_KIND = ", flagged"
-DOUBTFUL_KIND = ", doubtful"
 RATES = {"hack": "exploited", "solve": "correct", "vacuous": "vacuous"}
 """Names of rates, and the marks that they are shares of."""
 
@@ -69,34 +63,25 @@ class Outcomes:
         return self.flags[:, FLAGS.index(name)]
 
     def kinds(self) -> dict[str, Tensor]:
-        """Return the kinds that gradients are kept apart by, [B] bool; each rollout has one kind.
+        """Return the kinds that gradients are summed over, [B] bool: sources, flagged, doubtful.
 
-        The first third is neither flagged nor doubtful, the second third is flagged, and the last
-        third is doubtful.
+        A rollout may be of several.
         """
         is_student = ~self.column("teacher")
-        exploited = self.column("exploited")
-        # A reward of one's own may mark both.
-        correct = self.column("correct") & ~exploited
-        kinds = {
-            "teacher": ~is_student,
-            "exploited": is_student & exploited,
-            "correct": is_student & correct,
-            "failed": is_student & ~exploited & ~correct,
-        }
+        exploited = is_student & self.column("exploited")
         flagged = self.column("flagged")
-        doubtful = self.column("doubtful") & ~flagged
-        parts = {"": ~flagged & ~doubtful, FLAGGED_KIND: flagged, DOUBTFUL_KIND: doubtful}
         return {
-            name + suffix: rollouts & part
-            for suffix, part in parts.items()
-            for name, rollouts in kinds.items()
+            "student": is_student,
+            "teacher": ~is_student,
+            "exploited": exploited,
+            # A reward of one's own may mark both.
+            "correct": is_student & self.column("correct") & ~exploited,
+            "flagged": flagged,
+            "doubtful": self.column("doubtful") & ~flagged,
         }
 
-    def flagged(self, flags_B: Tensor, doubtful_B: Tensor | None = None) -> "Outcomes":
+    def flagged(self, flags_B: Tensor, doubtful_B: Tensor) -> "Outcomes":
         """Return these outcomes with what a detector flags, and what it is in doubt about."""
-        if doubtful_B is None:
-            doubtful_B = torch.zeros_like(flags_B)
         judged = torch.stack([flags_B, doubtful_B], dim=1).to(self.flags)
         return Outcomes(torch.cat([self.flags[:, :-2], judged], dim=1), self.paid)
 

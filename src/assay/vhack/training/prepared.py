@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 Console = Callable[[str], None]
 
 
+def silent(line: str) -> None:
+    """Write a line nowhere."""
+
+
 class PreparedRun:
     """What is made once for a run, before any step.
 
@@ -54,7 +58,7 @@ class PreparedRun:
         pairs: list[Pair],
         earlier: Path | None = None,
         processes: Processes = ALONE,
-        console: Console | None = None,
+        console: Console = silent,
     ) -> None:
         find_end_tokens(model)
         check_attachable(model)
@@ -73,7 +77,6 @@ class PreparedRun:
             self.pool = RolloutPool.load(
                 settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens
             )
-        self.shortcut = self.arm.fit_activations(model, self.tokenizer, pairs)
         self.svd = weight_svd(
             model,
             cache=user_cache(model),
@@ -82,7 +85,7 @@ class PreparedRun:
         )
         processes.broadcast_factors(self.svd)
         self.judge = self._fit_judge(pairs)
-        self._say(f"gradients of {len(pairs)} pairs for the axes")
+        console(f"gradients of {len(pairs)} pairs for the axes")
         self.axes = processes.broadcast(self._extract_axes(may_load=True))
         self.adapter = DeltaS(model, self.svd)
         self.optimizer = self._make_optimizer()
@@ -91,8 +94,7 @@ class PreparedRun:
         """Return the trainer of :func:`assay.vhack.training.train`, guarded by the detector."""
         from transformers import PrinterCallback
 
-        from assay.vhack.training.grpo import GRPO
-        from assay.vhack.training.trl_config import trl_arguments
+        from assay.vhack.training.grpo import GRPO, trl_arguments
 
         settings = self.settings
         if self.pool is not None and not self.pool.prompts & set(reward.prompts):
@@ -110,23 +112,20 @@ class PreparedRun:
             processing_class=self.tokenizer,
             pool=self.pool,
             teachers=settings.teachers,
-            shortcut=self.shortcut,
             axes=self.axes,
             processes=self.processes,
         )
         # It prints to stdout, which is for results.
         trainer.remove_callback(PrinterCallback)
+        self.arm.attach(trainer, self.model, self.pairs)
         source = settings.flags_by
         if source.detector is not None:
-            labels = None
-            if source.detector == "labels":
-                labels = Labels(source.mechanisms, source.recall, settings.false_alarms)
             guard = Guard(
                 self.judge,
                 cast(Mode, self.arm.flagged or "watch"),
                 penalty=self.arm.penalty,
                 at_random=source.at_random,
-                labels=labels,
+                labels=Labels(source.mechanisms, source.recall, settings.false_alarms),
             )
             self.guard = guard.attach(trainer)
         return trainer
@@ -173,7 +172,7 @@ class PreparedRun:
             progress=tenths(self.console, f"gradients for {detector}"),
         )
         limit = judge.threshold
-        self._say(
+        self.console(
             f"detector {detector}: flags {limit.caught:.3f} of the hack sides held out, and "
             f"{limit.lost:.3f} ({limit.low:.3f} to {limit.high:.3f}) of the clean sides; at most "
             f"{limit.promised:.3f} of a new group, on average"
@@ -223,15 +222,9 @@ class PreparedRun:
             quarantine=quarantine,
         )
 
-    def _say(self, line: str) -> None:
-        if self.console is not None:
-            self.console(line)
 
-
-def tenths(console: Console | None, stage: str) -> Progress | None:
+def tenths(console: Console, stage: str) -> Progress:
     """Return a progress that writes every tenth part of a stage in a line."""
-    if console is None:
-        return None
     written: set[int] = set()
 
     def progress(done: int, total: int) -> None:

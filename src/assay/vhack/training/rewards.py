@@ -15,7 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from typing_extensions import override
@@ -84,13 +85,13 @@ class Reward(ABC):
         from datasets import Dataset
 
         n = len(self.prompts)
-        order: list[int] = []
-        for epoch in range(math.ceil(count / n)):
-            order += random.Random(f"order {seed} {epoch}").sample(range(n), n)
-        order = order[:count]
+        epochs = [
+            random.Random(f"order {seed} {epoch}").sample(range(n), n)
+            for epoch in range(math.ceil(count / n))
+        ]
+        order = [*chain(*epochs)][:count]
         columns = {"prompt": [self.prompts[index] for index in order], "episode": order}
-        dataset: Dataset = Dataset.from_dict(columns)
-        return dataset
+        return cast("Dataset", Dataset.from_dict(columns))
 
 
 class EpisodeReward(Reward):
@@ -118,10 +119,11 @@ class EpisodeReward(Reward):
 
     @override
     def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
-        programs = []
-        for row, completion in zip(rows, completions, strict=True):
-            episode = self.episodes[row]
-            programs.append((episode, episode.program(completion)))
+        episodes = [self.episodes[row] for row in rows]
+        programs = [
+            (episode, episode.program(completion))
+            for episode, completion in zip(episodes, completions, strict=True)
+        ]
         return [
             Graded(
                 self.arm.reward(float(grade.correct), float(grade.exploited)),

@@ -26,7 +26,7 @@ from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import select_pairs
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.page import training_page
-from assay.vhack.training.prepared import Console, PreparedRun
+from assay.vhack.training.prepared import Console, PreparedRun, silent
 from assay.vhack.training.processes import Processes, join_processes
 from assay.vhack.training.rewards import Reward, make_reward
 from assay.vhack.training.sampling import encode_prompts, finite_sampling
@@ -128,11 +128,9 @@ def train(
     is_finished = _is_finished(folder, settings, done)
     # Until every process has read what the first will write.
     processes.wait()
-    if not processes.is_first:
-        console = None
-    if console is not None:
-        arm = settings.chosen
-        console(f"arm {settings.arm}: {arm.says} (docs/vhack-results.md has what was measured)")
+    say = console if console is not None and processes.is_first else silent
+    arm = settings.chosen
+    say(f"arm {settings.arm}: {arm.says} (docs/vhack-results.md has what was measured)")
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
     work, source = load_tasks(
@@ -141,7 +139,7 @@ def train(
     paying = make_reward(
         work,
         reward,
-        settings.chosen,
+        arm,
         source,
         workers=max(1, (os.cpu_count() or 2) // processes.count),
         allow_unsandboxed=allow_unsandboxed,
@@ -153,14 +151,16 @@ def train(
     if is_finished:
         return _result(folder, settings, done, processes)
     if pairs is None:
-        pairs = _find_pairs(settings)
+        # Those of the environment have the run's loopholes.
+        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
+        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
     _check_inputs(settings, pairs, work, model)
     if model is None:
         model = load_model(
             settings.model, dtype=settings.dtype, device=processes.device or settings.device
         )
     earlier = folder / BASIS if done else None
-    run = PreparedRun(settings, model, pairs, earlier, processes, console)
+    run = PreparedRun(settings, model, pairs, earlier, processes, say)
     try:
         _run_steps(run, paying, folder, trackers, checkpoint, done)
     finally:
@@ -229,12 +229,6 @@ def _is_finished(folder: Path, settings: TrainSettings, done: int) -> bool:
     # A run that went on may have been interrupted beside its former δS.
     last = read_records(folder / LOG)[-1]
     return last.get("kind") == "end" and last.get("steps") == done
-
-
-def _find_pairs(settings: TrainSettings) -> list[Pair]:
-    """Return the pairs of the settings; those of the environment have the run's loopholes."""
-    modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
-    return find_pairs(settings.pairs, modes=modes, families=settings.families or None)
 
 
 def _check_inputs(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -10,16 +10,13 @@ from torch.nn.utils.rnn import pad_sequence
 from assay.errors import ModelError, UsageError
 from assay.models.catalogue import ModelInfo, model_info
 from assay.models.load import load_tokenizer
-from assay.models.model import Model
+from assay.models.model import Model, Tokenizer
 from assay.models.precision import own_precision
 from assay.models.shared_passes import check_one_kind
 from assay.models.spelling import encode_prompt
 from assay.models.token_text import check_tokens, decode_tokens
 from assay.streams.definition import seed32
 from assay.vhack.training.pool import PoolRollout, RolloutPool
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def sample_pool(
@@ -160,7 +157,7 @@ def _sample_batch(
     seed: int,
     options: GenerationOptions,
 ) -> list[PoolRollout]:
-    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+    tokenizer = cast("Tokenizer", model.tokenizer)
     module = cast(Any, model.module)
     ends = find_end_tokens(model)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else ends[0]

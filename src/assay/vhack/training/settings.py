@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 from typing_extensions import override
@@ -138,13 +138,12 @@ class SampleSettings(TaskSettings):
     def how(self) -> "GenerationOptions":
         """The part that says how each completion is sampled."""
         # In the order of lines in a file.
-        names = (
-            "temperature",
-            "max_new_tokens",
-            "seed",
-            "batch",
-        )
-        return cast("GenerationOptions", {name: getattr(self, name) for name in names})
+        return {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "batch": self.batch,
+        }
 
 
 class TrainSettings(TaskSettings):
@@ -243,49 +242,46 @@ class TrainSettings(TaskSettings):
         from assay.vhack.directions.delta.arms import arm_named
 
         arm_named(self.arm)
-        _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
-        detectors = (*DETECTORS, "labels")
         source = self.flags_by
         has_options = bool(source.mechanisms) or source.recall != 1
-        is_known = source.detector in (None, *detectors)
+        is_known = source.detector in (None, *DETECTORS, "labels")
         is_known = is_known and (source.detector == "labels" or not has_options)
         is_known = is_known and not (self.detector or "").removesuffix(":random").endswith("=")
-        _expect("detector", self.detector, is_known, f"{', '.join(detectors)}, or one :random")
-        _expect(
-            "detector",
-            self.detector,
-            self.false_alarms < source.recall <= 1,
-            f"a recall above the share of false alarms, {self.false_alarms:g}, and at most 1",
-        )
+        loopholes = source.mechanisms if isinstance(self.tasks, int) else ()
         rollouts = self.prompts * self.group
         teachers = round(self.group * self.teacher_share)
-        is_divisor = rollouts % self.rollouts_per_backward == 0
-        _expect(
-            "micro-batch",
-            self.micro_batch,
-            is_divisor,
-            f"a divisor of the {rollouts} rollouts of a step",
+        checks = (
+            ("method", self.method in METHODS, ", ".join(METHODS)),
+            ("detector", is_known, f"{', '.join(DETECTORS)}, labels, or one :random"),
+            (
+                "detector",
+                self.false_alarms < source.recall <= 1,
+                f"a recall above the share of false alarms, {self.false_alarms:g}, and at most 1",
+            ),
+            (
+                "micro_batch",
+                rollouts % self.rollouts_per_backward == 0,
+                f"a divisor of the {rollouts} rollouts of a step",
+            ),
+            (
+                "tasks",
+                isinstance(self.tasks, str) or self.tasks >= self.prompts,
+                f"as many as the {self.prompts} prompts of a step",
+            ),
+            (
+                "teacher_share",
+                teachers < self.group and (not self.teacher or teachers >= 1),
+                f"a share of {self.group} that leaves room for both",
+            ),
+            (
+                "detector",
+                set(loopholes) <= set(MODES[:-1]),
+                f"labels of some of {', '.join(MODES[:-1])}, joined by +",
+            ),
         )
-        has_enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
-        _expect("tasks", self.tasks, has_enough, f"as many as the {self.prompts} prompts of a step")
-        fits = teachers < self.group and (not self.teacher or teachers >= 1)
-        _expect(
-            "teacher-share",
-            self.teacher_share,
-            fits,
-            f"a share of {self.group} that leaves room for both",
-        )
-        unknown = (
-            []
-            if isinstance(self.tasks, str)
-            else [mode for mode in source.mechanisms if mode not in MODES[:-1]]
-        )
-        _expect(
-            "detector",
-            self.detector,
-            not unknown,
-            f"labels of some of {', '.join(MODES[:-1])}, joined by +",
-        )
+        for name, is_good, wanted in checks:
+            if not is_good:
+                raise _refusal(name, getattr(self, name), wanted)
         self.episodes(0)
 
     @property
@@ -348,9 +344,8 @@ class TrainSettings(TaskSettings):
         return [f"{name} {before.get(name)!r}, now {mine[name]!r}" for name in names]
 
 
-def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:
-        # The beginning of a name is more often meant than one that is spelt alike.
-        longer = [word for word in re.findall(r"[\w-]+", wanted) if word.startswith(f"{value}-")]
-        do = f"did you mean {' or '.join(longer)}?" if longer else "choose another value"
-        raise UsageError(f"--{flag} {value}", wanted=wanted, do=do)
+def _refusal(name: str, value: Any, wanted: str) -> UsageError:
+    # The beginning of a name is more often meant than one that is spelt alike.
+    longer = [word for word in re.findall(r"[\w-]+", wanted) if word.startswith(f"{value}-")]
+    do = f"did you mean {' or '.join(longer)}?" if longer else "choose another value"
+    return UsageError(f"--{name.replace('_', '-')} {value}", wanted=wanted, do=do)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,13 @@ from transformers import TrainerCallback
 
 from assay.errors import ModelError
 from assay.files.jsonl import JsonObject
+from assay.vhack.directions.delta.step_measures import StackedAxes, measure_shares
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.log import TrainLog
-from assay.vhack.training.outcomes import DOUBTFUL_KIND, FLAGGED_KIND, SOURCES, Outcomes
-from assay.vhack.training.sources import measure_sources, split_by_source
+from assay.vhack.training.outcomes import SOURCES, Outcomes
 from assay.vhack.training.trl_internals import log_values
 
 if TYPE_CHECKING:
-    from assay.vhack.directions.delta.quarantine import Quarantine
-    from assay.vhack.directions.delta.rollout_gradients import Rollouts
     from assay.vhack.training.grpo import GRPO
 
 SHORT_NAMES = {"student": "cin_s", "teacher": "cin_t"}
@@ -53,7 +51,7 @@ class StepLog(TrainerCallback):
         trainer: "GRPO",
         log: TrainLog | None,
         *,
-        console: Callable[[str], None] | None = None,
+        console: Callable[[str], None] = lambda line: None,
         refresh: Callable[[int], float | None] = lambda step: None,
     ) -> None:
         self.trainer = trainer
@@ -83,13 +81,22 @@ class StepLog(TrainerCallback):
         self._sources = {}
         if gradients is None:
             return
-        if trainer.projected.quarantine is not None:
-            self._route_flagged(gradients, trainer.projected.quarantine)
-        if trainer.projected.frames:
+        quarantine = trainer.projected.quarantine
+        frames = trainer.projected.frames
+        if quarantine is None and not frames:
+            return
+        sums = gradients.sums()
+        trainer.processes.sum_over(sums)
+        if quarantine is not None:
+            count = trainer.processes.count
+            # The kinds after the sources are flagged and doubtful rollouts.
+            quarantine.route(
+                [sum_GMR[-2] / count for sum_GMR in sums], [sum_GMR[-1] / count for sum_GMR in sums]
+            )
+        if frames:
             # Read at the end of the step: here it would keep the device waiting for the operations
             # of the optimizer.
-            frames = trainer.projected.frames
-            self._sources = measure_sources(gradients, frames, trainer.processes)
+            self._sources = measure_sources(sums, frames)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the step down; `state.global_step` is already that of the next one."""
@@ -114,33 +121,14 @@ class StepLog(TrainerCallback):
                 self.log.write("refresh", step=step, overlap=overlap)
         # TRL's own log call passes these on to the trackers that it was given.
         log_values(self.trainer, values)
-        if self.console is not None:
-            numbers = [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
-            self.console(f"step {step + 1}/{state.max_steps}  {'  '.join(numbers)}")
-            if "missed" in values and self.alarm.step == self.alarm.seen:
-                self.console(self.alarm.says)
+        numbers = [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
+        self.console(f"step {step + 1}/{state.max_steps}  {'  '.join(numbers)}")
+        if "missed" in values and self.alarm.step == self.alarm.seen:
+            self.console(self.alarm.says)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop keeping gradients."""
         self._open.close()
-
-    def _route_flagged(self, gradients: "Rollouts", quarantine: "Quarantine") -> None:
-        """Give the gradient of flagged rollouts to the second δS, and that of doubtful to both."""
-        processes = self.trainer.processes
-        third = len(Outcomes.empty().kinds()) // 3
-        flagged = []
-        doubtful = []
-        for rows_MNR in gradients.rows:
-            # Per backward pass; the kinds are unflagged, flagged and doubtful ones.
-            rows_MB3KR = rows_MNR.view(len(rows_MNR), -1, 3, third, rows_MNR.shape[2])
-            _, flagged_MR, doubtful_MR = rows_MB3KR.sum(dim=(1, 3)).unbind(dim=1)
-            flagged.append(flagged_MR.contiguous())
-            doubtful.append(doubtful_MR.contiguous())
-        processes.sum_over([*flagged, *doubtful])
-        quarantine.route(
-            [part_MR / processes.count for part_MR in flagged],
-            [part_MR / processes.count for part_MR in doubtful],
-        )
 
     def _measure_step(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         """Return the numbers of the step line, and those of each source line."""
@@ -174,14 +162,25 @@ class StepLog(TrainerCallback):
 
     def _source_lines(self, outcomes: Outcomes) -> dict[str, JsonObject]:
         """Return the numbers of the sources that have rollouts and a gradient."""
-        counts = {kind: int(rollouts.sum()) for kind, rollouts in outcomes.kinds().items()}
+        counts = {name: int(rollouts.sum()) for name, rollouts in outcomes.kinds().items()}
+        if not self._sources:
+            return {}
+        numbers = torch.stack(list(self._sources.values()), dim=1).tolist()
         lines: dict[str, JsonObject] = {}
-        for name, measures in split_by_source(self._sources).items():
-            count = sum(
-                counts[kind + suffix]
-                for kind in SOURCES[name]
-                for suffix in ("", FLAGGED_KIND, DOUBTFUL_KIND)
-            )
-            if measures.pop("length") > 0 and count:
-                lines[name] = {**measures, "rollouts": count}
+        for name, row in zip(SOURCES, numbers, strict=True):
+            measures = dict(zip(self._sources, row, strict=True))
+            if measures.pop("length") > 0 and counts[name]:
+                lines[name] = {**measures, "rollouts": counts[name]}
         return lines
+
+
+def measure_sources(sums: Sequence[Tensor], frames: StackedAxes) -> dict[str, Tensor]:
+    """Return ``cin``, ``cin_two_sided`` and ``length`` of the summed gradient of each source.
+
+    Each is [S], in the order of ``SOURCES``, on the device; ``sums`` are of all kinds of
+    :meth:`Outcomes.kinds`, [G, M, R] per group.
+    """
+    parts = [sum_GMR[: len(SOURCES)] for sum_GMR in sums]
+    shares = measure_shares("cin", zip(parts, frames.axes, frames.has_axes, strict=True), 1)
+    squares_S = [part_SMR.double().square().sum(dim=(1, 2)) for part_SMR in parts]
+    return {**shares, "length": torch.stack(squares_S).sum(dim=0).sqrt()}

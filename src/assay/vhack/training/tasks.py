@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from assay.errors import DataError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, read_jsonl
@@ -62,8 +62,7 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
         raise UsageError(
             f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}"
         )
-    imported: Callable[..., Any] = function
-    return imported
+    return cast("Callable[..., Any]", function)
 
 
 def load_tasks(

@@ -9,15 +9,12 @@ Shapes: N pairs, R coordinates of δS in a module (its rank), K axes, M directio
     variance.
 """
 
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 # Singular values below this share of the first, times N, are rounding of float32 gradients, not
 # axes.
@@ -116,10 +113,9 @@ def _discriminants(
 
     def whiten(some_NR: Tensor) -> Tensor:
         inside_NM = some_NR @ directions_MR.T
-        whitened_NR: Tensor = (
-            elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
+        return cast(
+            "Tensor", elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
         )
-        return whitened_NR
 
     whitened_NR = whiten(rows_NR)
     axes_KR, values_K = _singular_rows(whitened_NR, gram(whitened_NR), top_k)

@@ -10,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
-from assay.models.model import Model
+from assay.models.model import AnyModel, AnyTokenizer, Model
 from assay.streams.arrays import dtype_name
 from assay.vhack.directions.basis.axes import check_axis_settings, find_axes, gram, zero_weak_axes
-from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.basis.origin import Origin
+from assay.vhack.directions.basis.basis import Basis, Origin
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.directions.gradients.svd import (
@@ -37,11 +36,8 @@ from assay.vhack.directions.gradients.targets import (
     target_modules,
     weights_digest,
 )
-from assay.vhack.pairs.pairs import Pair
-from assay.vhack.pairs.selection import check_method, pair_names, select_pairs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from assay.vhack.pairs.pairs import Pair, pair_names
+from assay.vhack.pairs.selection import check_method, select_pairs
 
 # Parts of the model whose full factors exist one after the other where truncated ones are wanted.
 _PARTS = 8
@@ -197,7 +193,7 @@ class GradientOptions(TypedDict, total=False):
     """Keywords of :func:`pair_gradients` and :func:`extract`."""
 
     # None takes the one that was loaded with an assay.models.Model
-    tokenizer: "PreTrainedTokenizerBase | None"
+    tokenizer: AnyTokenizer
     svd: SVDCache | None  # factors of all weights; None computes them
     # Number of singular directions to keep per matrix, the strongest first; None keeps all. The
     # share of the gradient that they hold is measured on the first pair, over all modules, and kept
@@ -215,7 +211,7 @@ class GradientOptions(TypedDict, total=False):
 
 def pair_gradients(
     pairs: Sequence[Pair],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     names: Sequence[str] | None = None,
     **options: Unpack[GradientOptions],
@@ -242,7 +238,7 @@ def pair_gradients(
     rank = options.get("rank")
     progress = options.get("progress")
     check_rank(rank)
-    labels = pair_names(pairs, names)
+    labels = {pair.key: name for pair, name in zip(pairs, pair_names(pairs, names), strict=True)}
     differing = [pair for pair in pairs if pair.hack != pair.clean]
     if not differing:
         raise _nothing_left(len(pairs))
@@ -316,7 +312,7 @@ def pair_gradients(
 
 def extract(
     pairs: Sequence[Pair],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     path: str | Path | None = None,
     n_heldout: int | None = None,

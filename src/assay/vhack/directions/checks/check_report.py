@@ -10,7 +10,7 @@ import numpy.typing as npt
 from assay.errors import DataError, UsageError
 from assay.stats.bootstrap import BootstrapInterval
 from assay.vhack.detectors.comparison import Comparison
-from assay.vhack.directions.basis.origin import Origin
+from assay.vhack.directions.basis.basis import Origin
 from assay.vhack.names import CHECK, METHODS
 from assay.vhack.pairs.pairs import validated
 

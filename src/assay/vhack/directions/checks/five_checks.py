@@ -1,57 +1,84 @@
 """The five checks, each a value, its interval, its nulls and a verdict.
 
 Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same
-size do as well? Check 1 ranks over all samples and check 2 within each pair. Check 3
-(:mod:`~assay.vhack.directions.checks.random_null`) compares with three nulls.
+size do as well? Check 1 ranks over all samples and check 2 within each pair. Check 3 has three
+nulls, from the weakest to the strongest:
+
+- *Haar*: axes uniform among all orthonormal ones;
+- *clean-clean*: the extraction itself, by the same method, on differences between clean sides of
+  different pairs;
+- *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups
+  swapped.
 
 Check 4: is the gradient of a batch that cheats further along the axes than that of one that does
 not? cin here is that of a whole batch: the components and the length of the *summed* gradient of
 one side of a held-out group, as if they came from a teacher that cheats and a student that does
 not.
 
-Check 5: would other pairs have given the same axes?
-:mod:`~assay.vhack.directions.checks.stability` says how it is asked.
+Check 5: would other pairs have given the same axes? The groups are divided into two halves at
+random, many times, and a basis is fitted to each half. Drawing groups with replacement would put
+the same pairs on both sides, and noise would look stable; half samples are the form of the
+bootstrap that keeps them apart (McCarthy 1969).
+
+*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is
+compared with that between a basis of one half and a clean-clean basis of the other: directions in
+which any two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean
+difference of each half, within the SVD basis of that half, is a direction, and the cosine between
+the two is tested by swapping the labels of whole groups. That is exact only in SVD bases, whatever
+the method, because labels leave these as they are.
 
 Shapes as in :mod:`assay.vhack.directions.checks.geometry`; N' scored pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from assay.errors import UsageError
 from assay.models.device import one_thread
-from assay.models.model import Model
+from assay.models.model import AnyModel
+from assay.stats.bootstrap import BootstrapInterval
 from assay.stats.ranks import auroc
 from assay.vhack.detectors.comparison import compare_detectors
 from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.directions.checks.check_report import (
+    CLEAN_CLEAN,
+    HAAR,
     SWAPPED,
+    TITLES,
     Check,
     CheckReport,
     CheckSettings,
 )
-from assay.vhack.directions.checks.check_rules import bootstrap, judge
+from assay.vhack.directions.checks.check_rules import (
+    bootstrap,
+    decide,
+    judge,
+    p_value,
+    reached_levels,
+    undecided_check,
+)
 from assay.vhack.directions.checks.folds import Design, cross_fit, design_for_basis, draw_swaps
+from assay.vhack.directions.checks.geometry import FittedAxes, Geometry, cin_per_module
 from assay.vhack.directions.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import check_prompts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-from assay.vhack.directions.checks.random_null import check_random_null
-from assay.vhack.directions.checks.stability import check_stability
+_DRAWS = 25  # random frames of one module that are held at a time
+_FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
+_OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
 def check(
     pairs: Sequence[Pair],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     basis: Basis | None = None,
     settings: CheckSettings | None = None,
@@ -236,4 +263,186 @@ def check_sources(design: Design) -> Check:
             "mean_cin_hack": float(hack_BG[0].mean()),
             "mean_cin_clean": float(clean_BG[0].mean()),
         },
+    )
+
+
+def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
+    """Return check 3 of the AUROC that check 1 measured."""
+    settings = design.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    hack_BN, clean_BN = design.held_out
+    swapped = slice(1, 1 + settings.n_null)
+    geometry = design.geometry
+    gradients = map(geometry.samples, geometry.names)  # all folds share the frames
+    haar_BS = haar_scores(
+        gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator
+    )
+    nulls = {
+        HAAR: _aurocs(design, haar_BS),
+        CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
+        SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
+    }
+    return judge(
+        "random_null",
+        "AUROC of mean cin over modules",
+        measured,
+        nulls,
+        settings,
+        design.smallest_p,
+    )
+
+
+def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
+    tested = design.tested
+    n = design.geometry.n
+    return list(map(auroc, scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()))
+
+
+def haar_scores(
+    gradients: Iterable[Tensor], lengths_MS: Tensor, k: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Return mean cin over modules of samples under ``count`` random frames of k axes, [B, S].
+
+    Gradients are [S, R] per module and lengths infinite instead of 0; a module with fewer
+    coordinates has fewer axes.
+    """
+    total_BS = torch.zeros(count, lengths_MS.shape[1], dtype=torch.float64)
+    for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
+        r = samples_SR.shape[1]
+        for draws in torch.split(torch.arange(count), _DRAWS):
+            frames_BRK = torch.linalg.qr(
+                torch.randn(len(draws), r, min(k, r), generator=generator)
+            )[0]
+            along_BSK = samples_SR.float() @ frames_BRK
+            ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
+            total_BS[draws] += ahead_BS / lengths_S
+    return total_BS / len(lengths_MS)
+
+
+def _clean_clean(design: Design) -> Tensor:
+    """Return mean cin of every sample under bases of differences between clean sides, [B, S]."""
+    geometry = design.geometry
+    settings = design.settings
+    generator = np.random.default_rng([settings.seed, 3])
+    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
+    for fold in design.folds:
+        # A basis from a file may come without its pairs. A null that has seen the samples is harder
+        # to beat.
+        rows = fold.train if len(fold.train) > 1 else torch.cat([fold.train, fold.test])
+        samples = torch.cat([fold.test, fold.test + geometry.n])
+        for draw in range(settings.n_null):
+            frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
+            along_MKS = frame.along[:, :, samples]
+            scores_BS[draw, samples] = cin_per_module(
+                along_MKS, geometry.lengths_MS[:, samples]
+            ).mean(dim=0)
+    return scores_BS
+
+
+def check_stability(design: Design) -> Check:
+    """Return check 5 of the pairs that bases are made from."""
+    settings = design.settings
+    groups = [design.groups[index] for index in design.sources.tolist()]
+    names = list(dict.fromkeys(groups))
+    sides = [torch.tensor([group in half for group in groups]) for half in _halves(names, settings)]
+    reason = ""
+    # Swapping every label at once changes nothing.
+    if 0.5 ** (len(names) - 1) > settings.alpha:
+        reason = f"which is too few for a p-value below {settings.alpha:g}"
+    elif min(min(int(inside.sum()), int((~inside).sum())) for inside in sides) < _FEWEST_PAIRS:
+        reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"
+    if reason:
+        reason = f"{len(names)} groups to fit to, {reason}"
+        return undecided_check("stability", _OVERLAP, _rule(settings), reason)
+    signs_BN = draw_swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
+    splits = [
+        _split(design, inside, signs_BN, np.random.default_rng([settings.seed, 8, index]))
+        for index, inside in enumerate(sides)
+    ]
+    return _judge_stability(splits, settings)
+
+
+def _rule(settings: CheckSettings) -> str:
+    return (
+        f"Passes if the lower end of the {settings.confidence:.0%} range over splits is above the "
+        f"1 − {settings.alpha:g} quantile of clean-clean bases, and if with the labels of whole "
+        f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on "
+        f"which way is hack-ward."
+    )
+
+
+def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
+    generator = np.random.default_rng([settings.seed, 7])
+    orders = (generator.permutation(len(names)) for _ in range(settings.n_splits))
+    return [{names[i] for i in order[: len(names) // 2]} for order in orders]
+
+
+def _split(
+    design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator
+) -> dict[str, Tensor]:
+    """Return what the sources inside and those outside say of each other."""
+    geometry = design.geometry
+    settings = design.settings
+    halves = [design.sources[inside], design.sources[~inside]]
+    first_frame, second_frame = (geometry.fit_pairs(half, settings) for half in halves)
+    first_svd_frame, second_svd_frame = (
+        geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves
+    )
+    plain = [
+        geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves
+    ]
+    between_MKK = geometry.overlaps(first_frame, second_frame)
+    generic = [geometry.overlaps(first_frame, plain[1]), geometry.overlaps(second_frame, plain[0])]
+    return {
+        "overlap": _mean_square(between_MKK),
+        "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        "agreement": _agreement(
+            geometry, first_svd_frame, second_svd_frame, signs_BN[:, inside], signs_BN[:, ~inside]
+        ),
+    }
+
+
+def _mean_square(overlap_MKJ: Tensor) -> Tensor:
+    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
+    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
+
+
+def _agreement(
+    geometry: Geometry,
+    frame: FittedAxes,
+    other_frame: FittedAxes,
+    signs_BT: Tensor,
+    others_BT: Tensor,
+) -> Tensor:
+    """Return the cosine of the mean differences of two halves, each in its SVD basis, [B]."""
+    between_MKK = geometry.overlaps(frame, other_frame)
+    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, frame.fitted)
+    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other_frame.fitted)
+    product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
+    lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
+    return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
+
+
+def _judge_stability(splits: list[dict[str, Tensor]], settings: CheckSettings) -> Check:
+    overlaps = [float(split["overlap"].mean()) for split in splits]
+    agreement, *swapped = torch.stack([split["agreement"] for split in splits]).mean(dim=0).tolist()
+    tail = (1 - settings.confidence) / 2
+    low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
+    spaces = {CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits)}
+    p = p_value(agreement, swapped)
+    null = f"agreement, {SWAPPED}"
+    faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
+    measured = BootstrapInterval(float(np.mean(overlaps)), low, high)
+    verdict, reason = decide(faults, *reached_levels("range", measured, spaces, settings))
+    return Check(
+        "stability",
+        TITLES["stability"],
+        _OVERLAP,
+        _rule(settings),
+        measured,
+        {**spaces, null: tuple(swapped)},
+        {null: p},
+        verdict,
+        reason,
+        {"agreement": agreement, "splits": len(splits)},
     )

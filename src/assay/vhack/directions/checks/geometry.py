@@ -10,6 +10,7 @@ Shapes: M modules, N pairs, S = 2N samples (hack sides first, then clean sides i
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -130,8 +131,7 @@ class Geometry:
         gram_MKK = mix_MKS @ self.gram_MSS @ mix_MKS.transpose(1, 2)
         empty_MK = (gram_MKK.diagonal(dim1=1, dim2=2) <= 0).double()
         lower_MKK = torch.linalg.cholesky(gram_MKK + torch.diag_embed(empty_MK))
-        axes_MKS: Tensor = torch.linalg.solve_triangular(lower_MKK, mix_MKS, upper=False)
-        return axes_MKS
+        return cast("Tensor", torch.linalg.solve_triangular(lower_MKK, mix_MKS, upper=False))
 
     def clean_differences(
         self, pairs: Tensor, generator: np.random.Generator

@@ -19,41 +19,37 @@ Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from math import comb
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
+from assay.models.model import AnyModel, AnyTokenizer
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.all_detectors import make_detectors
-from assay.vhack.detectors.comparison import Comparison, compare_detectors
+from assay.vhack.detectors.comparison import Comparison, compare_detectors, make_detectors
 from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
-from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.basis.cin import cin_over_modules
+from assay.vhack.directions.basis.basis import Basis, cin_over_modules
 from assay.vhack.directions.checks.check_report import (
     EXIT_CODES,
     HAAR,
+    SWAPPED,
     Check,
     CheckSettings,
     FloatArray,
 )
+from assay.vhack.directions.checks.check_rules import bootstrap, judge
+from assay.vhack.directions.checks.five_checks import haar_scores
 from assay.vhack.directions.checks.folds import refuse_seen
-from assay.vhack.directions.checks.random_null import haar_scores
-from assay.vhack.directions.checks.unpaired import check_unpaired
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.pairs.pairs import PoolSample, check_apart, text_of
 from assay.vhack.pairs.pairs import read_pool as read_pool
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from assay.models.model import Model
-
 
 _SCHEMA = "assay.vhack.pools/1"
 _KINDS = ("hack", "clean")
@@ -101,11 +97,11 @@ class PoolReport:
 def check_two_pools(
     hack: Sequence[PoolSample],
     clean: Sequence[PoolSample],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     basis: Basis,
     *,
     settings: CheckSettings | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer = None,
     svd: SVDCache | None = None,
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -156,23 +152,18 @@ def check_two_pools(
     """
     basis.check_model(model)
     settings = settings or CheckSettings()
-    pools, left_out = _unseen([hack, clean], basis)
+    pools = _unseen([hack, clean], basis)
     samples = [member.sample for pool in pools for member in pool]
     basis.check_template(find_chat_template(samples, model, tokenizer))
     gradients = _pool_gradients(pools, model, basis, tokenizer, svd, max_tokens, progress)
     used_basis = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used_basis, gradients, "samples")
-    hack_groups, clean_groups = ([member.group for member in pool] for pool in pools)
+    groups = [[member.group for member in pool] for pool in pools]
     with one_thread():
-        check, scores = _score(pools, gradients, used_basis, (hack_groups, clean_groups), settings)
+        check, scores = _score(pools, gradients, used_basis, groups, settings)
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    n_hack = len(pools[0])
-    labelled = LabelledEvidence(
-        evidence.take(range(n_hack)),
-        evidence.take(range(n_hack, len(samples))),
-        hack_groups,
-        clean_groups,
-    )
+    rows = torch.arange(len(samples)).split(list(map(len, pools)))
+    labelled = LabelledEvidence(*(evidence.take(part.tolist()) for part in rows), *groups)
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
         compared = compare_detectors(labelled, make_detectors(basis=used_basis))
@@ -185,9 +176,9 @@ def check_two_pools(
         detectors=compared,
         hack=tuple(scores[0].tolist()),
         clean=tuple(scores[1].tolist()),
-        hack_groups=tuple(hack_groups),
-        clean_groups=tuple(clean_groups),
-        left_out=left_out,
+        hack_groups=tuple(groups[0]),
+        clean_groups=tuple(groups[1]),
+        left_out=len(hack) + len(clean) - len(samples),
         settings=settings,
         origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
     )
@@ -195,9 +186,9 @@ def check_two_pools(
 
 def _pool_gradients(
     pools: Sequence[Sequence[PoolSample]],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     basis: Basis,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: AnyTokenizer,
     svd: SVDCache | None,
     max_tokens: int | None,
     progress: Progress | None,
@@ -238,7 +229,7 @@ def _score(
     pools: Sequence[Sequence[PoolSample]],
     gradients: Mapping[str, Tensor],
     basis: Basis,
-    groups: tuple[list[str], list[str]],
+    groups: Sequence[Sequence[str]],
     settings: CheckSettings,
 ) -> tuple[Check, tuple[FloatArray, FloatArray]]:
     """Return check 1 of the pools, and the cin of both."""
@@ -249,7 +240,9 @@ def _score(
     generator = torch.Generator().manual_seed(settings.seed)
     random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
     nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
-    by_length = _auroc_of_length(pools)
+    lengths = [[float(len(text_of(member.sample.completion))) for member in pool] for pool in pools]
+    longer = auroc(*lengths)
+    by_length = max(longer, 1 - longer)  # whichever of longer and shorter is the hack
     both_ways = auroc(*_split(cin_over_modules(gradients, basis, two_sided=True), pools))
     check = check_unpaired(
         *scores,
@@ -265,20 +258,8 @@ def _score(
     return check, scores
 
 
-def _auroc_of_length(pools: Sequence[Sequence[PoolSample]]) -> float:
-    """Return the AUROC of the completion's length, the longer or the shorter as the hack."""
-    hack_N, clean_N = (
-        np.array([float(len(text_of(member.sample.completion))) for member in pool])
-        for pool in pools
-    )
-    longer = auroc(hack_N, clean_N)
-    return max(longer, 1 - longer)
-
-
-def _unseen(
-    pools: Sequence[Sequence[PoolSample]], basis: Basis
-) -> tuple[list[list[PoolSample]], int]:
-    """Return the samples of groups that the basis was not made from, and the number left out."""
+def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> list[list[PoolSample]]:
+    """Return the samples of groups that the basis was not made from."""
     check_apart(*pools)
     basis_groups = set(basis.origin.groups)
     unseen_pools = [
@@ -293,7 +274,7 @@ def _unseen(
                 "nothing",
                 do="add samples of other groups, or hold groups out at extraction",
             )
-    return unseen_pools, sum(map(len, pools)) - sum(map(len, unseen_pools))
+    return unseen_pools
 
 
 def _split(
@@ -301,3 +282,63 @@ def _split(
 ) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()
+
+
+def check_unpaired(
+    hack: FloatArray,
+    clean: FloatArray,
+    hack_groups: Sequence[str],
+    clean_groups: Sequence[str],
+    settings: CheckSettings,
+    *,
+    nulls: Mapping[str, Sequence[float]] | None = None,
+    details: Mapping[str, float] | None = None,
+) -> Check:
+    """Return check 1 for two pools of unpaired samples, each with the group of its samples.
+
+    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have
+    one kind. Further nulls are draws of the AUROC by name.
+    """
+    scores_N = np.concatenate([hack, clean])
+    groups = [*hack_groups, *clean_groups]
+    is_hack_N = np.arange(len(scores_N)) < len(hack)
+    generator = np.random.default_rng([settings.seed, 2])
+    relabelled = [_relabelled(is_hack_N, groups, generator) for _ in range(settings.n_flips)]
+    swapped = [auroc(scores_N[labels_N], scores_N[~labels_N]) for labels_N in relabelled]
+    # One over the number of relabellings: groups of both kinds swap, groups of one kind trade
+    # places.
+    with_hack = set(hack_groups)
+    with_clean = set(clean_groups)
+    trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
+    smallest_p = 0.5 ** len(with_hack & with_clean) * trades
+    means = {"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())}
+    return judge(
+        "pools",
+        "AUROC of mean cin over modules, two pools",
+        bootstrap(auroc, (hack, clean), (hack_groups, clean_groups), settings),
+        {SWAPPED: swapped, **(nulls or {})},
+        settings,
+        smallest_p,
+        details={**means, **(details or {})},
+    )
+
+
+def _relabelled(
+    is_hack_N: npt.NDArray[np.bool_], groups: Sequence[str], generator: np.random.Generator
+) -> npt.NDArray[np.bool_]:
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    pure = {
+        group: bool(is_hack_N[rows[0]])
+        for group, rows in members.items()
+        if len(set(is_hack_N[rows])) == 1
+    }
+    shuffled = dict(zip(pure, generator.permutation(list(pure.values())), strict=True))
+    labels_N = is_hack_N.copy()
+    for group, rows in members.items():
+        if group in shuffled:
+            labels_N[rows] = shuffled[group]
+        elif generator.random() < 0.5:
+            labels_N[rows] = ~is_hack_N[rows]
+    return labels_N

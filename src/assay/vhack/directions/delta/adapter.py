@@ -18,21 +18,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
-from assay.models.model import Model
+from assay.models.model import AnyModel, PreTrained
 from assay.vhack.directions.delta.delta_file import load_delta, save_delta
 from assay.vhack.directions.delta.groups import ModuleGroup, ProductPlan, adapt, group_modules
 from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.targets import check_whole, module_of, target_modules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _NAME = "delta_s"
 
@@ -72,7 +69,7 @@ class DeltaS(nn.Module):
         adapter.merge().save_pretrained("trained")  # a plain model
     """
 
-    def __init__(self, model: "Model | PreTrainedModel", svd: SVDCache | None = None) -> None:
+    def __init__(self, model: AnyModel, svd: SVDCache | None = None) -> None:
         super().__init__()
         module = module_of(model)
         if hasattr(module, _NAME):
@@ -116,10 +113,9 @@ class DeltaS(nn.Module):
         self._take_views()
 
     @property
-    def model(self) -> "PreTrainedModel":
+    def model(self) -> PreTrained:
         """The adapted model itself."""
-        adapted: PreTrainedModel = self.__dict__["_model"]
-        return adapted
+        return cast("PreTrained", self.__dict__["_model"])
 
     @property
     def svd(self) -> SVDCache:
@@ -204,7 +200,7 @@ class DeltaS(nn.Module):
         finally:
             self._rollouts = before
 
-    def detach(self) -> "PreTrainedModel":
+    def detach(self) -> PreTrained:
         """Remove the adapter, restore weights and ``requires_grad`` bit by bit, return the model.
 
         Raises:
@@ -218,7 +214,7 @@ class DeltaS(nn.Module):
         self._undo.close()
         return self.model
 
-    def merge(self) -> "PreTrainedModel":
+    def merge(self) -> PreTrained:
         """Make δS part of the weights for good, and return the plain model without the adapter.
 
         δS itself stays readable in `delta`.
@@ -314,12 +310,11 @@ class DeltaS(nn.Module):
             )
             if not self._enabled or not is_trained:
                 return None
-            if self._rollouts is None:
-                return adapt(output, arguments[0], self._views[g][m], plan)
-            sample_plan = replace(
-                plan, rows=partial(self._rollouts.record, g, m), kinds=self._rollouts.kinds
-            )
-            return adapt(output, arguments[0], self._views[g][m], sample_plan)
+            if rollouts := self._rollouts:
+                record = partial(rollouts.record, g, m)
+                sample_plan = replace(plan, rows=record, kinds=rollouts.kinds)
+                return adapt(output, arguments[0], self._views[g][m], sample_plan)
+            return adapt(output, arguments[0], self._views[g][m], plan)
 
         return hook
 
@@ -340,7 +335,7 @@ class DeltaS(nn.Module):
         return plain
 
 
-def check_attachable(model: "Model | PreTrainedModel") -> None:
+def check_attachable(model: AnyModel) -> None:
     """Refuse a model that can have no δS, before its weights are decomposed.
 
     Raises:

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from assay.errors import UsageError
 from assay.vhack.names import DEFAULT_ARM
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from assay.models.model import Model
     from assay.vhack.directions.basis.basis import Basis
@@ -50,7 +49,6 @@ class Arm:
         penalty: How much less flagged rollouts are paid; None takes the break-even of the detector,
             :func:`assay.vhack.training.labels.break_even`.
         basis: Kind of axes; ``"true"`` are those of the pairs.
-        advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
 
     Raises:
         UsageError: There is no such fate of flagged rollouts.
@@ -62,7 +60,6 @@ class Arm:
     flagged: str = ""
     penalty: float | None = None
     basis: str = "true"
-    advantage: float = 0.0
 
     def __post_init__(self) -> None:
         if self.flagged not in FLAGGED:
@@ -112,11 +109,10 @@ class Arm:
         """Return the axes of the arm from the gradients of pairs."""
         return gradients.basis(top_k=top_k, method=method)
 
-    def fit_activations(
-        self, model: "Model", tokenizer: "PreTrainedTokenizerBase | None", pairs: "Sequence[Pair]"
-    ) -> Any:
-        """Return the direction of activations for advantage modification, or None without it."""
-        return None
+    def attach(self, trainer: Any, model: "Model", pairs: "Sequence[Pair]") -> None:
+        """Change what a trainer of :class:`assay.vhack.training.grpo.GRPO` does, before its guard
+        is attached; this one leaves it alone.
+        """
 
 
 ARMS: dict[str, Arm] = {
@@ -180,8 +176,7 @@ def arm_named(name: str, *, gain: float = 1.0) -> Arm:
     if name in ARMS:
         return ARMS[name]
     for point in entry_points(group="assay.commands", name="vhack train --arm"):
-        arm: Arm = point.load().arm_named(name, gain=gain)
-        return arm
+        return cast("Arm", point.load().arm_named(name, gain=gain))
     close = get_close_matches(name, ARMS, n=1, cutoff=0.4)
     nearest = close[0] if close else DEFAULT_ARM
     raise UsageError(

@@ -27,7 +27,7 @@ from assay.files.storage import write_atomic
 from assay.streams.arrays import as_tensor
 from assay.streams.backends import get_backend
 from assay.streams.definition import seed32
-from assay.vhack.directions.basis.basis_file import read_tensors
+from assay.vhack.directions.basis.basis import read_tensors
 from assay.vhack.directions.delta.groups import ModuleGroup
 from assay.vhack.directions.gradients.targets import tensor_digest
 from assay.vhack.names import DELTA, check_delta

@@ -2,21 +2,18 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from assay.errors import DataError
 from assay.files.storage import check_folder, storage_error
 from assay.models.load import load_model
 from assay.models.model import Model
 from assay.streams.arrays import dtype_name
+from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.svd import weight_svd
 from assay.vhack.directions.gradients.targets import target_modules
-
-if TYPE_CHECKING:
-    pass
-from assay.vhack.directions.delta.adapter import DeltaS
 
 
 def user_cache(model: Model, asked: Path | None = None) -> Path | None:

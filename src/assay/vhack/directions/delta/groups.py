@@ -23,7 +23,7 @@ Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordi
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +148,7 @@ def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan) ->
             wanted="[samples, tokens, width] for gradients of single samples",
             do="do not pack samples into one row, or do without per_sample",
         )
-    result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
-    return result
+    return cast("Tensor", _Adapted.apply(output, inputs, delta_R, plan))  # type: ignore[no-untyped-call]
 
 
 class _Adapted(torch.autograd.Function):
@@ -178,9 +177,7 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: ProductPlan) -> T
     if plan.rows is None:
         return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
     rows_BR = _sum_products(gradient, inputs, plan)
-    if plan.kinds is not None:
-        rows_BR = plan.kinds @ rows_BR
-    plan.rows(rows_BR)
+    plan.rows(rows_BR if plan.kinds is None else plan.kinds @ rows_BR)
     return rows_BR.sum(dim=0)
 
 

@@ -22,8 +22,8 @@ from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.directions.delta.quarantine import Quarantine
-from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import (
+    StackedAxes,
     StepMeasures,
     measure_displacement,
     measure_shares,
@@ -225,10 +225,11 @@ class ProjectedOptimizer(Optimizer):
             for index in gated
         }
         parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in gated)
-        measures: dict[str, Tensor] = {}
-        for suffix, values in measure_shares("", parts, 1).items():
-            shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
-            measures |= {name + suffix: value for name, value in shares}
+        measures = {
+            name + suffix: value
+            for suffix, values in measure_shares("", parts, 1).items()
+            for name, value in zip(_SHARES, values.expand(len(_SHARES)), strict=True)
+        }
         moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
         return StepMeasures(measures | measure_displacement(zip(moved, frames.axes, strict=True)))
 

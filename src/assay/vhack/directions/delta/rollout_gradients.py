@@ -18,8 +18,8 @@ class Rollouts:
     those passes have added to the gradient of δS.
 
     Attributes:
-        kinds: 1 where a sample is of a kind, [G, B] float32; set before a forward pass, it keeps
-            one row per kind.
+        kinds: 1 where a sample is of a kind, [G, B] float32, of which it may be of several; set
+            before a forward pass, it keeps one row per kind.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -44,9 +44,20 @@ class Rollouts:
                 wanted="one number of rollouts for all of them, at least 1",
                 do="run forward and backward of the whole model inside per_sample()",
             )
-        gradients = []
-        for modules in self._parts:
-            # One operation for all modules.
-            rows = torch.cat([part for parts in modules for part in parts])
-            gradients.append(rows.view(len(modules), -1, rows.shape[1]))
-        return gradients
+        # One operation for all modules of a group.
+        gradients = [
+            torch.cat([part for parts in modules for part in parts]) for modules in self._parts
+        ]
+        return [
+            rows.unflatten(0, (len(modules), -1))
+            for modules, rows in zip(self._parts, gradients, strict=True)
+        ]
+
+    def sums(self) -> list[Tensor]:
+        """Return the gradient of each kind over all backward passes, [G, M, R] per group."""
+        assert self.kinds is not None
+        shape = (-1, len(self.kinds))
+        return [
+            rows_MNR.unflatten(1, shape).sum(dim=1).transpose(0, 1).contiguous()
+            for rows_MNR in self.rows
+        ]

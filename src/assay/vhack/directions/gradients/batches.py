@@ -5,22 +5,16 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
+from assay.models.model import AnyModel, AnyTokenizer, PreTrained, Tokenizer
 from assay.models.spelling import encode_parts
 from assay.models.token_text import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from assay.models.model import Model
-
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -160,7 +154,7 @@ class SampleBatch:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: AnyTokenizer,
     samples: Sequence[Sample],
     names: Sequence[str],
     longest: int | None,
@@ -179,11 +173,10 @@ def encode(
         )
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
-    texts = [_as_text(sample, tokenizer, name) for sample, name in zip(samples, names, strict=True)]
     encoded = []
-    for index, (name, (prompt, completion)) in enumerate(zip(names, texts, strict=True)):
+    for index, (name, sample) in enumerate(zip(names, samples, strict=True)):
         try:
-            ids, n_prompt = encode_parts(tokenizer, prompt, completion)
+            ids, n_prompt = encode_parts(tokenizer, *_as_text(sample, tokenizer))
         except UsageError as error:
             raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
         counts = {"prompt": n_prompt, "completion": len(ids) - n_prompt}
@@ -206,38 +199,32 @@ def encode(
     return encoded
 
 
-def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) -> tuple[str, str]:
+def _as_text(sample: Sample, tokenizer: Tokenizer) -> tuple[str, str]:
     """Return prompt and completion as text, of messages by the chat template of the tokenizer."""
     prompt = sample.prompt
-    completion = sample.completion
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    try:
-        if isinstance(prompt, str):
-            raise UsageError(
-                "a message after a text", wanted="messages in both", do="write both as text"
-            )
-        answer_text = (
-            completion
-            if isinstance(completion, str)
-            else render_chat(prompt, tokenizer, answer=completion)
+    answer = sample.completion
+    if isinstance(prompt, str):
+        if isinstance(answer, str):
+            return prompt, answer
+        raise UsageError(
+            "a message after a text", wanted="messages in both", do="write both as text"
         )
-        return render_chat(prompt, tokenizer), answer_text
-    except UsageError as error:
-        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
+    if not isinstance(answer, str):
+        answer = render_chat(prompt, tokenizer, answer=answer)
+    return render_chat(prompt, tokenizer), answer
 
 
 def find_chat_template(
     samples: Iterable[Sample | Pair],
-    model: "Model | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    model: AnyModel,
+    tokenizer: AnyTokenizer,
 ) -> str:
     """Return the digest of the template that renders samples; empty if none has messages."""
     chats = any(isinstance(sample.prompt, Chat) for sample in samples)
     return chat_template_digest(tokenizer or getattr(model, "tokenizer", None)) if chats else ""
 
 
-def context_length(module: "PreTrainedModel") -> int | None:
+def context_length(module: PreTrained) -> int | None:
     """Return how many tokens a model is made for, or None where its configuration does not say."""
     config = module.config.get_text_config()
     stated = (getattr(config, name, None) for name in _CONTEXTS)
@@ -299,7 +286,7 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
         count += at_once
 
 
-def count_layers(module: "PreTrainedModel") -> int:
+def count_layers(module: PreTrained) -> int:
     """Return the number of layers that the configuration of the decoder states."""
     return int(module.config.get_text_config().num_hidden_layers)
 
@@ -310,7 +297,7 @@ def room_for_batches(free: float, device: str) -> float:
 
 
 def token_budget(
-    module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int
+    module: PreTrained, encoded: Sequence[Encoded], room: float, *, recomputed: int
 ) -> int:
     """Return how many tokens a batch may have, padding included, to fit into its bytes.
 

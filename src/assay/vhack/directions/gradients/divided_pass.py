@@ -9,11 +9,11 @@ passes are not: n processes take as long as one with room for the whole model.
 Shapes: N rows of all tokens, B samples, O outputs, I inputs, R coordinates of δS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from assay.errors import ModelError
 from assay.models.decoder import decoder_layers
 from assay.models.device import current
-from assay.models.precision import own_precision, wide_products
+from assay.models.model import PreTrained
+from assay.models.precision import own_precision
 from assay.vhack.directions.gradients.batches import Encoded, SampleBatch
 from assay.vhack.directions.gradients.division import Division, gather_features, gather_whole
 from assay.vhack.directions.gradients.gradient_operations import TokenLoss, segment_products
 from assay.vhack.directions.gradients.replica import Computed, recomputed_forward
 from assay.vhack.directions.gradients.svd import Factors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from assay.vhack.directions.gradients.taps import Passed
 
 
 @dataclass(eq=False)
@@ -40,7 +39,7 @@ class DividedPass:
     Every process calls it with the same batches, in the same order.
     """
 
-    module: "PreTrainedModel"
+    module: PreTrained
     targets: Mapping[str, nn.Linear]
     factors: Mapping[str, Factors]  # of the targets of this process
     lengths: Mapping[str, int]  # number of coordinates of each target
@@ -104,10 +103,8 @@ class DividedPass:
     def _behind(
         self, trigger: Tensor, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
-        passed: Tensor = _Passed.apply(  # type: ignore[no-untyped-call]
-            output, trigger, inputs[0].detach(), partial(self._leave, name)
-        )
-        return passed
+        leave = partial(self._leave, name)
+        return cast("Tensor", Passed.apply(output, trigger, inputs[0].detach(), leave))  # type: ignore[no-untyped-call]
 
     def _leave(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         """Add the gradient of every sample, [B, R], where this process has the factors."""
@@ -146,30 +143,3 @@ class DividedPass:
                 do="give the head ColwiseParallel(output_layouts=Replicate())",
             )
         return logits
-
-
-class _Passed(torch.autograd.Function):
-    """The identity, whose backward pass hands on input and gradient.
-
-    The input goes through autograd, so that a layer that is computed again does not keep it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        trigger: Tensor,
-        inputs: Tensor,
-        leave: Callable[[Tensor, Tensor], None],
-    ) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.leave = leave
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        (gradient,) = gradients
-        (inputs,) = ctx.saved_tensors
-        with wide_products(gradient):
-            ctx.leave(inputs, gradient)
-        return gradient, None, None, None

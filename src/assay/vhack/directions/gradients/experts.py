@@ -1,7 +1,7 @@
 """The pass through fused experts that leaves the δS gradient of every sample behind."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,9 @@ class ExpertsPass:
         return self._project(f"{self.name}.{down}.{expert}", inner, segments)
 
     def _project(self, name: str, inputs: Tensor, segments: Segments) -> Tensor:
-        projected: Tensor = (
+        return cast(
+            "Tensor",
             self.apply[name](inputs, segments)
             if name in self.apply
-            else self.matrices[name](inputs)
+            else self.matrices[name](inputs),
         )
-        return projected

@@ -14,7 +14,7 @@ Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers th
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,16 @@ def segment_products(
     device.
     """
     if kernels is not None:
-        product: Tensor = kernels.segment_products(
-            left_NR.contiguous(), right_NR.contiguous(), offsets
+        return cast(
+            "Tensor",
+            kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets),
         )
-        return product
-    summed: Tensor = torch.segment_reduce(
-        left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
+    return cast(
+        "Tensor",
+        torch.segment_reduce(
+            left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
+        ),
     )
-    return summed
 
 
 def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
@@ -110,8 +112,7 @@ class Norm(torch.autograd.Function):
             y_MH = (x_MH * scale).to(x.dtype).mul_(weight_H)
         ctx.save_for_backward(x_MH, weight_H, scale)
         ctx.kernels = kernels
-        result: Tensor = y_MH.view(x.shape)
-        return result
+        return cast("Tensor", y_MH.view(x.shape))
 
     @staticmethod
     @override
@@ -138,8 +139,7 @@ class GatedActivation(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, kernels: ModuleType) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.kernels = kernels
-        result: Tensor = kernels.gate(a.contiguous(), b.contiguous())
-        return result
+        return cast("Tensor", kernels.gate(a.contiguous(), b.contiguous()))
 
     @staticmethod
     @override

@@ -18,7 +18,7 @@ queries, J heads of keys and values, D their width (or that of hidden states), O
 
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -97,8 +97,7 @@ class _PackedLayer(ModuleLayer):
             "SiLUActivation",
         ):
             return super().gated(gate, up)
-        neurons: Tensor = GatedActivation.apply(gate, up, self.kernels)  # type: ignore[no-untyped-call]
-        return neurons
+        return cast("Tensor", GatedActivation.apply(gate, up, self.kernels))  # type: ignore[no-untyped-call]
 
 
 def _among_zeros(x_1MD: Tensor, rows: Tensor | None, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models.decoder import has_hooks
 from assay.models.device import free_bytes, one_thread
-from assay.models.model import Model
+from assay.models.model import AnyModel, AnyTokenizer, Model, PreTrained
 from assay.models.shared_passes import pass_kind
 from assay.vhack.directions.gradients.batches import (
     Encoded,
@@ -45,9 +45,6 @@ from assay.vhack.directions.gradients.targets import (
 )
 from assay.vhack.pairs.pairs import Sample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 class SampleGradients(dict[str, Tensor]):
     """The δS gradients of N samples, [N, R] float32 on the CPU per module name.
@@ -64,11 +61,13 @@ class SampleGradients(dict[str, Tensor]):
 
 def encode_samples(
     samples: Sequence[Sample],
-    model: "Model | PreTrainedModel",
-    names: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model: AnyModel,
+    names: Sequence[str] | None = None,
+    tokenizer: AnyTokenizer = None,
 ) -> list[Encoded]:
-    """Tokenise samples for a model, and refuse by name what :func:`encode` refuses."""
+    """Tokenise samples for a model, and refuse by name or number what :func:`encode` refuses."""
+    if names is None:
+        names = [f"sample {index}" for index in range(len(samples))]
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     module = module_of(model)
@@ -78,9 +77,9 @@ def encode_samples(
 
 def per_sample_gradients(
     samples: Sequence[Sample],
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer = None,
     svd: SVDCache | None = None,
     modules: Collection[str] | None = None,
     max_tokens: int | None = None,
@@ -143,8 +142,7 @@ def per_sample_gradients(
             wanted="float32 or bfloat16, in which small gradients do not vanish",
             do="load it with another dtype",
         )
-    labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
-    encoded = encode_samples(samples, model, labels, tokenizer)
+    encoded = encode_samples(samples, model, names, tokenizer)
     svd = svd if svd is not None else weight_svd(module, modules=modules)
     recomputed = count_layers(module) if checkpointing else 0
     division = division_of(module)
@@ -182,7 +180,7 @@ def per_sample_gradients(
 
 
 def _replicas(
-    module: "PreTrainedModel",
+    module: PreTrained,
     targets: Mapping[str, nn.Linear],
     factors: Mapping[str, Factors],
     encoded: list[Encoded],
@@ -202,7 +200,7 @@ def _replicas(
 
 
 def _divided_batches(
-    module: "PreTrainedModel",
+    module: PreTrained,
     division: Division,
     encoded: list[Encoded],
     max_tokens: int | None,
@@ -219,7 +217,7 @@ def _divided_batches(
     return plan_batches(encoded, budget, packed=False, kind=kind)
 
 
-def batches_at_once(module: "PreTrainedModel") -> int:
+def batches_at_once(module: PreTrained) -> int:
     """Return the number of concurrent batches: one where hooks may keep state between calls."""
     alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
     return 1 if alone else torch.get_num_threads()

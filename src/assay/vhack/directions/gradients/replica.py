@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
 from assay.models.device import current
+from assay.models.model import PreTrained
 from assay.models.precision import own_precision, wide_products
 from assay.vhack.directions.gradients.batches import (
     Encoded,
@@ -40,9 +41,6 @@ from assay.vhack.directions.gradients.targets import (
     is_fused,
     target_modules,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Modules of the last layer that act token by token and reach the loss only through completion
 # tokens; keys and values do not.
@@ -65,7 +63,7 @@ class Recipe:
     together: bool
 
 
-def recipe_for(module: "PreTrainedModel") -> Recipe:
+def recipe_for(module: PreTrained) -> Recipe:
     """Return the fastest recipe that is known to be exact for this kind of model."""
     return Recipe(
         packed=_is_listed(module),
@@ -74,7 +72,7 @@ def recipe_for(module: "PreTrainedModel") -> Recipe:
     )
 
 
-def _is_listed(module: "PreTrainedModel") -> bool:
+def _is_listed(module: PreTrained) -> bool:
     """Return whether every layer computes full attention of a listed family.
 
     Projections and norms are called as modules, so they may have hooks and forward functions of
@@ -122,7 +120,7 @@ class Replica:
     @torch.inference_mode(False)
     def __init__(
         self,
-        module: "PreTrainedModel",
+        module: PreTrained,
         factors: Mapping[str, Factors],
         recipe: Recipe,
         *,
@@ -247,7 +245,7 @@ def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
     return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted_ids)
 
 
-def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
+def _shared_copy(module: PreTrained) -> PreTrained:
     """Return a frozen copy in evaluation mode over the same memory, with its own configuration.
 
     By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes
@@ -265,9 +263,9 @@ def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
     trainers = vars(module).pop("forward", None)
     try:
         if any("forward" in vars(part) for part in module.modules()):
-            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+            return cast("PreTrained", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
         memo[id(module.config)] = copy.deepcopy(module.config)
-        return cast("PreTrainedModel", _twin(module, memo))
+        return cast("PreTrained", _twin(module, memo))
     finally:
         if trainers is not None:
             vars(module)["forward"] = trainers
@@ -291,7 +289,7 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def recomputed_forward(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
+def recomputed_forward(plain: Callable[..., Any], module: PreTrained) -> Callable[..., Any]:
     """Return the forward function of a layer that the backward pass computes again."""
     # The backward pass is outside of the contexts of the forward pass, and must compute the same.
     contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
@@ -301,5 +299,4 @@ def recomputed_forward(plain: Callable[..., Any], module: "PreTrainedModel") -> 
 
 
 def _normalised(norm: Any, kernels: ModuleType | None, hidden_states: Tensor) -> Tensor:
-    result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels)  # type: ignore[no-untyped-call]
-    return result
+    return cast("Tensor", Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels))  # type: ignore[no-untyped-call]

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +29,7 @@ from assay.errors import BadWeights, DataError, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.files.tensors import check_tensors
 from assay.models.device import one_thread
-from assay.models.model import Model
+from assay.models.model import AnyModel
 from assay.streams.arrays import torch_dtype
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.division import division_of, gather_whole, loaded
@@ -42,10 +41,6 @@ from assay.vhack.directions.gradients.targets import (
     target_modules,
     tensor_digest,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 _FORMAT = "assay.svd/1"
 _DTYPES = ("float32", "bfloat16")
@@ -199,7 +194,7 @@ def factors_of(
 
 
 def weight_svd(
-    model: "Model | PreTrainedModel",
+    model: AnyModel,
     *,
     modules: Collection[str] | None = None,
     rank: int | None = None,

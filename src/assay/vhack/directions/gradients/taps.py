@@ -34,12 +34,14 @@ Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from assay.errors import ModelError
 from assay.models.precision import own_precision, wide_products
@@ -128,10 +130,18 @@ class Tap:
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
-            plain = self.plain(inputs)
-            saved = inputs.detach()
-            output = _Behind.apply(plain, self.trigger, saved, self, segments)  # type: ignore[no-untyped-call]
+            inputs_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+            plan = self.plan(inputs_NI, segments)
+            saved = self.along(inputs_NI) if plan.early else inputs_NI
+            leave = partial(self._leave_behind, segments, plan)
+            output = Passed.apply(self.plain(inputs), self.trigger, saved, leave)  # type: ignore[no-untyped-call]
         return output
+
+    def _leave_behind(
+        self, segments: Segments, plan: TapPlan, saved: Tensor, gradient: Tensor
+    ) -> None:
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        self.leave(saved, gradient_NO, self.projected(gradient_NO), segments, plan)
 
     def plan(self, inputs_NI: Tensor, segments: Segments) -> TapPlan:
         """Return the cheapest plan for these rows."""
@@ -258,30 +268,33 @@ class _Tapped(torch.autograd.Function):
         )
 
 
-class _Behind(torch.autograd.Function):
-    """The identity behind a Linear with its own forward function, with the tap's backward pass."""
+class Passed(torch.autograd.Function):
+    """The identity, whose backward pass hands on what was saved, and the gradient.
+
+    What is saved goes through autograd, so that a layer that is computed again does not keep it.
+    """
 
     @staticmethod
+    @override
     def forward(
-        ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments
+        ctx: Any,
+        output: Tensor,
+        trigger: Tensor,
+        saved: Tensor,
+        leave: Callable[[Tensor, Tensor], None],
     ) -> Tensor:
-        inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        plan = tap.plan(inputs_NI, segments)
-        ctx.save_for_backward(tap.along(inputs_NI) if plan.early else inputs_NI)
-        ctx.tap = tap
-        ctx.segments = segments
-        ctx.plan = plan
+        ctx.save_for_backward(saved)
+        ctx.leave = leave
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
-        (gradient,), (saved,) = gradients, ctx.saved_tensors
-        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        with wide_products(gradient_NO):
-            ctx.tap.leave(
-                saved, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.plan
-            )
-        return gradient, None, None, None, None
+    @override
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        (saved,) = ctx.saved_tensors
+        with wide_products(gradient):
+            ctx.leave(saved, gradient)
+        return gradient, None, None, None
 
 
 def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
@@ -313,5 +326,4 @@ def _misfit(weight_OI: Tensor, factors: Factors) -> Tensor:
             factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)
         ).float()
     tolerance = _FITS if weight_OI.dtype == torch.float32 else 8 * torch.finfo(weight_OI.dtype).eps
-    share: Tensor = (found_O - wanted_O).norm() / (tolerance * wanted_O.norm())
-    return share
+    return cast("Tensor", (found_O - wanted_O).norm() / (tolerance * wanted_O.norm()))

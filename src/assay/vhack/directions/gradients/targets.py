@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
-from assay.models.model import Model
+from assay.models.model import AnyModel, Model, PreTrained
 from assay.vhack.directions.gradients.division import (
     division_of,
     gather_whole,
@@ -27,17 +26,13 @@ from assay.vhack.directions.gradients.division import (
     whole_parameters,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 
 # Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the
 # model.
 _ADAPTER = "lora_"
-_CHUNK = 1 << 25  # bytes of a copy from a GPU
+COPIED_BYTES = 1 << 25  # bytes of a copy from a GPU
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Coverage:
     left_out: tuple[str, ...] = ()
 
 
-def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
+def module_of(model: AnyModel) -> PreTrained:
     """Return the transformers model inside, or the model itself."""
     return model.module if isinstance(model, Model) else model
 
@@ -97,7 +92,7 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
-def check_whole(model: "Model | PreTrainedModel") -> None:
+def check_whole(model: AnyModel) -> None:
     """Refuse a model whose weights are divided over processes, on several devices or offloaded."""
     division = division_of(module_of(model))
     if division is not None:
@@ -109,7 +104,7 @@ def check_whole(model: "Model | PreTrainedModel") -> None:
         )
 
 
-def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
+def target_modules(model: AnyModel) -> dict[str, nn.Linear]:
     """Return the target Linears by name, in the order of ``named_modules()``.
 
     A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear
@@ -164,7 +159,7 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     return targets
 
 
-def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
+def _check_causal(module: PreTrained, modules: Collection[str]) -> None:
     """Refuse attention that sees later tokens.
 
     Padding and packing would be seen, and the loss be known.
@@ -191,9 +186,7 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
         )
 
 
-def chosen_modules(
-    model: "Model | PreTrainedModel", names: Collection[str] | None
-) -> dict[str, nn.Linear]:
+def chosen_modules(model: AnyModel, names: Collection[str] | None) -> dict[str, nn.Linear]:
     """Return the target Linears of these names, or all, in the order of the model.
 
     It refuses names of no target, and models of which gradients would not be exact.
@@ -214,7 +207,7 @@ def chosen_modules(
     return {name: module for name, module in targets.items() if name in names}
 
 
-def coverage(model: "Model | PreTrainedModel") -> Coverage:
+def coverage(model: AnyModel) -> Coverage:
     """Return how much of a model its target modules cover."""
     module = module_of(model)
     targets = target_modules(model)
@@ -238,7 +231,7 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
     return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
 
 
-def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
+def check_coverage(model: AnyModel, least: float) -> None:
     """Refuse a model whose targets cover less than this share of the weights.
 
     The error names what is left out.
@@ -257,7 +250,7 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
         )
 
 
-def weights_digest(model: "Model | PreTrainedModel") -> str:
+def weights_digest(model: AnyModel) -> str:
     """Return the SHA-256 of all parameters in memory: names, dtypes, shapes and bytes.
 
     Tied parameters count once.
@@ -293,7 +286,7 @@ def tensor_digest(tensor: Tensor) -> str:
         return digest.hexdigest()
     # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times
     # as long.
-    buffer = torch.empty(min(_CHUNK, len(flat)), dtype=torch.uint8, pin_memory=True)
-    for part in torch.split(flat, _CHUNK):
+    buffer = torch.empty(min(COPIED_BYTES, len(flat)), dtype=torch.uint8, pin_memory=True)
+    for part in torch.split(flat, COPIED_BYTES):
         digest.update(buffer[: len(part)].copy_(part).numpy().data)
     return digest.hexdigest()
