@@ -24,6 +24,16 @@ MOST_STATEMENTS = 45
 MOST_TUPLES = 30
 """Swaps, and values that a call or a step of a formula gives together."""
 MOST_NAMES = 200
+MOST_PRIVATE_NAMES_IN_TESTS = 56
+MOST_SENTENCES_IN_TESTS = 98
+"""Lower both with every test that is freed of one."""
+LIBRARIES_PRIVATE = frozenset(
+    """
+    _attn_implementation _compute_loss _exit _generate_and_score_completions _iter_named_params
+    _metrics
+    """.split()  # noqa: SIM905
+)
+"""Names of other libraries, which assay overrides or sets by the same name."""
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
 
 
@@ -97,6 +107,58 @@ def statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             pending += ast.iter_child_nodes(node)
     return count
+
+
+def is_private(name: str) -> bool:
+    """Whether a name begins with one underscore and has more."""
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def bound_names(tree: ast.AST) -> Iterator[str]:
+    """Yield what a module defines or sets: functions, classes, variables, attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def used_names(node: ast.AST) -> list[str]:
+    """Return the names that an import, an attribute or a patch of a test asks for."""
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("assay"):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "delattr")):
+        texts = [part.value for part in node.args if isinstance(part, ast.Constant)]
+        return [word for text in texts if isinstance(text, str) for word in text.split(".")]
+    return []
+
+
+def test_tests_hold_behaviour():
+    """They use names that assay promises, and leave the words of errors to tests/wordings.py."""
+    names_of_assay = {name for tree in TREES.values() for name in bound_names(tree)}
+    private_names = []
+    sentences = []
+    for path in sorted((ROOT.parent / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own_names = set(bound_names(tree)) - {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self"
+        }
+        known = names_of_assay - own_names - LIBRARIES_PRIVATE
+        for node in ast.walk(tree):
+            place = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            private_names += [
+                f"{place} {name}" for name in used_names(node) if is_private(name) and name in known
+            ]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.raises":
+                sentences += [place for keyword in node.keywords if keyword.arg == "match"]
+    assert len(private_names) <= MOST_PRIVATE_NAMES_IN_TESTS, private_names
+    assert len(sentences) <= MOST_SENTENCES_IN_TESTS, sentences
 
 
 def test_no_function_has_more_statements_than_a_screen():

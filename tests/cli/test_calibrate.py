@@ -25,6 +25,7 @@ from assay.poc import (
 )
 from tests.cli.conftest import made
 from tests.settings_files import with_file
+from tests.wordings import refuses
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(
     cheat = prove(cheats.rounded(coarse, 2), round, range(96), batch_size=16)
     assert verify(cheat, small_model, expect=round, calibration=known).fraud
     half = load_model(small_checkpoint, dtype="float16", device="cpu")
-    with pytest.raises(CalibrationError, match="dtype"):
+    with refuses(CalibrationError, "one machine measures a law for every pair of formats"):
         verify(prove(half, round, range(96)), small_model, calibration=known)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from assay.errors import DataError
 from assay.files.toml import LONGEST_TOML, parse_toml, read_toml
+from tests.wordings import refuses
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_file_that_is_no_toml_of_assay_is_named(tmp_path, content):
 
 def test_a_byte_order_mark_is_called_by_its_name(tmp_path):
     (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfa = 1\n")
-    with pytest.raises(DataError, match="byte order mark"):
+    with refuses(DataError, "a byte order mark is called by its name"):
         read_toml(tmp_path / "settings.toml")
 
 

@@ -9,6 +9,7 @@ from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory
 from assay.models import load_model
 from assay.models.configuration import silence_transformers
 from tests.models.storing import configure, rewrite
+from tests.wordings import refuses
 
 
 def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint):
@@ -116,7 +117,7 @@ def test_the_name_of_a_number_format_is_a_dtype(checkpoint):
 
 
 def test_a_cuda_device_that_is_not_there(checkpoint):
-    with pytest.raises(BackendUnavailable, match="cuda:99"):
+    with refuses(BackendUnavailable, "a cuda device that is not there"):
         load_model(checkpoint, device="cuda:99")
 
 
@@ -138,7 +139,7 @@ def test_wrong_weights_are_refused(checkpoint, edit, says):
 def test_values_that_float16_cannot_hold_are_refused(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
     assert load_model(checkpoint, dtype="float32", device="cpu").dtype == torch.float32
-    with pytest.raises(BadWeights, match="float16"):
+    with refuses(BadWeights, "values that float16 cannot hold are refused"):
         load_model(checkpoint, dtype="float16", device="cpu")
 
 
@@ -157,13 +158,13 @@ def test_a_model_that_does_not_fit_is_not_called_corrupt(checkpoint, monkeypatch
 
     monkeypatch.setattr(AutoModelForCausalLM, place, full)
     mode = {} if place == "from_pretrained" else {"weights": "random-all", "block_hash": "b"}
-    with pytest.raises(OutOfMemory, match="do not fit on cpu"):
+    with refuses(OutOfMemory, "a model that does not fit is not called corrupt"):
         load_model(checkpoint, device="cpu", **mode)
 
 
 def test_an_unreadable_tokenizer_is_named(checkpoint):
     (checkpoint / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="tokenizer"):
+    with refuses(ModelError, "an unreadable tokenizer is named"):
         load_model(checkpoint, device="cpu")
 
 

@@ -10,6 +10,7 @@ from assay import streams
 from assay.errors import StorageError, UsageError
 from assay.models import load, load_model, save_random
 from assay.models import resolve as resolving
+from tests.wordings import refuses
 
 
 def bits(model):
@@ -153,9 +154,9 @@ def test_dtype_and_tokenizer_go_with_it(tmp_path):
 
 
 def test_trained_weights_and_existing_paths_are_usage_errors(checkpoint, tmp_path):
-    with pytest.raises(UsageError, match="trained"):
+    with refuses(UsageError, "trained weights and existing paths are usage errors"):
         save_random(checkpoint, tmp_path / "r", weights="trained")
-    with pytest.raises(UsageError, match="exists"):
+    with refuses(UsageError, "trained weights and existing paths are usage errors, 2"):
         save_random(checkpoint, checkpoint, weights="random-all", block_hash="b")
 
 
@@ -167,6 +168,6 @@ def test_a_failed_write_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(model.module, "save_pretrained", full)
     monkeypatch.setattr(load, "load_model", lambda *a, **k: model)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(StorageError, match="No space left"):
+    with refuses(StorageError, "a failed write leaves nothing"):
         save_random(checkpoint, tmp_path / "r", weights="random-all", block_hash="b")
     assert sorted(tmp_path.iterdir()) == before

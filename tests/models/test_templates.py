@@ -13,6 +13,7 @@ from assay.models import chat, read_chat, template_process
 from assay.models.load import load_tokenizer
 from assay.models.template_process import TEMPLATE_PROCESS
 from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer, rendered
+from tests.wordings import refuses
 
 NINES = "{% for b in range(99999) %}{% for a in range(99999) %}BODY{% endfor %}{% endfor %}"
 NESTED = (
@@ -111,7 +112,7 @@ def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(
     ],
 )
 def test_a_template_that_fails_is_refused_by_what_it_raised(template):
-    with pytest.raises(UsageError, match=r"the chat template of a model refuses: [A-Z]"):
+    with refuses(UsageError, "a template that fails is refused by what it raised"):
         rendered(template)
 
 
@@ -217,5 +218,7 @@ def test_no_process_is_an_error_of_the_machine_and_not_of_the_template(monkeypat
     TEMPLATE_PROCESS.end()
     for program in ("/bin/false", "/nothing"):
         monkeypatch.setattr(template_process.sys, "executable", program)
-        with pytest.raises(ResourceError, match="no process that renders"):
+        with refuses(
+            ResourceError, "no process is an error of the machine and not of the template"
+        ):
             rendered(TEMPLATE)

@@ -25,6 +25,7 @@ from assay.poc.protocol.records import (
 )
 from assay.poc.prover import compute
 from assay.poc.verdict.residuals import residuals
+from tests.wordings import refuses
 
 STEPS = 24
 SHORT = get_pipeline(f"chain-decode-{STEPS}")
@@ -52,7 +53,7 @@ def test_the_name_of_the_preset_says_how_many_steps_are_taken():
     assert get_pipeline("chain-decode") is get_pipeline("chain-decode-256")
     assert get_pipeline("chain-decode-1").steps == 1
     for name in ("chain-decode-0", "chain-decode-4097", "chain-decode-", "chain-decode-07"):
-        with pytest.raises(UsageError, match="preset"):
+        with refuses(UsageError, "the name of the preset says how many steps are taken"):
             get_pipeline(name)
     assert replace(ROUND, strength=256).strength == 32
 
@@ -90,7 +91,7 @@ def test_malformed_records_are_refused_by_line(proof: Proof, tmp_path: Path, cha
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[3] = json.dumps(json.loads(lines[3]) | changed, separators=(",", ":"))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(ProofFormatError, match="line 4"):
+    with refuses(ProofFormatError, "malformed records are refused by line"):
         Proof.load(path)
 
 
@@ -192,12 +193,12 @@ def test_verdicts_of_whole_chains(model: Model):
 
 def test_a_verdict_needs_a_law_and_chains_are_not_compared(model: Model, proof: Proof):
     assert verify(proof, model, expect=ROUND).verdict == "undecided"  # of few steps
-    with pytest.raises(UsageError, match="part"):
+    with refuses(UsageError, "a verdict needs a law and chains are not compared"):
         calibrate(proof, proof)
 
 
 def test_a_model_with_states_of_fewer_numbers_is_refused(small_model: Model):
-    with pytest.raises(UsageError, match="64 numbers"):
+    with refuses(UsageError, "a model with states of fewer numbers is refused"):
         prove(small_model, ROUND, range(2), batch_size=2)
 
 

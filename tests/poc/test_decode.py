@@ -32,6 +32,7 @@ from assay.poc.protocol.records import (
 )
 from assay.poc.verdict.residuals import residuals
 from assay.streams import DTYPES
+from tests.wordings import refuses
 
 ROUND = Round(
     block_hash="block_alpha", public_key="node_A", preset="decode-32", seq_len=16, model="small"
@@ -57,7 +58,7 @@ def test_the_name_of_the_preset_says_how_much_is_decoded():
     assert get_pipeline("decode") is get_pipeline("decode-256")
     assert get_pipeline("decode-4096").steps == 4096
     for name in ("decode-31", "decode-4097", "decode-064", "decode-", "decode--64", "decode-٦٤"):
-        with pytest.raises(UsageError, match="preset"):
+        with refuses(UsageError, "the name of the preset says how much is decoded"):
             get_pipeline(name)
     assert replace(ROUND, preset="decode").text("tokens", 7) == replace(
         ROUND, preset="decode-64"
@@ -102,7 +103,7 @@ def test_malformed_records_are_refused_by_line(
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[3] = json.dumps(json.loads(lines[3]) | changed, separators=(",", ":"))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(ProofFormatError, match="line 4") as raised:
+    with refuses(ProofFormatError, "malformed records are refused by line") as raised:
         Proof.load(path)
     assert words in raised.value.seen
 
@@ -168,16 +169,18 @@ def test_what_nothing_pins_is_named_and_the_work_of_a_header_is_bounded(
         ("preset", "seq_len"),
         2,
     )
-    with pytest.raises(ProofMismatch, match="preset"):
+    with refuses(ProofMismatch, "what nothing pins is named and the work of a header is bounded"):
         verify(proof, small_model, expect=replace(proof.round, preset="decode"))
     long = replace(ROUND, preset="decode-4096")
     header = replace(proof.header, round=long, pipeline=get_pipeline("decode-4096"))
-    with pytest.raises(ProofMismatch, match="which nothing pins"):
+    with refuses(
+        ProofMismatch, "what nothing pins is named and the work of a header is bounded, 2"
+    ):
         verify(replace(proof, header=header), small_model, expect=Pins(preset="decode-4096"))
 
 
 def test_proofs_are_not_compared_with_each_other(proof: Proof):
-    with pytest.raises(UsageError, match="tokens part"):
+    with refuses(UsageError, "proofs are not compared with each other"):
         calibrate(proof, proof)
 
 

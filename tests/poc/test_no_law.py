@@ -11,6 +11,7 @@ from assay.poc.service.distance_judge import HonestNoise
 from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.verdict import Ledger, noise_for
 from tests.laws import QWEN3
+from tests.wordings import refuses
 
 pytestmark = pytest.mark.no_law
 
@@ -48,7 +49,7 @@ def test_a_ledger_takes_no_verdict_without_a_law(
     verdict = verify(proof, small_model, expect=round_)
     with (
         Ledger(tmp_path / "ledger.jsonl") as ledger,
-        pytest.raises(UsageError, match="assay poc calibrate"),
+        refuses(UsageError, "a ledger takes no verdict without a law"),
     ):
         ledger.record(verdict)
 

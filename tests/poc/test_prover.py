@@ -24,6 +24,7 @@ from assay.errors import (
 from assay.poc import HFEngine, Proof, Round, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
 from tests.docs.shell import ENVIRONMENT
+from tests.wordings import refuses
 
 
 def distances(proof: Proof) -> dict[int, object]:
@@ -116,7 +117,7 @@ def test_an_engine_that_ends_early_gives_no_proof_and_no_verdict(
     assert [path.name for path in tmp_path.iterdir()] == ["proof.jsonl.partial"]
     with pytest.raises(ModelError, match=f"{rows_of_the_last} results for a batch of 8 nonces"):
         verify(proof, small_model, engine=short, sample=40, expect=round_)
-    with pytest.raises(UsageError, match="39 records for 40 nonces"):
+    with refuses(UsageError, "an engine that ends early gives no proof and no verdict"):
         Proof.build(proof.header, proof.records[:-1], 1.0)
 
 
@@ -167,7 +168,7 @@ def test_a_run_that_died_before_the_rename_ends_well(small_model, round_, proof,
 def test_resuming_another_round_or_an_edited_file_is_refused(
     small_model, round_, interrupted: Path
 ):
-    with pytest.raises(UsageError, match="was begun with other arguments"):
+    with refuses(UsageError, "resuming another round or an edited file is refused"):
         prove(
             small_model,
             replace(round_, block_hash="other"),
@@ -177,7 +178,7 @@ def test_resuming_another_round_or_an_edited_file_is_refused(
         )
     partial = interrupted.with_name("proof.jsonl.partial")
     partial.write_text(partial.read_text().replace('"nonce":9', '"nonce":99'))
-    with pytest.raises(ProofFormatError, match=r"proof\.jsonl\.partial, line 11: nonce 99"):
+    with refuses(ProofFormatError, "resuming another round or an edited file is refused, 2"):
         prove(small_model, round_, range(40), batch_size=8, output=interrupted)
 
 
@@ -247,7 +248,7 @@ def test_a_killed_command_leaves_a_file_to_resume(
 def test_an_engine_and_another_batch_size_are_refused(small_model, round_: Round):
     """Which of the two counted was not said: the engine's did."""
     engine = HFEngine(small_model, batch_size=4, seq_len=16)
-    with pytest.raises(UsageError, match="batch_size 8 with an engine of 4 rows"):
+    with refuses(UsageError, "an engine and another batch size are refused"):
         prove(small_model, round_, range(8), batch_size=8, engine=engine)
     assert (
         prove(
@@ -260,20 +261,20 @@ def test_an_engine_and_another_batch_size_are_refused(small_model, round_: Round
 
 
 def test_what_cannot_run_is_refused(small_model, round_: Round):
-    with pytest.raises(OutOfMemory, match="--batch-size"):
+    with refuses(OutOfMemory, "what cannot run is refused"):
         HFEngine(changed(small_model, claim_width), batch_size=65_536, seq_len=128)
     for wrong in (0, 8.0, "8", True, np.int64(8)):
-        with pytest.raises(UsageError, match="batch size"):
+        with refuses(UsageError, "what cannot run is refused, 2"):
             HFEngine(small_model, batch_size=wrong)
     for empty in ([], range(0), 64, None):
-        with pytest.raises(UsageError, match="no nonces"):
+        with refuses(UsageError, "what cannot run is refused, 3"):
             prove(small_model, round_, empty)
     for endless in (range(2**70), itertools.count()):
-        with pytest.raises(UsageError, match="more than"):
+        with refuses(UsageError, "what cannot run is refused, 4"):
             prove(small_model, round_, endless)
-    with pytest.raises(UsageError, match="nonce"):
+    with refuses(UsageError, "what cannot run is refused, 5"):
         prove(small_model, round_, [3, 2])
-    with pytest.raises(UsageError, match="positions"):
+    with refuses(UsageError, "what cannot run is refused, 6"):
         prove(small_model, round_, range(4), engine=HFEngine(small_model, batch_size=8, seq_len=32))
 
 
@@ -338,7 +339,7 @@ def test_a_full_disk_is_one_clear_error(small_model, round_: Round, tmp_path: Pa
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1600, hard))
     try:
-        with pytest.raises(StorageError, match="too large"):
+        with refuses(StorageError, "a full disk is one clear error"):
             prove(small_model, round_, range(40), batch_size=8, output=path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

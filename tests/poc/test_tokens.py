@@ -23,6 +23,7 @@ from assay.poc import (
 )
 from assay.poc.cheats import rounded
 from assay.poc.engines.base import device_tokens, token_inputs
+from tests.wordings import refuses
 
 ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=32, preset="tokens-1")
 
@@ -78,16 +79,16 @@ def test_a_proof_names_its_frame_and_is_judged_in_it(framed, halved, proof, tmp_
     assert verify(read, halved, expect=Pins.of(ROUND), calibration=law).verdict != "fraud"
     moved = Frame(**{**{n: getattr(framed.frame, n) for n in ("digest", "weights", "rows", "left_out", "scale")},
                      "mean": framed.frame.mean + np.float32(0.01)})  # fmt: skip
-    with pytest.raises(ProofMismatch, match="in the frame"):
+    with refuses(ProofMismatch, "a proof names its frame and is judged in it"):
         verify(read, framed.with_frame(moved), expect=Pins.of(ROUND), calibration=law)
-    with pytest.raises(UsageError, match="without a frame"):
+    with refuses(UsageError, "a proof names its frame and is judged in it, 2"):
         verify(read, framed.with_frame(None), expect=Pins.of(ROUND), calibration=law)
     lines = (tmp_path / "proof.jsonl").read_text().splitlines(keepends=True)
     header = json.loads(lines[0])
     del header["model"]["frame"]
     lines[0] = json.dumps(header, separators=(",", ":")) + "\n"
     (tmp_path / "proof.jsonl").write_text("".join(lines))
-    with pytest.raises(ProofFormatError, match="a frame, or none"):
+    with refuses(ProofFormatError, "a proof names its frame and is judged in it, 3"):
         Proof.load(tmp_path / "proof.jsonl")
 
 
@@ -129,7 +130,7 @@ def test_a_frame_that_cannot_be_is_refused(change):
     assert Frame(**good, mean=ones, scale=ones).tokens(
         np.array([[0, 2**32 - 1]], np.uint32)
     ).tolist() == [[0, 7]]
-    with pytest.raises(UsageError, match="a frame with"):
+    with refuses(UsageError, "a frame that cannot be is refused"):
         Frame(**{**good, "mean": ones, "scale": ones, **change})
 
 
@@ -149,7 +150,7 @@ def test_a_file_is_read_strictly(framed, tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(DataError):
             Frame.load(path)
-    with pytest.raises(UsageError, match="another checkpoint"):
+    with refuses(UsageError, "a file is read strictly"):
         replace(framed, digest="1" * 64).with_frame(framed.frame)
 
 

@@ -17,6 +17,7 @@ from assay.vhack.pairs import read_pairs, write_pairs
 from assay.vhack.training.settings import SampleSettings
 from assay.vhack.training.tasks import load_tasks
 from tests.models.test_chat import ANSWER, TEMPLATE, USER, chat_tokenizer
+from tests.wordings import refuses
 
 PAGE = Path(__file__).parents[2] / "docs" / "vhack-pairs.md"
 
@@ -45,7 +46,7 @@ def test_pairs_of_messages_come_back_and_are_rendered_once(pairs, tmp_path):
     asked = '<s>{"name": "f"}<user>Is 0 prime?;<assistant>'
     assert [tokenizer.decode(one.ids) for one in found] == [f"{asked}Passed.", f"{asked}No.;"]
     assert tokenizer.decode(found[1].ids[: found[1].n_prompt]) == asked
-    with pytest.raises(DataError, match="one: messages for a model without a chat template"):
+    with refuses(DataError, "pairs of messages come back and are rendered once"):
         encode(chat_tokenizer(""), pairs[0].samples(), ["one", "two"], None)
 
 
@@ -63,7 +64,7 @@ def test_a_basis_names_the_template_and_refuses_another(pairs, small_model, smal
         lambda: check_two_pools(*pools, small_model, made, tokenizer=other, svd=small_svd),
         lambda: extract(pairs, small_model, tokenizer=other, **how),
     ):
-        with pytest.raises(DataError, match="made for other chat"):
+        with refuses(DataError, "a basis names the template and refuses another"):
             judge()
 
 
@@ -73,5 +74,5 @@ def test_tasks_of_messages_become_text_that_a_tokenizer_may_begin(tmp_path):
     given = [{"prompt": USER, "answer": 1}]
     found, _ = load_tasks(SampleSettings(), given, least=1, why="here", model=str(tmp_path))
     assert found == [{"prompt": "<user>Hi;<assistant>", "answer": 1}]
-    with pytest.raises(DataError, match="task 0: messages for a model without a chat template"):
+    with refuses(DataError, "tasks of messages become text that a tokenizer may begin"):
         load_tasks(SampleSettings(), given, least=1, why="here")

@@ -12,6 +12,7 @@ from assay.vhack.directions.delta import DeltaS
 from assay.vhack.directions.gradients import per_sample as _per_sample
 from assay.vhack.directions.gradients.replica import recipe_for
 from tests.vhack.adapter import SMALL, worst_error
+from tests.wordings import refuses
 
 FAMILIES = {
     "Qwen3Moe": {
@@ -128,9 +129,7 @@ def test_matrices_of_experts_are_views_of_their_tensor(mixture):
 
 
 def test_training_of_experts_is_refused(mixture, mixture_svd):
-    with pytest.raises(
-        ModelError, match=r"experts\.gate_up_proj\.0 and 23 more matrices"
-    ) as raised:
+    with refuses(ModelError, "training of experts is refused") as raised:
         DeltaS(mixture, mixture_svd)
     assert "not trained" in raised.value.wanted
     assert not hasattr(mixture, "delta_s")
@@ -140,5 +139,5 @@ def test_experts_in_an_unknown_form_are_refused_by_name():
     module = made("Qwen3Moe")
     for layer in module.model.layers:
         del layer.mlp.experts.is_transposed
-    with pytest.raises(ModelError, match=r"experts\.\w+ holds 6 matrices"):
+    with refuses(ModelError, "experts in an unknown form are refused by name"):
         target_modules(module)

@@ -30,6 +30,7 @@ from assay.vhack.directions.gradients.gradient_operations import Norm
 from assay.vhack.directions.gradients.per_sample import check_finite
 from assay.vhack.directions.gradients.replica import Replica
 from tests.vhack.adapter import sequential_gradients, worst_error
+from tests.wordings import refuses
 
 
 @pytest.fixture
@@ -181,7 +182,9 @@ def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_mat
     check_finite(SampleGradients(rows), encoded)
     for bad in (torch.nan, torch.inf, -torch.inf):
         rows["a"][2, 3] = rows["b"][1, 0] = bad
-        with pytest.raises(DataError, match="sample 1 in b"):
+        with refuses(
+            DataError, "the first sample with a number that is not finite is named with its matrix"
+        ):
             check_finite(SampleGradients(rows), encoded)
 
 
@@ -212,14 +215,14 @@ def test_one_sample_that_does_not_fit_is_named(monkeypatch, gradients_of):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Replica, "gradients", full)
-    with pytest.raises(OutOfMemory, match="sample 1 with 91 tokens"):
+    with refuses(OutOfMemory, "one sample that does not fit is named"):
         gradients_of()
 
 
 def test_the_longest_sample_that_fits_is_used_and_a_longer_one_is_named(gradients_of):
     found = gradients_of(chosen=[Sample("p" * 120, "c" * 8)])
     assert all(torch.isfinite(rows).all() and rows.any() for rows in found.values())
-    with pytest.raises(DataError, match="sample 1: 120 tokens of prompt and 9 of completion"):
+    with refuses(DataError, "the longest sample that fits is used and a longer one is named"):
         gradients_of(chosen=[Sample("a", "b"), Sample("p" * 120, "c" * 9)])
 
 
@@ -229,7 +232,7 @@ def test_a_loss_that_is_not_finite_is_named(gradients_of, module, byte_tokenizer
     module.model.embed_tokens.register_forward_hook(
         lambda _, ids, output: output.masked_fill((ids[0] == quote)[..., None], torch.inf)
     )
-    with pytest.raises(DataError, match=r"the loss or the gradient of third in .* is not finite"):
+    with refuses(DataError, "a loss that is not finite is named"):
         gradients_of(module, max_tokens=1, names=["a", "b", "third", "d", "e"])
 
 
@@ -238,9 +241,7 @@ def test_a_gradient_that_is_not_finite_is_named(gradients_of, module):
         output.register_hook(lambda gradient: gradient * torch.nan)
 
     module.model.layers[1].mlp.up_proj.register_forward_hook(spoil)
-    with pytest.raises(
-        DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"
-    ):
+    with refuses(DataError, "a gradient that is not finite is named"):
         gradients_of(module)
 
 
@@ -286,18 +287,15 @@ def test_a_norm_without_memory_is_refused(module):
 
 def test_factors_of_another_model_are_refused(gradients_of):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
-    with pytest.raises(
-        UsageError,
-        match=r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)",
-    ):
+    with refuses(UsageError, "factors of another model are refused"):
         gradients_of(svd=other)
 
 
 def test_float16_is_refused(gradients_of, module):
-    with pytest.raises(ModelError, match="float16"):
+    with refuses(ModelError, "float16 is refused"):
         gradients_of(module.half())
 
 
 def test_a_model_without_projections_is_refused():
-    with pytest.raises(ModelError, match="no target projection"):
+    with refuses(ModelError, "a model without projections is refused"):
         target_modules(nn.Sequential(nn.Linear(4, 4)))

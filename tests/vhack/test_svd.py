@@ -9,6 +9,7 @@ from assay.errors import BadWeights, StorageError, UsageError
 from assay.vhack import weight_svd
 from assay.vhack.directions.gradients import svd as _svd
 from assay.vhack.directions.gradients.svd import factorise
+from tests.wordings import refuses
 
 
 def matrix(rows, columns, smallest=1e-2, seed=0):
@@ -99,7 +100,7 @@ def test_a_matrix_that_is_not_finite_is_named(small_model):
     module = copy.deepcopy(small_model.module)
     with torch.no_grad():
         module.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(BadWeights, match=r"model\.layers\.1\.mlp\.up_proj: .* NaN or infinity"):
+    with refuses(BadWeights, "a matrix that is not finite is named"):
         weight_svd(module)
 
 
@@ -181,7 +182,7 @@ def test_equal_weights_of_two_dtypes_share_a_file_in_a_directory_that_is_named_b
 
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, linear):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"):
+    with refuses(StorageError, "a cache that cannot be written is an error"):
         weight_svd(linear, cache=tmp_path / "file")
 
 

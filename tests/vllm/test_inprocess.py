@@ -15,6 +15,7 @@ from assay.poc.vllm.client import NonceStream, sampling_parameters
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
+from tests.wordings import refuses
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
@@ -84,7 +85,7 @@ def test_it_agrees_with_transformers(engine, honest, preset: str):
 
 @pytest.mark.parametrize("preset", ["layer-signs", "layer-normalize", "permutation"])
 def test_pipelines_that_vllm_cannot_run_are_refused_in_words(engine, preset: str):
-    with pytest.raises(UsageError, match="--engine hf"):
+    with refuses(UsageError, "pipelines that vllm cannot run are refused in words"):
         poc.prove(engine.model, make_round(preset), range(8), engine=engine)
 
 
@@ -148,7 +149,7 @@ def test_a_stream_that_a_worker_refuses_is_held_by_none(engine, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.client, "call", refuse)
-        with pytest.raises(UsageError, match="a reason"):
+        with refuses(UsageError, "a stream that a worker refuses is held by none"):
             next(engine.run(make_round().inputs(range(4)), poc.get_pipeline("poc-2.0")))
     assert nothing_is_held(engine)
 
@@ -218,7 +219,7 @@ def replace_shape(engine, *, seq_len: int, batch_size: int):
 
 
 def test_the_longest_sequence_is_refused_before_it_runs(engine):
-    with pytest.raises(UsageError, match="max-model-len"):
+    with refuses(UsageError, "the longest sequence is refused before it runs"):
         replace_shape(engine, seq_len=256, batch_size=1)
     longest = replace_shape(engine, seq_len=255, batch_size=1)
     values = next(longest.run(make_round(seq_len=255).inputs([0]), poc.get_pipeline("artifact")))

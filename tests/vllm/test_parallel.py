@@ -14,6 +14,7 @@ from assay import poc
 from assay.errors import UsageError
 from assay.models import load_model
 from tests.vllm.conftest import SEQ_LEN
+from tests.wordings import refuses
 
 ARGUMENTS = (
     "--enforce-eager --max-model-len 256 --max-num-batched-tokens 160 --tensor-parallel-size 2"
@@ -91,6 +92,9 @@ def test_options_that_vllm_does_not_have_or_that_are_not_the_operators_are_refus
     for name, value in (
         wrong | {"model": "another", "dtype": "float32", "revision": "main"}
     ).items():
-        with pytest.raises(UsageError, match="ASSAY_VLLM_ARGS"):
+        with refuses(
+            UsageError,
+            "options that vllm does not have or that are not the operators are refused in words",
+        ):
             vllm_options(f"--{name} {value}")
     assert vllm_options("--max-model-len 256") == {"max_model_len": 256}

@@ -17,7 +17,7 @@ from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import reflect
 from assay.poc.vllm.rows import CLAIMED, Spec, new_key, request_id
 from assay.poc.vllm.worker import Hooks
-from tests.vllm.conftest import State, settings_of_vllm
+from tests.vllm.conftest import State, settings_of_vllm, values_of
 
 P = 6
 N = 7
@@ -150,12 +150,6 @@ def requests(key, claimed=None):
     }
 
 
-def taken(hooks, key):
-    reply = hooks.collect(key, list(NONCES))
-    assert (reply["failed"], reply["nonces"], hooks.errors) == ({}, list(NONCES), 0)
-    return np.frombuffer(reply["values"], reply["dtype"]).reshape(len(NONCES), reply["width"])
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("assay.poc.vllm.worker.is_first_of_group", lambda: True)
@@ -182,7 +176,7 @@ def test_chains_run_in_chunks_beside_chat_that_is_not_reflected():
         batch = {second[0]: (second[1], at, 1), chat[0]: (chat[1], at - 4, 1)}
         runner.step(batch | {first[0]: (first[1], at, 1)})
     points, _ = defined()
-    np.testing.assert_array_equal(taken(hooks, key), points)
+    np.testing.assert_array_equal(values_of(hooks, key, NONCES), points)
     alone.step({chat[0]: (chat[1], 0, N + 2)})
     torch.testing.assert_close(runner.last[chat[0]], alone.last[chat[0]])
 
@@ -200,7 +194,7 @@ def test_a_replay_follows_the_claim_in_one_prompt_or_in_parts(cut: int):
     if cut < P + N:
         runner.step({name: (given, cut, P + N - cut) for name, given in rows.items()})
     _, margins = defined(claimed)
-    np.testing.assert_allclose(taken(hooks, key), margins, atol=1e-5)
+    np.testing.assert_allclose(values_of(hooks, key, NONCES), margins, atol=1e-5)
 
 
 @pytest.mark.parametrize(

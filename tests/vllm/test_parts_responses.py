@@ -23,6 +23,7 @@ from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
 from tests.vllm.conftest import lay_out, settings_of_vllm
+from tests.wordings import refuses
 
 DIGEST = "0" * 64
 
@@ -501,11 +502,11 @@ def test_the_processor_is_named_behind_those_of_the_operator():
     assert response_arguments(own, config(v2=True), "seeded")[-1] == "assay.poc.vllm:ProcessorV2"
     assert "--logits-processors" not in response_arguments(own, config(), "sketched")
     own.worker_extension_cls = "mine.Extension"
-    with pytest.raises(UsageError, match=r"mine\.Extension"):
+    with refuses(UsageError, "the processor is named behind those of the operator"):
         response_arguments(own, config(), "seeded")
 
 
 def test_responses_need_the_key_of_the_node(monkeypatch):
     monkeypatch.setenv("ASSAY_RESPONSES", "seeded")
-    with pytest.raises(UsageError, match="ASSAY_RESPONSES_PUBLIC_KEY"):
+    with refuses(UsageError, "responses need the key of the node"):
         PluginSettings()

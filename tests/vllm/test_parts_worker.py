@@ -22,7 +22,7 @@ from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.rows import CLAIMED, Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import Hooks, WorkerExtension
-from tests.vllm.conftest import lay_out, settings_of_vllm
+from tests.vllm.conftest import lay_out, settings_of_vllm, values_of
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 V = 40
@@ -324,12 +324,6 @@ def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
     return draws, [ids[P:] for ids in texts], draws.sketches(torch.stack(states, 1))
 
 
-def taken(hooks: Hooks, key: str) -> np.ndarray:
-    reply = hooks.collect(key, list(NONCES))
-    assert (reply["failed"], reply["nonces"], hooks.errors) == ({}, list(NONCES), 0)
-    return np.frombuffer(reply["values"], reply["dtype"]).reshape(len(NONCES), reply["width"])
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("assay.poc.vllm.worker.is_first_of_group", lambda: True)
@@ -365,7 +359,7 @@ def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
             computed[row] = len(texts[row])
             texts[row].append(token)
     assert [ids[P:] for ids in texts] == tokens
-    values = taken(hooks, key)
+    values = values_of(hooks, key, NONCES)
     np.testing.assert_allclose(values.reshape(3, -1, 12), sketches.astype(np.float32), atol=1e-3)
     assert hooks.rows.counts()["rows"] == 0
     assert hooks.rows.get(key).decodes == {}
@@ -389,7 +383,7 @@ def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, c
     names = [f"{request_id(key, nonce)}-abcd" for nonce in NONCES]
     runner.step({name: (ids, 0, cut) for name, ids in zip(names, given, strict=True)})
     runner.step({name: (ids, cut, len(ids) - cut) for name, ids in zip(names, given, strict=True)})
-    values = taken(hooks, key)
+    values = values_of(hooks, key, NONCES)
     sketched, margins = np.split(values, [24], axis=1)
     assert (margins[0] == 0).all()
     assert (margins[1, :7] == 0).all()

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,20 +16,12 @@ from functorch.compile import make_boxed_func
 from torch._inductor import config as inductor
 
 from assay.errors import CalibrationError, ModelError
-from assay.models import load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, judging_setup, prove, verify
 from assay.poc import verifier as _verifier
 from assay.poc.engines.hf import compiled_forward
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import be_deterministic, is_compiled
-
-
-@pytest.fixture(scope="module")
-def small_model(small_checkpoint: Path):
-    """The small checkpoint for this file alone: a hook that another test left on a shared model
-    changes the kernels.
-    """
-    return load_model(small_checkpoint, dtype="float32", device="cpu")
+from tests.wordings import refuses
 
 
 @pytest.fixture
@@ -42,12 +33,12 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"]
 )
-def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Round, uncompiled):
+def test_every_kind_of_pipeline_runs_on_it(preset: str, unhooked_model, round_: Round, uncompiled):
     round = replace(round_, preset=preset)
-    fast = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
+    fast = HFEngine(unhooked_model, batch_size=8, seq_len=16, compiled=True)
     ours, theirs = (
-        prove(small_model, round, range(19), engine=e)
-        for e in (fast, HFEngine(small_model, batch_size=8, seq_len=16))
+        prove(unhooked_model, round, range(19), engine=e)
+        for e in (fast, HFEngine(unhooked_model, batch_size=8, seq_len=16))
     )
     for mine, other in zip(ours.records, theirs.records, strict=True):
         if mine.vector is None:
@@ -56,7 +47,7 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Rou
             np.testing.assert_allclose(
                 mine.vector.astype(float), other.vector.astype(float), atol=2e-3
             )
-    assert verify(ours, small_model, seed=1).verdict == "honest"
+    assert verify(ours, unhooked_model, seed=1).verdict == "honest"
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "eager"])
@@ -66,7 +57,7 @@ def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
     node: str,
     kernels: str,
     batch_size: int,
-    small_model,
+    unhooked_model,
     round_: Round,
     uncompiled,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,8 +66,10 @@ def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
     the node's.
     """
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": 16}
-    compiled, eager = (HFEngine(small_model, **shape, compiled=choice) for choice in (True, False))
-    far = prove(small_model, round_, range(256), engine=eager)
+    compiled, eager = (
+        HFEngine(unhooked_model, **shape, compiled=choice) for choice in (True, False)
+    )
+    far = prove(unhooked_model, round_, range(256), engine=eager)
     records = [
         replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records
     ]
@@ -85,23 +78,25 @@ def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
     )
     theirs = Proof.build(replace(far.header, fingerprint=fingerprint), records, 1.0)
     measured = compiled if kernels == "compiled" else eager
-    calibration = calibrate(theirs, prove(small_model, round_, range(256), engine=measured))
+    calibration = calibrate(theirs, prove(unhooked_model, round_, range(256), engine=measured))
     monkeypatch.setattr(_verifier, "worth_compiling", lambda model: True)
-    engine, _ = judging_setup(theirs.header, small_model, calibration=calibration)
+    engine, _ = judging_setup(theirs.header, unhooked_model, calibration=calibration)
     assert engine.fingerprint == measured.fingerprint
-    assert verify(theirs, small_model, seed=1, calibration=calibration).verdict == "honest"
-    engine, _ = judging_setup(theirs.header, small_model)
+    assert verify(theirs, unhooked_model, seed=1, calibration=calibration).verdict == "honest"
+    engine, _ = judging_setup(theirs.header, unhooked_model)
     assert (engine.batch_size, is_compiled(engine.fingerprint)) == (8, node == "hf")
     for wrong in (None, measured):
         other = replace(measured.fingerprint, device="another", engine="hf")
         header = replace(far.header, fingerprint=replace(other, kernels=()))
         law = calibrate(theirs, Proof.build(header, far.records, 1.0))
-        with pytest.raises(CalibrationError, match="than this validator's"):
-            judging_setup(theirs.header, small_model, calibration=law, engine=wrong)
+        with refuses(
+            CalibrationError, "a calibration chooses the batch and the kernels of the validator"
+        ):
+            judging_setup(theirs.header, unhooked_model, calibration=law, engine=wrong)
 
 
 def test_a_compiler_that_fails_is_answered_with_the_other_kernels(
-    small_model, round_: Round, monkeypatch
+    unhooked_model, round_: Round, monkeypatch
 ):
     def compiled(function, **_):
         def fail(*_, **__):
@@ -110,16 +105,16 @@ def test_a_compiler_that_fails_is_answered_with_the_other_kernels(
         return fail
 
     monkeypatch.setattr(torch, "compile", compiled)
-    engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
-    with pytest.raises(ModelError, match="no C\\+\\+ compiler") as refused:
-        prove(small_model, round_, range(8), engine=engine)
+    engine = HFEngine(unhooked_model, batch_size=8, seq_len=16, compiled=True)
+    with refuses(ModelError, "a compiler that fails is answered with the other kernels") as refused:
+        prove(unhooked_model, round_, range(8), engine=engine)
     assert "--kernels eager" in refused.value.do
 
 
-def test_the_fingerprint_names_it(small_model, uncompiled):
-    assert not worth_compiling(small_model)  # by itself, on a CPU
-    eager = HFEngine(small_model, batch_size=8, seq_len=16).fingerprint
-    compiled = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True).fingerprint
+def test_the_fingerprint_names_it(unhooked_model, uncompiled):
+    assert not worth_compiling(unhooked_model)  # by itself, on a CPU
+    eager = HFEngine(unhooked_model, batch_size=8, seq_len=16).fingerprint
+    compiled = HFEngine(unhooked_model, batch_size=8, seq_len=16, compiled=True).fingerprint
     assert (compiled.library, compiled.kernels) == (
         eager.library,
         (*eager.kernels, "compiled whole"),
@@ -133,7 +128,7 @@ def test_the_fingerprint_names_it(small_model, uncompiled):
     "ignore:.*torch.jit.script_method.*:DeprecationWarning"
 )  # torch's, of its own compiler
 def test_no_setting_of_the_process_chooses_kernels_by_timing(
-    small_model, round_: Round, monkeypatch
+    unhooked_model, round_: Round, monkeypatch
 ):
     """Dynamo traces for real, all functions of the decoder; only the kernels are not made."""
     from torch._inductor.compile_fx import compile_fx
@@ -152,10 +147,10 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced)
     with inductor.patch(theirs):
         prove(
-            small_model,
+            unhooked_model,
             round_,
             range(8),
-            engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True),
+            engine=HFEngine(unhooked_model, batch_size=8, seq_len=16, compiled=True),
         )
     assert seen
     assert all(settings == compiled_forward.INDUCTOR_OPTIONS for settings in seen)
@@ -181,10 +176,10 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         setattr(products, name, value)
 
 
-def test_the_deterministic_mode_is_the_process_s_and_named(small_model, round_: Round, restored):
-    plain = prove(small_model, round_, range(9), batch_size=8)
+def test_the_deterministic_mode_is_the_process_s_and_named(unhooked_model, round_: Round, restored):
+    plain = prove(unhooked_model, round_, range(9), batch_size=8)
     be_deterministic()
-    proof = prove(small_model, round_, range(9), batch_size=8)
+    proof = prove(unhooked_model, round_, range(9), batch_size=8)
     fingerprint, before = proof.header.fingerprint, plain.header.fingerprint
     assert (fingerprint.library, fingerprint.kernels) == (
         before.library,

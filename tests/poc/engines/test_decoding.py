@@ -7,6 +7,7 @@ from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
 from assay.poc.protocol.pipelines import runs_on_vllm
+from tests.wordings import refuses
 
 STEPS = 64
 PROMPT = 16
@@ -80,7 +81,7 @@ def test_a_replay_says_what_the_model_gives_after_any_tokens(engine: HFEngine, h
 
 def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
     engine = HFEngine(small_model, batch_size=16, seq_len=100)
-    with pytest.raises(UsageError, match="seq_len 100 and 64 tokens") as raised:
+    with refuses(UsageError, "what does not fit the model is refused by name") as raised:
         next(engine.run(ROUND.inputs(range(1)), PIPELINE))
     assert "--seq-len 64" in raised.value.do
 

@@ -9,6 +9,7 @@ from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import shapes as _shapes
 from assay.poc.engines.hf.shapes import auto_batch
+from tests.wordings import refuses
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def engine(small_model) -> HFEngine:
 
 
 def test_another_shape_is_refused(engine: HFEngine, round_: Round):
-    with pytest.raises(UsageError, match="fixed shape"):
+    with refuses(UsageError, "another shape is refused"):
         engine.read(engine.embeddings(round_.inputs(range(3))))
 
 
@@ -54,7 +55,7 @@ def test_auto_takes_half_of_what_is_free(small_model, free):
         free(fitting * one)
         assert auto_batch(small_model, 16) == wanted
     free(one - 1)
-    with pytest.raises(OutOfMemory, match="--seq-len"):
+    with refuses(OutOfMemory, "auto takes half of what is free"):
         HFEngine(small_model, batch_size=auto_batch(small_model, 16), seq_len=16)
 
 
@@ -88,6 +89,8 @@ def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(
         (0, "pass --batch-size 4"),
     ):
         free(fitting * _shapes.peak_bytes(small_model, 1, 16))
-        with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
+        with refuses(
+            OutOfMemory, "memory that runs out in a forward pass is answered too"
+        ) as refused:
             prove(small_model, round_, range(8), engine=engine)
         assert refused.value.do == advice

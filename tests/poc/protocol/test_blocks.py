@@ -10,6 +10,7 @@ from assay.errors import UsageError
 from assay.poc import PIPELINES, Round, get_pipeline
 from assay.poc.protocol.blocks import block_factor, block_scale, folded_head, has_block_factor
 from assay.poc.protocol.transforms import Transform
+from tests.wordings import refuses
 
 WIDTH = 48
 
@@ -56,7 +57,7 @@ def test_presets_without_a_random_head_have_no_scale():
     assert block_scale(round_of("b", "artifact"), WIDTH) == 1.0
     assert block_scale(round_of("b", "permutation"), WIDTH) == 1.0
     for size in (0, 2**16 + 1):
-        with pytest.raises(UsageError, match="hidden size"):
+        with refuses(UsageError, "presets without a random head have no scale"):
             block_scale(round_of("b"), size)
 
 
@@ -87,6 +88,6 @@ def test_the_factor_of_a_block_is_the_width_of_its_cosines():
 def test_states_of_one_kind_have_a_factor_that_is_known():
     found = block_factor(round_of("b"), np.eye(WIDTH)[[3, 3]])
     assert (found.error, found.law.factor_error) == (0.0, 0.0)
-    with pytest.raises(UsageError, match="preset random-head"):
+    with refuses(UsageError, "states of one kind have a factor that is known"):
         block_factor(round_of("b", "random-head"), np.ones((4, WIDTH)))
     assert [name for name in PIPELINES if has_block_factor(get_pipeline(name))] == ["poc-2.0"]

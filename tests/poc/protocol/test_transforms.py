@@ -13,6 +13,7 @@ from assay.errors import UsageError
 from assay.poc import PIPELINES, Pipeline, Round
 from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.protocol.transforms import Transform, project
+from tests.wordings import refuses
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "poc_kat.json").read_text())
 NUMPY = streams.get_backend("numpy")
@@ -74,7 +75,7 @@ def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_a
 
 def test_a_trained_head_that_is_not_there_is_refused_before_any_nonce(round_):
     sizes = {"hidden_size": 16, "vocab_size": 96, "device": torch.device("cpu")}
-    with pytest.raises(UsageError, match="the pipeline permutation, which needs the trained head"):
+    with refuses(UsageError, "a trained head that is not there is refused before any nonce"):
         Transform(round_, PIPELINES["permutation"], **sizes)
 
 

@@ -22,6 +22,7 @@ from assay.poc.responses.adapters import Adapter, digest_adapter, load_adapter
 from assay.poc.responses.receipts import parse_receipt
 from tests.lora import write_adapter
 from tests.poc.responses.conftest import REQUESTS
+from tests.wordings import refuses
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def test_a_receipt_names_its_adapter_and_one_without_is_the_same_line_as_before(
     ):
         with pytest.raises(ProofFormatError):
             parse_receipt(line_of(with_it).replace(old.encode(), new.encode()))
-    with pytest.raises(ProofFormatError, match="in another form"):
+    with refuses(
+        ProofFormatError, "a receipt names its adapter and one without is the same line as before"
+    ):
         parse_receipt(line_of(without).replace(b'"sketches"', b'"adapter":null,"sketches"'))
 
 
@@ -74,7 +77,7 @@ def test_the_digest_is_that_of_both_files(directory: Path, tmp_path: Path):
         digest_adapter(directory)
         == hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
     )
-    with pytest.raises(ModelError, match="no adapter"):
+    with refuses(ModelError, "the digest is that of both files"):
         digest_adapter(tmp_path)
 
 
@@ -116,11 +119,15 @@ def test_an_adapter_that_is_not_named_shows(served: Receipts, small_model: Model
 def test_without_the_adapter_or_with_another_the_replay_is_refused_by_name(
     served: Receipts, small_model: Model, tmp_path: Path
 ):
-    with pytest.raises(ProofMismatch, match="'tuned'") as raised:
+    with refuses(
+        ProofMismatch, "without the adapter or with another the replay is refused by name"
+    ) as raised:
         replay(served, small_model)
     assert "--lora" in raised.value.do
     other = load_adapter(write_adapter(tmp_path, small_model, rank=2))
-    with pytest.raises(ProofMismatch, match="'tuned'") as raised:
+    with refuses(
+        ProofMismatch, "without the adapter or with another the replay is refused by name"
+    ) as raised:
         replay(served, small_model, adapter=other)
     assert other.digest[:12] in raised.value.wanted
 
@@ -131,13 +138,13 @@ def test_an_answer_of_another_adapter_than_was_asked_for_fails_by_name(
 ):
     receipt = served.receipts[0] if answered else replace(served.receipts[0], adapter=None)
     one = Receipts.build(served.header, [receipt], 1.0)
-    with pytest.raises(ProofMismatch, match="adapter"):
+    with refuses(ProofMismatch, "an answer of another adapter than was asked for fails by name"):
         ReceiptPins(requests=[replace(REQUESTS[0], adapter=asked)]).check(one)
     ReceiptPins(requests=[replace(REQUESTS[0], adapter=answered)]).check(one)
 
 
 def test_the_reference_loop_serves_the_model_itself(small_model: Model):
-    with pytest.raises(UsageError, match="'tuned'"):
+    with refuses(UsageError, "the reference loop serves the model itself"):
         respond(
             small_model, [replace(REQUESTS[0], adapter="tuned")], block_hash="B", public_key="K"
         )
@@ -163,7 +170,7 @@ def test_adapters_that_do_more_and_ranks_that_cannot_be_are_refused(
         with pytest.raises(UsageError, match=next(iter(more))):
             load_adapter(write_adapter(tmp_path, small_model, **more))
     for rank in ({"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}):
-        with pytest.raises(ModelError, match="the adapter in"):
+        with refuses(ModelError, "adapters that do more and ranks that cannot be are refused"):
             load_adapter(write_adapter(tmp_path, small_model, **rank))
 
 

@@ -15,6 +15,7 @@ from assay.poc.responses.prefill import sketch_response
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.conftest import REQUESTS
 from tests.poc.responses.vectors import scores
+from tests.wordings import refuses
 
 COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}
 
@@ -140,17 +141,15 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
         (REQUESTS[3:], COMMON | {"block_hash": "x"}),
         (REQUESTS[:1], COMMON),
     ):
-        with pytest.raises(
-            UsageError, match=r"was begun with other|a partial file with the answer"
-        ):
+        with refuses(UsageError, "another run s partial file is refused"):
             respond(small_model, requests, **common, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text('{"kind":"assay.poc.proof"}\n{"nonce":0}\n')
-    with pytest.raises(UsageError, match=r"was begun with other|a partial file with the answer"):
+    with refuses(UsageError, "another run s partial file is refused"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text(
         lines[0] + lines[1].replace('"output":[', '"output":[-1,')
     )
-    with pytest.raises(ProofFormatError, match="line 2"):
+    with refuses(ProofFormatError, "another run s partial file is refused, 2"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines))  # ended before it got its name
     again = respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
@@ -207,12 +206,12 @@ def test_broken_weights_are_named(small_checkpoint: Path):
     model = load_model(small_checkpoint, dtype="float32", device="cpu")
     with torch.no_grad():
         model.module.model.norm.weight[3] = torch.nan
-    with pytest.raises(BadWeights, match="NaN"):
+    with refuses(BadWeights, "broken weights are named"):
         respond(model, [[1, 2]], **COMMON)
 
 
 def test_a_model_without_a_cache_is_named(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     model = load_model(small_checkpoint, dtype="float32", device="cpu")
     monkeypatch.setitem(vars(model.module), "forward", lambda **inputs: 1 / 0)
-    with pytest.raises(ModelError, match="does not run: ZeroDivisionError"):
+    with refuses(ModelError, "a model without a cache is named"):
         respond(model, [[1, 2]], **COMMON)

@@ -15,6 +15,7 @@ from assay.poc.responses import ResponseSeed, Sampling
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.vectors import scores
+from tests.wordings import refuses
 
 NEEDS_CUDA = [
     pytest.mark.gpu,
@@ -196,11 +197,11 @@ def test_a_million_draws_would_show_another_temperature():
 
 def test_shapes_that_do_not_fit_are_refused():
     sampler = Sampler([Sampling(), Sampling()], VOCABULARY, "cpu")
-    with pytest.raises(UsageError, match="3 seeds"):
+    with refuses(UsageError, "shapes that do not fit are refused"):
         sampler.scores(torch.zeros((2, VOCABULARY)), SEED.step_seeds(range(3)))
-    with pytest.raises(UsageError, match="logits of shape"):
+    with refuses(UsageError, "shapes that do not fit are refused, 2"):
         sampler.scores(torch.zeros((3, VOCABULARY)), SEED.step_seeds(range(3)))
-    with pytest.raises(UsageError, match="token 24"):
+    with refuses(UsageError, "shapes that do not fit are refused, 3"):
         Sampler([Sampling(logit_bias={24: 1.0})], VOCABULARY, "cpu")
 
 

@@ -2,13 +2,10 @@
 makes of them.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from assay.errors import OutOfMemory, UsageError
-from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import shapes as _memory
 from assay.poc.engines.hf.engine import is_compiled
@@ -16,16 +13,9 @@ from assay.poc.net import deployment as _deployment
 from assay.poc.net.deployment import Deployment
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
+from tests.wordings import refuses
 
 SHAPE = (16, 8)  # positions, nonces
-
-
-@pytest.fixture(scope="module")
-def small_model(small_checkpoint: Path):
-    """The small checkpoint for this file alone: a hook that another test left on a shared model
-    changes the kernels.
-    """
-    return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -37,18 +27,20 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize("worth", [True, False])
-def test_kernels_are_chosen_as_prove_chooses_them(worth: bool, small_model, compiling, monkeypatch):
+def test_kernels_are_chosen_as_prove_chooses_them(
+    worth: bool, unhooked_model, compiling, monkeypatch
+):
     monkeypatch.setattr(_deployment, "worth_compiling", lambda model: worth)
-    assert is_compiled(Deployment.of(small_model).engine(*SHAPE).fingerprint) is worth
+    assert is_compiled(Deployment.of(unhooked_model).engine(*SHAPE).fingerprint) is worth
     assert (
-        is_compiled(Deployment.of(small_model, compiled=not worth).engine(*SHAPE).fingerprint)
+        is_compiled(Deployment.of(unhooked_model, compiled=not worth).engine(*SHAPE).fingerprint)
         is not worth
     )
     assert compiling
 
 
-def test_the_latest_engines_are_kept(small_model):
-    make = Deployment.of(small_model).engine
+def test_the_latest_engines_are_kept(unhooked_model):
+    make = Deployment.of(unhooked_model).engine
     first = make(*SHAPE)
     assert (first.seq_len, first.batch_size) == SHAPE
     assert make(16, 4) is not first
@@ -60,9 +52,9 @@ def test_the_latest_engines_are_kept(small_model):
     assert make(*SHAPE) is not first
 
 
-def test_only_so_many_shapes_are_compiled(small_model, compiling, monkeypatch):
+def test_only_so_many_shapes_are_compiled(unhooked_model, compiling, monkeypatch):
     monkeypatch.setattr(_deployment, "COMPILED_SHAPES", 2)
-    make = Deployment.of(small_model, compiled=True).engine
+    make = Deployment.of(unhooked_model, compiled=True).engine
     kernels = {size: is_compiled(make(16, size).fingerprint) for size in (4, 5, 6, 7)}
     assert kernels == {4: True, 5: True, 6: False, 7: False}
     # One that was not kept, and comes again, has the kernels that it had.
@@ -70,10 +62,10 @@ def test_only_so_many_shapes_are_compiled(small_model, compiling, monkeypatch):
     assert not is_compiled(make(16, 6).fingerprint)
 
 
-def test_a_shape_that_is_refused_takes_no_place(small_model, compiling, monkeypatch):
+def test_a_shape_that_is_refused_takes_no_place(unhooked_model, compiling, monkeypatch):
     monkeypatch.setattr(_deployment, "COMPILED_SHAPES", 1)
-    make = Deployment.of(small_model, compiled=True).engine
-    with pytest.raises(UsageError, match="seq_len 129"):
+    make = Deployment.of(unhooked_model, compiled=True).engine
+    with refuses(UsageError, "a shape that is refused takes no place"):
         make(129, 8)
     with monkeypatch.context() as patch:
         patch.setattr(_memory, "free_bytes", lambda device: 0)
@@ -83,9 +75,9 @@ def test_a_shape_that_is_refused_takes_no_place(small_model, compiling, monkeypa
 
 
 def test_a_service_on_compiled_kernels_computes_what_prove_computes(
-    rig, serving, small_model, compiling
+    rig, serving, unhooked_model, compiling
 ):
-    rig.deployment = lambda: Deployment.of(small_model, compiled=True)
+    rig.deployment = lambda: Deployment.of(unhooked_model, compiled=True)
     shape = {"seq_len": 16, "batch_size": 8}
     with serving(seq_len=16) as service:
         service.post("/init/generate", ROUND | shape | {"r_target": 2.0})
@@ -94,9 +86,9 @@ def test_a_service_on_compiled_kernels_computes_what_prove_computes(
         found = service.status()
         asked = {"nonces": [3, 11, 12], "dist": [1.4] * 3, "node_id": 0}
         judged = service.post("/validate", BLOCK | asked)
-    engine = HFEngine(small_model, **shape, compiled=True)
+    engine = HFEngine(unhooked_model, **shape, compiled=True)
     round = Round(block_hash=BLOCK["block_hash"], public_key=BLOCK["public_key"], seq_len=16)
-    proof = prove(small_model, round, range(max(found["valid_nonces"]) + 1), engine=engine)
+    proof = prove(unhooked_model, round, range(max(found["valid_nonces"]) + 1), engine=engine)
     assert found["valid_distances"] == [proof.distances[nonce] for nonce in found["valid_nonces"]]
     assert judged["computed_distances"] == [proof.distances[nonce] for nonce in asked["nonces"]]
     # The round's engine was made once for all requests, and one beside it here.

@@ -9,6 +9,7 @@ from assay.files.sqlite import Database
 from assay.poc.service.database import open_database
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, cap, execute, failing
 from tests.waiting import until
+from tests.wordings import refuses
 
 
 def nonces_on_disk(service) -> list[int]:
@@ -107,7 +108,7 @@ def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announce
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
     open_database(tmp_path).close()
     execute(tmp_path / "service.sqlite3", "INSERT INTO migrations VALUES (99, 0)")
-    with pytest.raises(StorageError, match="schema 99"):
+    with refuses(StorageError, "a database of a newer version is refused"):
         open_database(tmp_path)
     with (tmp_path / "service.sqlite3").open() as file:  # a file that is refused is not locked
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
+from tests.wordings import refuses
 
 DAY = 86_400.0
 DEAD_END = "http://127.0.0.1:9/"
@@ -127,7 +128,7 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
 
 def test_the_lock_is_on_the_database_itself(tmp_path):
     database = open_database(tmp_path)
-    with pytest.raises(StorageError, match="another service runs"):
+    with refuses(StorageError, "the lock is on the database itself"):
         open_database(tmp_path)
     with open_outbox(tmp_path) as beside:
         assert beside.counts()["pending"] == 0
@@ -147,7 +148,7 @@ def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     open_database(tmp_path).close()
     path = tmp_path / "service.sqlite3"
     path.write_bytes(damage * 1000) if isinstance(damage, bytes) else execute(path, damage)
-    with pytest.raises(StorageError, match=r"service\.sqlite3") as error:
+    with refuses(StorageError, "a damaged database is an error in three parts") as error:
         Controller(rig.deployment, ServiceSettings(data_dir=tmp_path))
     assert "restore" in error.value.do
 

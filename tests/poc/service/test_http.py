@@ -28,6 +28,7 @@ from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.poc.service.listening import on_port
 from tests.waiting import until
+from tests.wordings import refuses
 
 LIMITS = {"max_connections": 4, "max_header": 2000, "header_timeout": 1.0}
 JSON = {"content-type": "application/json"}
@@ -474,7 +475,7 @@ def test_metrics_of_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "metrics")
     with (
         listen("127.0.0.1", 0) as listener,
-        pytest.raises(UsageError, match="PROMETHEUS_MULTIPROC_DIR"),
+        refuses(UsageError, "metrics of several processes are refused"),
     ):
         run_app(None, None, listener)
 

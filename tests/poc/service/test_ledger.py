@@ -12,6 +12,7 @@ from assay.poc.verdict import Account, Ledger, audit_ledger
 from tests.poc.service.conftest import BLOCK, FULL, PREFIX, ROUND, failing
 from tests.poc.service.test_judge import CLAIM, ask, truth
 from tests.poc.service.test_pins import pins
+from tests.wordings import refuses
 
 
 @pytest.fixture
@@ -89,5 +90,5 @@ def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(
 
 def test_a_ledger_of_other_error_rates_is_refused_at_the_start(rig, tmp_path, path):
     Ledger(path, alpha=1e-6).close()
-    with pytest.raises(UsageError, match="for the ledger"):
+    with refuses(UsageError, "a ledger of other error rates is refused at the start"):
         Controller(rig.deployment, ServiceSettings(data_dir=tmp_path / "data", ledger=path))

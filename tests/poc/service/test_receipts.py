@@ -29,6 +29,7 @@ from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
 from tests.poc.service.receipts import RECEIPTS, files, get, header, on_disk, receipt, store
 from tests.waiting import until
+from tests.wordings import refuses
 
 FIRST = Path(__file__).parents[2] / "vectors" / "first" / "service" / "service.sqlite3"
 
@@ -86,7 +87,7 @@ def test_prompts_are_hashes_unless_the_setting_says_so(serving, kept):
 
 
 def test_a_receipt_that_the_header_does_not_fit_is_refused(service):
-    with pytest.raises(UsageError, match="sketches"):
+    with refuses(UsageError, "a receipt that the header does not fit is refused"):
         store(service, receipt("chat"), under=header(sketched=False))
     get(service, "/chat", 404)
 
@@ -198,7 +199,7 @@ def test_stored_receipts_are_announced(serving):
 
 
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
-    with pytest.raises(Refusal, match=r"169\.254"):
+    with refuses(Refusal, "a callback url that cannot be called is refused at the start"):
         Controller(
             rig.deployment,
             ServiceSettings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"),

@@ -18,6 +18,7 @@ from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
 from tests.waiting import until
+from tests.wordings import refuses
 
 
 class Killed(BaseException):
@@ -239,7 +240,7 @@ def test_a_start_without_secrets_is_refused_where_others_reach_the_port(small_mo
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     settings = ValidatorSettings(pins=tmp_path / "pins.toml")
     server = ServiceSettings(data_dir=tmp_path / "data")
-    with pytest.raises(UsageError, match="nodes that sign nothing"):
+    with refuses(UsageError, "a start without secrets is refused where others reach the port"):
         ValidatorController(lambda: pytest.fail("loaded"), settings, server, signed=True)
     assert not (tmp_path / "data").exists()
 
@@ -284,7 +285,7 @@ def test_a_ledger_that_has_lost_something_stops_the_start(validating, small_mode
         if lost == "another":
             Ledger(ledger).close()
         whole = ledger.read_bytes()
-        with pytest.raises(StorageError, match="without the"):
+        with refuses(StorageError, "a ledger that has lost something stops the start"):
             running.start()
         assert lost == "emptied" or ledger.read_bytes() == whole
         with (

@@ -18,6 +18,7 @@ from tests.end_to_end.receiver import Answering
 from tests.poc.service.conftest import PREFIX, ROUND, rig, serving  # noqa: F401  # the last two are fixtures
 from tests.poc.validator.conftest import body_of, nodes_text, pins_text, proof_of
 from tests.waiting import until
+from tests.wordings import refuses
 
 READ_KEY = "read-key-of-the-node"
 
@@ -201,5 +202,5 @@ def test_nodes_that_publish_vectors_are_not_polled(small_model, tmp_path):
     """/status has no vectors, so nothing of such a node could be recomputed."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="artifact"))
     entry = NodeEntry(public_key="node_A", url="https://example.com")
-    with pytest.raises(UsageError, match="url"):
+    with refuses(UsageError, "nodes that publish vectors are not polled"):
         Registry(NetworkPins.load(tmp_path / "pins.toml"), None, [entry], ServiceSettings())

@@ -28,6 +28,7 @@ from tests.poc.validator.conftest import (
     proof_of,
 )
 from tests.waiting import until
+from tests.wordings import refuses
 
 
 def inputs_of(wanted) -> list[Input]:
@@ -132,14 +133,14 @@ def test_files_of_a_frame_lead_from_a_service_to_a_verdict(
     """
     measure_frame(small_model).save(tmp_path / "frame")
     shape = {"preset": "tokens-1", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32")}
-    with pytest.raises(UsageError, match="without a frame"):
+    with refuses(UsageError, "files of a frame lead from a service to a verdict"):
         calibrate_model(str(small_checkpoint), **shape, device="cpu")
     law = calibrate_model(str(small_checkpoint), **shape, device="cpu", frame=tmp_path / "frame")
     law.save(tmp_path / "law.json")
     pinned = {name: PinnedFile.of(tmp_path / name, tmp_path) for name in ("frame", "law.json")}
     tables = [f'file = "{one.file}"\nsha256 = "{one.sha256}"\n' for one in pinned.values()]
     text = pins_text(small_model, preset="tokens-1").replace('"float32"', '"bfloat16"')
-    with pytest.raises(DataError, match="no frame of"):
+    with refuses(DataError, "files of a frame lead from a service to a verdict, 2"):
         NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
     text = text.replace("[[models.builds]]", f"[models.frame]\n{tables[0]}[[models.builds]]")
     with validating(pins=text) as running:

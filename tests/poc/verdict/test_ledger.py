@@ -21,6 +21,7 @@ from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.ledger import check_ledger
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, by_hand, filled, forked, honest, update
+from tests.wordings import refuses
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_an_update_of_one_name_is_written_once(ledger, path):
     one = ledger.append([update(0, name="inbox 1")])[0]
     assert ledger.append([update(0, name="inbox 1")])[0] == one
     assert ledger.head[0] == 1
-    with pytest.raises(UsageError, match="a second update 'inbox 1'"):
+    with refuses(UsageError, "an update of one name is written once"):
         ledger.append([update(0, key="node_B", name="inbox 1")])
     other = replace(account(), build="H200")
     assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, (
@@ -192,7 +193,7 @@ def test_an_update_of_one_name_is_written_once(ledger, path):
 
 def test_all_updates_of_a_call_are_written_or_none(tmp_path):
     with Ledger(tmp_path / "l.sqlite3") as ledger:
-        with pytest.raises(UsageError, match="nonces"):
+        with refuses(UsageError, "all updates of a call are written or none"):
             ledger.append([update(0), update(1, nonces=[-1] * 8)])
         assert ledger.head[0] == 0
         good = ledger.append([update(0), update(1)])
@@ -205,7 +206,10 @@ def test_all_updates_of_a_call_are_written_or_none(tmp_path):
     "wrong", [{"round": ""}, {"nonces": [1]}, {"nonces": [2**53] * 8}, {"proof": "abc"}]
 )
 def test_what_is_no_evidence_is_refused(tmp_path, wrong):
-    with Ledger(tmp_path / "l.sqlite3") as ledger, pytest.raises(UsageError, match="an update"):
+    with (
+        Ledger(tmp_path / "l.sqlite3") as ledger,
+        refuses(UsageError, "what is no evidence is refused"),
+    ):
         ledger.append([update(0, **wrong)])
 
 
@@ -234,14 +238,14 @@ def test_a_life_has_one_error_rate(tmp_path):
     Ledger(tmp_path / "l.sqlite3", alpha=1e-4).close()
     with Ledger(tmp_path / "l.sqlite3") as ledger:
         assert (ledger.genesis.alpha, ledger.genesis.beta) == (1e-4, 1e-2)
-    with pytest.raises(UsageError, match=r"alpha 0\.001 for the ledger") as refused:
+    with refuses(UsageError, "a life has one error rate") as refused:
         Ledger(tmp_path / "l.sqlite3", alpha=1e-3)
     assert "--alpha 0.0001" in refused.value.do
-    with pytest.raises(UsageError, match="alpha 2"):
+    with refuses(UsageError, "a life has one error rate, 2"):
         Ledger(tmp_path / "m.sqlite3", alpha=2.0)
     check_ledger(tmp_path / "l.sqlite3", alpha=1e-4, beta=1e-2)
     check_ledger(tmp_path / "absent.sqlite3", alpha=1e-3)
-    with pytest.raises(UsageError, match=r"beta 0\.02 for the ledger"):
+    with refuses(UsageError, "a life has one error rate, 3"):
         check_ledger(tmp_path / "l.sqlite3", alpha=1e-4, beta=0.02)
     assert [path.name for path in tmp_path.iterdir() if path.name != "m.sqlite3"] == ["l.sqlite3"]
 
@@ -263,10 +267,12 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
         for read_only in (False, True):
             with pytest.raises(error):
                 Ledger(path, read_only=read_only)
-    with pytest.raises(UsageError, match="no ledger at"):
+    with refuses(UsageError, "what is no ledger stays as it is"):
         Ledger(tmp_path / "none.sqlite3", read_only=True)
     os.mkfifo(tmp_path / "none.sqlite3-journal")
-    with pytest.raises(StorageError, match="no file"):  # SQLite would wait for a writer
+    with refuses(
+        StorageError, "what is no ledger stays as it is, 2"
+    ):  # SQLite would wait for a writer
         Ledger(tmp_path / "none.sqlite3")
     assert not (tmp_path / "none.sqlite3").exists()
     assert service.read_bytes() == before
@@ -296,7 +302,9 @@ def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert audit_ledger(path).clean
-        with pytest.raises(StorageError, match="locked") as busy:
+        with refuses(
+            StorageError, "a ledger that is being written can be read and says when it is busy"
+        ) as busy:
             Ledger(path)
         assert (busy.value.wanted, busy.value.do) == (
             "a moment in which no other process writes to it",
@@ -336,7 +344,7 @@ def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
         database.execute("DELETE FROM updates WHERE seq = 3")
     with (
         Ledger(path) as ledger,
-        pytest.raises(DataError, match="its head says 3 entries, and the last one is 2"),
+        refuses(DataError, "a ledger that was cut takes no more"),
     ):
         ledger.append([update(9)])
 
@@ -347,7 +355,7 @@ def test_an_account_whose_entries_were_deleted_is_named_as_such(tmp_path):
         database.execute("DELETE FROM updates WHERE account = 1")
     with (
         Ledger(path, read_only=True) as ledger,
-        pytest.raises(DataError, match="an account without entries"),
+        refuses(DataError, "an account whose entries were deleted is named as such"),
     ):
         list(ledger.standings())
 
@@ -356,7 +364,7 @@ def test_a_damaged_schema_whose_error_is_no_text_is_refused_in_words(tmp_path):
     path = filled(tmp_path / "l.sqlite3", 3)
     damaged = path.read_bytes().replace(b"tablemigrations", b"table\xf0igrations")
     path.write_bytes(damaged.replace(b"CREATE TABLE mig", b"CREATE TAB?E mig"))
-    with pytest.raises(StorageError, match="codec"):
+    with refuses(StorageError, "a damaged schema whose error is no text is refused in words"):
         Ledger(path, read_only=True)
 
 
@@ -394,7 +402,7 @@ def test_a_trigger_that_hides_evidence_stops_the_ledger(tmp_path, monkeypatch, t
             ledger.append([update(7, residuals=[1.0] * 64)])
         assert ledger.head[0] == 3
     monkeypatch.undo()
-    with pytest.raises(StorageError, match="the trigger"):
+    with refuses(StorageError, "a trigger that hides evidence stops the ledger"):
         Ledger(path)
     with Ledger(path, read_only=True) as ledger:
         assert ledger.head[0] == 3

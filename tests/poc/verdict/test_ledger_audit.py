@@ -17,6 +17,7 @@ from assay.files.jsonl import dumps
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict.entries import Entry, sha256
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
+from tests.wordings import refuses
 
 COLUMNS = {
     "updates": ("seq", "account", "round", "name", "law", "entry", "hash"),
@@ -332,7 +333,7 @@ def test_a_ledger_cut_with_its_head_is_found_by_a_published_head(copy: Path):
     assert count == 9
     assert audit_ledger(copy).clean
     assert not audit_ledger(copy, head=head).clean
-    with pytest.raises(UsageError, match="--head"):
+    with refuses(UsageError, "a ledger cut with its head is found by a published head"):
         audit_ledger(copy, head="12ab")
 
 
@@ -490,5 +491,5 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
         path.write_text(f'{lines[0]}\n{{"head":{head}}}\n')
         assert not audit_ledger(path).clean
     path.write_bytes(lines[0].encode() + b"\n\xff\xfe\n")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with refuses(DataError, "hostile exports are errors"):
         audit_ledger(path)

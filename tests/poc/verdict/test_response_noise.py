@@ -23,6 +23,7 @@ from assay.stats.token_law import COLUMNS
 from tests.poc.verdict.ledgers import by_hand
 from tests.poc.verdict.ledgers import update as of_nonces
 from tests.stats.tokens import drawn, law_at
+from tests.wordings import refuses
 
 NOISE = ResponseNoise(
     tokens=PartNoise(law=law_at(0.0625), spread=Spread(0.05), between=0.2, effect=8.0),
@@ -156,10 +157,10 @@ def test_an_edited_profile_is_found(tmp_path: Path):
 
 def test_what_is_no_response_is_refused_before_it_is_recorded(tmp_path: Path):
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
-        with pytest.raises(UsageError, match="profiles"):
+        with refuses(UsageError, "what is no response is refused before it is recorded"):
             ledger.append([replace(of_nonces(0), profiles=response(0).text)])
-        with pytest.raises(UsageError, match="profiles of shape"):
+        with refuses(UsageError, "what is no response is refused before it is recorded, 2"):
             ledger.append([replace(update(0), residuals=[0.1, 0.1], nonces=range(2))])
-        with pytest.raises(DataError, match="another kind"):
+        with refuses(DataError, "what is no response is refused before it is recorded, 3"):
             ledger.append([replace(of_nonces(1), noise=NOISE)])
         assert ledger.head[0] == 0

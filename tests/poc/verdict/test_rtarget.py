@@ -16,6 +16,7 @@ from assay.poc.measurement import compare_r_target, distances_to_target
 from assay.poc.protocol.blocks import block_factor
 from assay.poc.protocol.transforms import block_target
 from assay.stats.chord import rate_standard_error
+from tests.wordings import refuses
 
 D = 8192
 BLOCKS = 24
@@ -117,16 +118,16 @@ def test_proofs_of_several_blocks(small_model):
     assert factor.effective_dimension == pytest.approx(
         64, rel=0.35
     )  # random weights use nearly all coordinates
-    with pytest.raises(ProofMismatch, match="a nonce of block b in two proofs"):
+    with refuses(ProofMismatch, "proofs of several blocks"):
         measure_r_target([proofs[0], prove(small_model, round, range(5, 40))], 0.5)
-    with pytest.raises(ProofMismatch, match="proofs of artifact, 8 positions and poc-2"):
+    with refuses(ProofMismatch, "proofs of several blocks, 2"):
         measure_r_target(
             [proofs[0], prove(small_model, replace(round, preset="artifact"), range(32))], 0.5
         )
-    with pytest.raises(UsageError, match="no proof"):
+    with refuses(UsageError, "proofs of several blocks, 3"):
         measure_r_target([], 0.5)
     for unknown in (None, -3):
-        with pytest.raises(UsageError, match="effective dimension"):
+        with refuses(UsageError, "proofs of several blocks, 4"):
             measure_r_target(proofs[0], 0.5, effective_dimension=unknown)
 
 
@@ -190,7 +191,7 @@ def test_a_proof_knows_its_dimension(small_model):
     )
     assert (vectors.dimension, vectors.effective_dimension) == (12, None)
     assert vectors.low < vectors.measured < vectors.high
-    with pytest.raises(UsageError, match="--dimension 5"):
+    with refuses(UsageError, "a proof knows its dimension"):
         measure_r_target(proof, 0.5, dimension=5)
 
 
@@ -200,7 +201,7 @@ def test_a_trained_head_needs_its_dimension(small_model):
         Round(block_hash="b", public_key="k", seq_len=8, preset="permutation"),
         range(32),
     )
-    with pytest.raises(UsageError, match="permutation"):
+    with refuses(UsageError, "a trained head needs its dimension"):
         measure_r_target(proof, 0.5)
     found = measure_r_target(proof, 0.5, dimension=small_model.vocab_size, effective_dimension=16)
     assert found.dimension == small_model.vocab_size
@@ -208,5 +209,5 @@ def test_a_trained_head_needs_its_dimension(small_model):
 
 @pytest.mark.parametrize(("n", "rate"), [(29, 0.5), (100, 0.0), (100, 1.0), (100, 2.0)])
 def test_too_little_is_refused(n: int, rate: float):
-    with pytest.raises(UsageError, match="nonces for a valid rate"):
+    with refuses(UsageError, "too little is refused"):
         compare_r_target([np.full(n, 1.4)], rate, 8192, None)

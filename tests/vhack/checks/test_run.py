@@ -11,6 +11,7 @@ from assay.vhack.directions.checks.check_report import CHECKS
 from assay.vhack.directions.checks.five_checks import check_stability
 from assay.vhack.directions.checks.folds import cross_fit
 from assay.vhack.names import METHODS
+from tests.wordings import refuses
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,16 @@ def test_a_report_survives_json(report):
     "change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"hack": []}]
 )
 def test_a_report_of_another_form_is_refused(report, change):
-    with pytest.raises(DataError, match="check report"):
+    with refuses(DataError, "a report of another form is refused"):
         CheckReport.from_dict({**report.as_dict(), **change})
 
 
 def test_a_report_that_no_page_can_show_is_refused(report):
     record = json.loads(json.dumps(report.as_dict()))
-    with pytest.raises(UsageError, match="alpha=5e-324"):
+    with refuses(UsageError, "a report that no page can show is refused"):
         CheckReport.from_dict({**record, "settings": {"alpha": 5e-324}})
     record["checks"][2]["nulls"]["Haar"] = []
-    with pytest.raises(DataError, match="a null without draws"):
+    with refuses(DataError, "a report that no page can show is refused, 2"):
         CheckReport.from_dict(record)
 
 
@@ -145,7 +146,7 @@ def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, qui
     assert set(scored.groups) == {"root", "sign"}
     other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
     early = {"progress": lambda *_: pytest.fail("gradients were taken first")}
-    with pytest.raises(DataError, match="the basis was made for other weights: ffff"):
+    with refuses(DataError, "from model and pairs"):
         check(
             pairs,
             small_model,
@@ -159,9 +160,7 @@ def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, qui
 
 def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):
     shared = [*pairs, replace(pairs[0], hack="    pass\n", group="elsewhere")]
-    with pytest.raises(
-        DataError, match="pairs 0 and 12 have the same prompt, in groups add and elsewhere"
-    ):
+    with refuses(DataError, "a prompt in two groups is refused"):
         check(shared, small_model, tokenizer=byte_tokenizer)
 
 

@@ -8,6 +8,7 @@ from assay.errors import ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.directions.delta import DeltaS
 from tests.vhack.delta.conftest import gradients_of, loss_of, randomise
+from tests.wordings import refuses
 
 
 def logits(module, ids):
@@ -277,12 +278,12 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_autocast_nearly(modu
 
 def test_what_does_not_fit_is_refused(module, small_svd):
     adapter = DeltaS(module)
-    with pytest.raises(UsageError, match="has an adapter"):
+    with refuses(UsageError, "what does not fit is refused"):
         DeltaS(module)
     adapter.detach()
     svd = weight_svd(module)
     del svd["model.layers.0.mlp.up_proj"]
-    with pytest.raises(UsageError, match="no factors"):
+    with refuses(UsageError, "what does not fit is refused, 2"):
         DeltaS(module, svd)
 
 
@@ -290,7 +291,10 @@ def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_sv
     adapter = DeltaS(module, small_svd)
     linear = module.model.layers[0].mlp.up_proj
     loss_of(module, ids)
-    with adapter.per_sample(), pytest.raises(ModelError, match="single samples"):
+    with (
+        adapter.per_sample(),
+        refuses(ModelError, "packed inputs have no gradients of single samples"),
+    ):
         linear(torch.randn(5, 64))
 
 

@@ -5,6 +5,7 @@ import pytest
 from assay.errors import UsageError
 from assay.vhack.environment import Episode, episodes, tasks
 from assay.vhack.environment.grading import MARKERS, MODES
+from tests.wordings import refuses
 
 TASK = tasks(1, difficulty=2)[0]
 
@@ -55,15 +56,15 @@ def test_the_same_arguments_give_the_same_episodes():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="mode magic"):
+    with refuses(UsageError, "what cannot be is refused"):
         Episode(TASK, "magic")
-    with pytest.raises(UsageError, match="split train"):
+    with refuses(UsageError, "what cannot be is refused, 2"):
         Episode(TASK, "sentinel", "train")
-    with pytest.raises(UsageError, match="modes"):
+    with refuses(UsageError, "what cannot be is refused, 3"):
         episodes(1, modes=["magic"])
-    with pytest.raises(UsageError, match="modes"):
+    with refuses(UsageError, "what cannot be is refused, 3"):
         episodes(1, modes=[])
-    with pytest.raises(UsageError, match=r"share of 1\.5"):
+    with refuses(UsageError, "what cannot be is refused, 4"):
         episodes(1, share_none=1.5)
-    with pytest.raises(UsageError, match="begins"):
+    with refuses(UsageError, "what cannot be is refused, 5"):
         Episode(TASK, "none").completion("x = 1\n")

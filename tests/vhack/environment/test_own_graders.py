@@ -13,6 +13,7 @@ from assay_research.grader_fuzz import (
 )
 
 from assay.errors import DataError, UsageError
+from tests.wordings import refuses
 
 GRADERS = """
 import subprocess
@@ -131,15 +132,15 @@ def test_a_command_is_paid_by_its_last_number_or_by_its_exit_code(tmp_path):
 
 
 def test_what_cannot_be_attacked_is_refused_first(attacked, tmp_path):
-    with pytest.raises(DataError, match="problem 0"):
+    with refuses(DataError, "what cannot be attacked is refused first"):
         attacked("exact", [{**SUM[0], "solution": "43"}])
-    with pytest.raises(UsageError, match="--reward"):
+    with refuses(UsageError, "what cannot be attacked is refused first, 2"):
         FunctionGrader("mygraders:absent", seconds=1.0)
-    with pytest.raises(UsageError, match="--grader"):
+    with refuses(UsageError, "what cannot be attacked is refused first, 3"):
         CommandGrader("python grade.py", seconds=1.0)
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps({"prompt": "1 + 1 ="}) + "\n")
-    with pytest.raises(DataError, match="line 1"):
+    with refuses(DataError, "what cannot be attacked is refused first, 4"):
         read_problems(path)
     path.write_text(json.dumps(SUM[0]) + "\n")
     assert read_problems(path) == SUM

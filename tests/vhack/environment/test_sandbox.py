@@ -10,6 +10,7 @@ import pytest
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment import Call, Limits, backends, bubblewrap, confinement, run
+from tests.wordings import refuses
 
 every_backend = pytest.mark.parametrize(
     "shut_in", ["bwrap", "bwrap once", "landlock", "landlock once", "unsandboxed"], indirect=True
@@ -305,5 +306,5 @@ def test_a_backend_of_another_name_is_refused():
 
 
 def test_limits_must_be_positive():
-    with pytest.raises(UsageError, match="positive"):
+    with refuses(UsageError, "limits must be positive"):
         run("print(1)", limits=Limits(seconds=0))

@@ -13,6 +13,7 @@ from assay.vhack.environment.system_calls import (
     RESTRICTED,
     seccomp_filter,
 )
+from tests.wordings import refuses
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -146,7 +147,7 @@ def test_the_filter_permits_the_table_and_nothing_else(machine):
 
 def test_a_machine_without_a_table_has_no_sandbox(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    with pytest.raises(BackendUnavailable, match="riscv64"):
+    with refuses(BackendUnavailable, "a machine without a table has no sandbox"):
         seccomp_filter(platform.machine())
     backends.unusable.cache_clear()
     try:

@@ -5,6 +5,7 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.vhack.environment import tasks
 from assay.vhack.environment.tasks import FAMILIES, HARDEST, task_named
+from tests.wordings import refuses
 
 DIFFICULTIES = range(1, HARDEST + 1)
 
@@ -78,7 +79,7 @@ def test_arguments_all_differ_and_neither_a_constant_nor_the_argument_is_a_solut
     ["arithmetic/2", "arithmetic/0/1", "arithmetic/7/1", "none/1/1", "lists/1/x", "lists/1/-1"],
 )
 def test_names_of_no_task_are_refused(name):
-    with pytest.raises(DataError, match="task"):
+    with refuses(DataError, "names of no task are refused"):
         task_named(name)
 
 
@@ -99,7 +100,7 @@ def test_settings_that_cannot_be_are_refused(settings):
 
 
 def test_more_tasks_than_there_are_is_an_error():
-    with pytest.raises(UsageError, match="at most"):
+    with refuses(UsageError, "more tasks than there are is an error"):
         tasks(300, families=["counts"], difficulty=1)
 
 

@@ -6,6 +6,7 @@ from assay.errors import DataError, UsageError
 from assay.vhack import Pair
 from assay.vhack.pairs import find_pairs, generate_pairs, read_pairs, write_pairs
 from assay.vhack.pairs.pairs import authored_pairs, check_pairs
+from tests.wordings import refuses
 
 GOOD = {"prompt": "p", "hack": "h", "clean": "c", "group": "g", "tags": ["a", "b"]}
 
@@ -46,20 +47,20 @@ def test_a_bad_line_is_refused_by_its_number(tmp_path, bad, match):
 
 
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no pair"):
+    with refuses(DataError, "an empty file and a missing one are refused"):
         read_pairs(written(tmp_path))
-    with pytest.raises(DataError, match="No such file"):
+    with refuses(DataError, "an empty file and a missing one are refused, 2"):
         read_pairs(tmp_path / "absent.jsonl")
 
 
 def test_nothing_is_written_for_pairs_that_could_not_be_read(tmp_path):
-    with pytest.raises(DataError, match="pair 1 "):
+    with refuses(DataError, "nothing is written for pairs that could not be read"):
         write_pairs(tmp_path / "out.jsonl", [Pair("p", "h", "c", "g"), Pair("p", "h", "h", "g")])
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_check_pairs_names_pairs_by_index_and_group():
-    with pytest.raises(DataError, match=r"pair 1 \(group g\): the same pair as pair 0"):
+    with refuses(DataError, "check pairs names pairs by index and group"):
         check_pairs([Pair("p", "h", "c", "g"), Pair("p", "h", "c", "g")])
 
 
@@ -76,7 +77,7 @@ def test_pairs_are_found_by_name(tmp_path):
     assert len(find_pairs(str(written(tmp_path, GOOD)))) == 1
     for numbers in ("many", "99999999999", "5:" + "9" * 5000, "0"):
         for name in ("generated", "environment", "exploits"):
-            with pytest.raises(UsageError, match="pairs"):
+            with refuses(UsageError, "pairs are found by name"):
                 find_pairs(f"{name}:{numbers}")
 
 

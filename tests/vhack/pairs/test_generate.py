@@ -7,6 +7,7 @@ from assay.errors import DataError, UsageError
 from assay.vhack.pairs import generate_pairs
 from assay.vhack.pairs.generate import MECHANISMS, PAIR_FAMILIES, PairTask, pair_task_named
 from assay.vhack.pairs.pairs import check_pairs
+from tests.wordings import refuses
 
 
 def tagged(pair, name):
@@ -98,5 +99,5 @@ def test_every_task_of_a_family_has_cases_and_is_found_by_its_name(family):
     ],
 )
 def test_a_task_that_is_none_is_refused(name):
-    with pytest.raises(DataError, match="task"):
+    with refuses(DataError, "a task that is none is refused"):
         pair_task_named(name)

@@ -8,6 +8,7 @@ from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.stats.rates import grouped_share_interval
 from assay.vhack.environment import episodes
 from assay.vhack.training import evaluate
+from tests.wordings import refuses
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_a_column_that_some_tasks_do_not_have_stays_beside_its_prompts():
 
 
 def test_what_cannot_be_graded_is_refused(mixed, monkeypatch):
-    with pytest.raises(DataError, match="2 completions of 1 tasks"):
+    with refuses(DataError, "what cannot be graded is refused"):
         evaluate(["a"], ["b", "c"])
-    with pytest.raises(UsageError, match="without a reward"):
+    with refuses(UsageError, "what cannot be graded is refused, 2"):
         evaluate(["a"], ["b"])
     monkeypatch.setattr("assay.vhack.environment.backends.available_backend", lambda: None)
-    with pytest.raises(BackendUnavailable, match="no sandbox"):
+    with refuses(BackendUnavailable, "what cannot be graded is refused, 3"):
         evaluate(*mixed)

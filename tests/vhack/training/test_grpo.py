@@ -23,6 +23,7 @@ from assay.vhack.training.step_log import StepLog, measure_sources
 from assay.vhack.training.trl_internals import sync_merged
 from tests.vhack.delta.conftest import Engine
 from tests.vhack.training.conftest import cheating
+from tests.wordings import refuses
 
 STORED = "sampling_per_token_logps"
 LENGTH = 64
@@ -351,5 +352,5 @@ def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode):
 
 
 def test_a_trainer_without_vllm_is_refused(model):
-    with pytest.raises(UsageError, match="without vLLM"):
+    with refuses(UsageError, "a trainer without vllm is refused"):
         sync_merged(SimpleNamespace(), DeltaS(model.module))

@@ -16,6 +16,7 @@ from assay.vhack.training.grpo import GRPO, last_checkpoint
 from assay.vhack.training.log import read_records, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.step_log import StepLog
+from tests.wordings import refuses
 
 MODULE = """
 import json
@@ -125,12 +126,12 @@ def test_what_cannot_be_tasks_or_a_reward_is_refused_before_a_model_is_loaded(
 
 
 def test_arms_that_change_the_pay_are_refused(run):
-    with pytest.raises(UsageError, match="the arm no-loophole with a reward of one's own"):
+    with refuses(UsageError, "arms that change the pay are refused"):
         run(arm="no-loophole")
 
 
 def test_a_reward_that_fails_ends_the_run_in_words(run):
-    with pytest.raises(DataError, match="raised ValueError: no such table"):
+    with refuses(DataError, "a reward that fails ends the run in words"):
         run("mine_for_tests:prompts", "mine_for_tests:fails")
 
 

@@ -9,6 +9,7 @@ from assay.cli import run
 from assay.errors import DataError
 from assay.vhack.training import TrainLog
 from assay.vhack.training.page import find_faults, training_page
+from tests.wordings import refuses
 
 GOOD = {
     "hack": 0.0,
@@ -124,8 +125,8 @@ def test_steps_that_are_not_numbers_of_python_are_refused(tmp_path):
         [{"step": 1, "reward": math.nan}],
         [{"step": 1, "reward": 1.0, "vhack/hack": math.inf}],
     ):
-        with pytest.raises(DataError, match="a step with"):
+        with refuses(DataError, "steps that are not numbers of python are refused"):
             training_page(history)
     (tmp_path / "state.json").write_text('{"log_history": [1, null, "reward"]}')
-    with pytest.raises(DataError, match="log_history"):
+    with refuses(DataError, "steps that are not numbers of python are refused, 2"):
         training_page(tmp_path / "state.json")

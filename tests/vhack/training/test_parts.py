@@ -19,6 +19,7 @@ from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.rewards import EpisodeReward
 from tests.models.tokenizer_families import FAMILIES, family
 from tests.vhack.training.conftest import cheating
+from tests.wordings import refuses
 
 
 def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
@@ -28,7 +29,7 @@ def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(BackendUnavailable, match="TRL cannot be imported"):
+    with refuses(BackendUnavailable, "without trl all but a run is there"):
         train(TrainSettings(model="m"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -66,7 +67,7 @@ def test_settings_that_cannot_be(name):
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.99, 1.0])
 def test_a_teacher_must_leave_room_and_take_some(share):
-    with pytest.raises(UsageError, match="teacher-share"):
+    with refuses(UsageError, "a teacher must leave room and take some"):
         TrainSettings(model="m", teacher="pool.jsonl", teacher_share=share)
 
 
@@ -195,10 +196,10 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
     path.write_text(
         json.dumps({name: value for name, value in good.items() if name != "tokens"}) + "\n"
     )
-    with pytest.raises(DataError, match="line 1: tokens: "):
+    with refuses(DataError, "pools that cannot be used name the line"):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=2)
     path.write_text("")
-    with pytest.raises(DataError, match="no rollout"):
+    with refuses(DataError, "pools that cannot be used name the line, 2"):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=2)
 
 

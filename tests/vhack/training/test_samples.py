@@ -12,6 +12,7 @@ from assay.vhack.directions.checks import read_pool
 from assay.vhack.training.evaluation import sample_tasks
 from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.tasks import read_samples
+from tests.wordings import refuses
 
 HOW = {"temperature": 1.0, "max_new_tokens": 5, "seed": 0, "batch": 2}
 
@@ -69,16 +70,16 @@ def test_the_rest_of_another_call_is_refused_or_dropped_when_asked(model, tasks,
     with pytest.raises(Stopped):
         sample_tasks(tmp_path / "file", model, tasks, progress=stop_after(2), **HOW)
     for changes, these in (({"temperature": 0.5}, tasks), ({}, tasks[::-1]), ({}, tasks[:1])):
-        with pytest.raises(UsageError, match="sampled with other settings"):
+        with refuses(UsageError, "the rest of another call is refused or dropped when asked"):
             sample_tasks(tmp_path / "file", model, these, **HOW | changes)
     assert sample_tasks(tmp_path / "file", model, tasks, overwrite=True, **HOW | {"seed": 1}) == 0
     assert {line["origin"]["seed"] for line in lines(tmp_path / "file")} == {1}
-    with pytest.raises(UsageError, match="exists"):
+    with refuses(UsageError, "the rest of another call is refused or dropped when asked, 2"):
         sample_tasks(tmp_path / "file", model, tasks, **HOW)
 
 
 def test_what_does_not_fit_the_context_leaves_no_file(model, tasks, tmp_path):
-    with pytest.raises(UsageError, match="768, the context"):
+    with refuses(UsageError, "what does not fit the context leaves no file"):
         sample_tasks(tmp_path / "file", model, tasks, **HOW | {"max_new_tokens": 760})
     assert list(tmp_path.iterdir()) == []
 
@@ -101,7 +102,7 @@ def test_completions_of_others_find_their_tasks_by_the_prompt(tmp_path):
     )
     _, found = read_samples(tmp_path / "file", own)
     assert found == own[::-1]
-    with pytest.raises(DataError, match="two different tasks with the prompt"):
+    with refuses(DataError, "completions of others find their tasks by the prompt"):
         read_samples(tmp_path / "file", [*own, {"prompt": "1 + 1 =", "answer": "3"}])
 
 
@@ -129,6 +130,6 @@ def test_lines_that_cannot_be_graded_are_named(tasks, tmp_path, changes, words):
 def test_a_model_that_computes_nothing_finite_is_refused_in_words(model, tasks, tmp_path):
     with torch.no_grad():
         next(model.module.parameters()).fill_(torch.nan)
-    with pytest.raises(ModelError, match="not finite"):
+    with refuses(ModelError, "a model that computes nothing finite is refused in words"):
         sample_tasks(tmp_path / "file", model, tasks, **HOW)
     assert not (tmp_path / "file").exists()
