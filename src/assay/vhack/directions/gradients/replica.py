@@ -133,7 +133,6 @@ class Replica:
         self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._factors = factors
         # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with
         # a large vocabulary it takes most of the memory. Whatever the model does with the logits
         # afterwards (scaling, capping) still happens. It comes before the hooks that the head has.
@@ -178,7 +177,7 @@ class Replica:
         # Before the backward pass, in which layers that are computed again count again.
         tokens = dict(self._tokens)
         losses_M.backward(batch.loss_weights)
-        together_BR = torch.cat([self._rows(name) for name in self.names], dim=1)
+        together_BR = stack_rows(self._found, self._lengths, len(encoded), self.module.device)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (
             part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
@@ -187,14 +186,6 @@ class Replica:
             arrived.record(torch.cuda.current_stream(self.module.device))
         return Computed(batch, together_BR, losses_M, arrived, tokens)
 
-    def _rows(self, name: str) -> Tensor:
-        """Return the gradient of a target, [B, R], zero where no loss goes through it."""
-        rows_BR = self._found.get(name)
-        shape = len(self.batch.encoded), self._factors[name].rank
-        if rows_BR is None:
-            return torch.zeros(shape, dtype=torch.float32, device=self.module.device)
-        return rows_BR
-
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
 
@@ -202,7 +193,7 @@ class Replica:
         modules = {
             name: linear for name, linear in target_modules(self.module).items() if name in factors
         }
-        self.names = list(modules)
+        self._lengths = {name: factors[name].rank for name in modules}
         labels_only = (
             _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
         )
@@ -237,6 +228,22 @@ class Replica:
                 if expert_name.startswith(f"{name}.")
             }
             vars(part)["forward"] = ExpertsPass(name, part, apply, lambda: self.batch, self._tokens)
+
+
+def stack_rows(
+    rows: Mapping[str, Tensor], lengths: Mapping[str, int], samples: int, device: torch.device
+) -> Tensor:
+    """Return the gradients of targets of these lengths side by side, [B, ΣR] float32.
+
+    They are zero where no loss goes through a target, or another process has its factors.
+    """
+    parts = [
+        rows[name].to(device)
+        if name in rows
+        else torch.zeros(samples, length, dtype=torch.float32, device=device)
+        for name, length in lengths.items()
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
