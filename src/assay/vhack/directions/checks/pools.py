@@ -158,12 +158,17 @@ def check_two_pools(
     gradients = _pool_gradients(pools, model, basis, tokenizer, svd, max_tokens, progress)
     used_basis = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used_basis, gradients, "samples")
-    groups = [[member.group for member in pool] for pool in pools]
+    hack_groups, clean_groups = ([member.group for member in pool] for pool in pools)
     with one_thread():
-        check, scores = _score(pools, gradients, used_basis, groups, settings)
+        check, scores = _score(pools, gradients, used_basis, (hack_groups, clean_groups), settings)
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    rows = torch.arange(len(samples)).split(list(map(len, pools)))
-    labelled = LabelledEvidence(*(evidence.take(part.tolist()) for part in rows), *groups)
+    n_hack = len(pools[0])
+    labelled = LabelledEvidence(
+        evidence.take(range(n_hack)),
+        evidence.take(range(n_hack, len(samples))),
+        hack_groups,
+        clean_groups,
+    )
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
         compared = compare_detectors(labelled, make_detectors(basis=used_basis))
@@ -176,8 +181,8 @@ def check_two_pools(
         detectors=compared,
         hack=tuple(scores[0].tolist()),
         clean=tuple(scores[1].tolist()),
-        hack_groups=tuple(groups[0]),
-        clean_groups=tuple(groups[1]),
+        hack_groups=tuple(hack_groups),
+        clean_groups=tuple(clean_groups),
         left_out=len(hack) + len(clean) - len(samples),
         settings=settings,
         origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
@@ -229,7 +234,7 @@ def _score(
     pools: Sequence[Sequence[PoolSample]],
     gradients: Mapping[str, Tensor],
     basis: Basis,
-    groups: Sequence[Sequence[str]],
+    groups: tuple[list[str], list[str]],
     settings: CheckSettings,
 ) -> tuple[Check, tuple[FloatArray, FloatArray]]:
     """Return check 1 of the pools, and the cin of both."""

@@ -49,15 +49,13 @@ class Rollouts:
             torch.cat([part for parts in modules for part in parts]) for modules in self._parts
         ]
         return [
-            rows.unflatten(0, (len(modules), -1))
+            rows.view(len(modules), -1, rows.shape[1])
             for modules, rows in zip(self._parts, gradients, strict=True)
         ]
 
     def sums(self) -> list[Tensor]:
         """Return the gradient of each kind over all backward passes, [G, M, R] per group."""
         assert self.kinds is not None
-        shape = (-1, len(self.kinds))
-        return [
-            rows_MNR.unflatten(1, shape).sum(dim=1).transpose(0, 1).contiguous()
-            for rows_MNR in self.rows
-        ]
+        kinds = len(self.kinds)
+        by_pass = [rows.view(len(rows), -1, kinds, rows.shape[2]) for rows in self.rows]
+        return [rows_MPGR.sum(dim=1).transpose(0, 1).contiguous() for rows_MPGR in by_pass]

@@ -8,7 +8,7 @@ and puts them back around a call.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +109,7 @@ def loaded(part: nn.Module) -> Iterator[None]:
 
 def gather_whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor, for which every process that has a part must ask."""
-    return cast("Tensor", tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_features(tensor: Tensor, width: int, weight: Tensor) -> Tensor:

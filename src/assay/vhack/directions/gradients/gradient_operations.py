@@ -73,12 +73,8 @@ def segment_products(
             "Tensor",
             kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets),
         )
-    return cast(
-        "Tensor",
-        torch.segment_reduce(
-            left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
-        ),
-    )
+    products_NR = left_NR.float() * right_NR
+    return torch.segment_reduce(products_NR, "sum", offsets=offsets, axis=0, unsafe=True)
 
 
 def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
