@@ -22,7 +22,6 @@ from typing import Any, TypeVar, get_args, get_origin
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
-from pydantic_settings import TomlConfigSettingsSource
 
 from assay.devices import check_device
 from assay.errors import (
@@ -33,8 +32,8 @@ from assay.errors import (
     UsageError,
     how_to_install,
 )
-from assay.files.reading import malformed, read_whole
 from assay.files.references import check_reference
+from assay.files.toml import read_toml
 from assay.framework.output import loading_bar
 from assay.framework.variables import unknown
 from assay.settings import NEAR, Settings, Spelling, Variables, words_of
@@ -43,7 +42,6 @@ EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc
 experiment``.
 """
-LONGEST_FILE = 2**22  # bytes of a configuration file
 EXTRAS = ("serve", "train")  # in which the packages are that a command may miss
 REQUIREMENT = re.compile(r"[\w.-]+")  # name at the head of a requirement
 CONTINUES = "what is done is kept, and the same command continues it"
@@ -541,14 +539,12 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
 def read_tables(path: Path) -> dict[str, Any]:
     """Return the tables of a configuration file; errors name its flag."""
     try:
-        read_whole(path, LONGEST_FILE)  # pydantic-settings takes a missing file for an empty one
-        return TomlConfigSettingsSource(Settings, path).toml_data
-    except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
-        fault: AssayError = malformed(path, str(error), "a TOML file")
+        # Not by the source of pydantic-settings, whose parser bounds neither keys nor numbers, and
+        # which takes a missing file for an empty one.
+        return read_toml(path)
     except DataError as error:
-        fault = error
-    fault.do += " (--config)"
-    raise fault
+        error.do += " (--config)"
+        raise
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
