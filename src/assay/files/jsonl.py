@@ -101,6 +101,12 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     return value
 
 
+def refuse_mark(text: str) -> None:
+    """Raise a ValueError for a text that begins with a byte order mark."""
+    if text.startswith("\ufeff"):
+        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
+
+
 def parse(text: str) -> Any:
     """Return the value of a strict JSON text; a ValueError or RecursionError says what is wrong.
 
@@ -109,8 +115,7 @@ def parse(text: str) -> Any:
     brackets = text.count("[") + text.count("{")
     if brackets + text.count(",") > MOST_PARTS:
         raise ValueError(f"more than {MOST_PARTS} commas and brackets")
-    if text.startswith("\ufeff"):
-        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
+    refuse_mark(text)
     value = json.loads(
         text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite
     )

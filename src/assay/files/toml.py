@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from assay.files.jsonl import DEEPEST, JsonObject, parts
+from assay.files.jsonl import DEEPEST, JsonObject, parts, refuse_mark
 from assay.files.reading import malformed, read_whole
 
 LONGEST_TOML = 2**22
@@ -23,8 +23,7 @@ def parse_toml(text: str) -> JsonObject:
 
     Keys have 64 parts at most, and whole numbers 64 bits.
     """
-    if text.startswith("\ufeff"):
-        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
+    refuse_mark(text)
     # The parser takes memory by the square of the number of parts.
     if _LONG_KEY.search(_STRING.sub("s", text)):
         raise ValueError(f"a key of more than {DEEPEST} parts")

@@ -242,7 +242,12 @@ def _point_residual(received: Record, again: Record) -> float:
 
     Noise m times larger moves m times as many states across a border, and m times as far.
     """
-    return math.sqrt(_margins(again, FARTHEST_POINT).mean())
+    return math.sqrt(_point_margins(received, again).mean())
+
+
+def _point_margins(received: Record, again: Record) -> NDArray[np.float64]:
+    """Return the margins of claimed points; NaN where no points were claimed."""
+    return np.full(1, np.nan) if received.points is None else _margins(again, FARTHEST_POINT)
 
 
 FORMS: Mapping[str, PublishedForm] = {
@@ -277,7 +282,7 @@ FORMS: Mapping[str, PublishedForm] = {
         ),
         _point_residual,
         replayed="points",
-        counted=lambda _, again: float(_margins(again, FARTHEST_POINT).max()),
+        counted=lambda received, again: float(_point_margins(received, again).max()),
     ),
 }
 """Every form of published values, by its name in :attr:`Pipeline.output`."""

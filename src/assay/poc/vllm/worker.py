@@ -378,7 +378,7 @@ class Hooks:
             # The host pays for every launch, so chunks of one length are summed in one kernel.
             work = partial(self._join_part if scaled else self._add_part, states_ND)
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
-        for stepper in self._steppers.values():
+        for stepper in self._steppers.values() if decoding else ():
             for failed, reason in stepper.step(states_ND, decoding):
                 self._fail(failed.stream, failed.nonce, reason)
 

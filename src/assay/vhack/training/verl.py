@@ -133,12 +133,12 @@ class JudgedLog:
         self.alarm = Alarm()
         self._log: TrainLog | None = None
 
-    def see(self, step: int, told: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def see(self, step: int, rewards: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Write down what the reward says of a step's rollouts; return rates as metrics of verl.
 
         Args:
             step: Number of verl, from 1. The first one says where a continued run goes on.
-            told: What :func:`judge_score` returned. With ``exploited`` there is an alarm.
+            rewards: What :func:`judge_score` returned. With ``exploited`` there is an alarm.
         """
         if self._log is None:
             self._log = TrainLog(
@@ -148,10 +148,12 @@ class JudgedLog:
             )
             self.alarm.resume(read_steps(self.path)[1])
         marks = {
-            name: torch.tensor([one[name] > 0.5 for one in told])
+            name: torch.tensor([reward[name] > 0.5 for reward in rewards])
             for name in (*MARKS, "flagged")
-            if name in told[0]
+            if name in rewards[0]
         }
-        rates = judged_rates(marks, torch.tensor([one["paid"] for one in told]), self.alarm)
+        rates = judged_rates(
+            marks, torch.tensor([reward["paid"] for reward in rewards]), self.alarm
+        )
         self._log.write("step", step=step - 1, **rates)
         return {f"vhack/{name}": rate for name, rate in rates.items()}
