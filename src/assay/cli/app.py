@@ -15,16 +15,7 @@ from click.shell_completion import shell_complete
 from pydantic import Field
 
 from assay._version import __version__
-from assay.cli import (  # noqa: F401  (each adds its commands)
-    calibrate,
-    evaluate,
-    ledger,
-    pairs,
-    pins,
-    responses,
-    selftest,
-    serve,
-)
+from assay.cli import calibrate, evaluate, ledger, pairs, pins, responses, selftest, serve  # noqa: F401  (each adds its commands)
 from assay.cli.demo import DemoSettings, demo
 from assay.cli.flags import ARGUMENT
 from assay.cli.foundation import NumberSettings, doctor, models, streams

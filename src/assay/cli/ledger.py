@@ -90,7 +90,19 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         emit_json("assay.poc.ledger/1", values)
         return
     table(
-        "key,model,build,preset,audits,nonces,since,fault,max log e,payable,verdict".split(","),  # noqa: SIM905
+        (
+            "key",
+            "model",
+            "build",
+            "preset",
+            "audits",
+            "nonces",
+            "since",
+            "fault",
+            "max log e",
+            "payable",
+            "verdict",
+        ),
         [(*names_of(standing.account), *_numbers(standing)) for standing in selected],
     )
     for account, entries in audits.items():

@@ -156,7 +156,16 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     from assay.poc.network_pins import asked
     from assay.poc.protocol.commitments import Commitment, check_spread
 
-    names = """model engine dtype device batch_size kernels deterministic frame""".split()  # noqa: SIM905
+    names = (
+        "model",
+        "engine",
+        "dtype",
+        "device",
+        "batch_size",
+        "kernels",
+        "deterministic",
+        "frame",
+    )
     options = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
     stated = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     task = asked(
@@ -328,7 +337,18 @@ def noting_new(ledger: Path | None) -> Iterator[None]:
 
 def auditor_values(chosen: Settings) -> dict[str, Any]:
     """Return the values of settings that say how a validator recomputes."""
-    names = """model pins calibration engine dtype device sample seed alpha ledger""".split()  # noqa: SIM905
+    names = (
+        "model",
+        "pins",
+        "calibration",
+        "engine",
+        "dtype",
+        "device",
+        "sample",
+        "seed",
+        "alpha",
+        "ledger",
+    )
     return {name: getattr(chosen, name) for name in names}
 
 

@@ -25,11 +25,22 @@ CHAT_OPTIONS = ("tools", "chat_template_kwargs")
 """Fields beside messages: JSON schemas of tools, and values for the template, as TRL and vLLM have.
 """
 
-_RESERVED = frozenset(
-    """messages conversation chat_template add_generation_prompt
-    continue_final_message tokenize tools padding truncation max_length
-    return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs""".split()  # noqa: SIM905
-)
+_RESERVED = {
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "tools",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
 """What transformers takes for itself, or assay sets: never among the values for a template."""
 
 

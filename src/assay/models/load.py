@@ -46,12 +46,7 @@ from assay.models.number_formats import (
     check_rounding,
     read_format,
 )
-from assay.models.random_weights import (
-    SHAPE_BLOCK,
-    randomise,
-    randomise_embeddings,
-    recipe_digest,
-)
+from assay.models.random_weights import SHAPE_BLOCK, randomise, randomise_embeddings, recipe_digest
 from assay.models.resolve import ModelSource, resolve
 from assay.models.rounding import quantise as round_weights
 from assay.models.stored_weights import load_stored

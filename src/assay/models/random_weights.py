@@ -25,9 +25,14 @@ STD = 0.02
 SHAPE_BLOCK = "assay"
 """Block of a ``shape:`` model that is loaded without one."""
 
-_VOLATILE = frozenset(
-    """_name_or_path architectures dtype torch_dtype transformers_version use_cache""".split()  # noqa: SIM905
-)
+_VOLATILE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 """Facts of a file, not of a model: they must not change the digest of a recipe."""
 
 

@@ -16,13 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay.errors import (
-    BackendUnavailable,
-    CalibrationError,
-    ModelError,
-    UsageError,
-    reason_of,
-)
+from assay.errors import BackendUnavailable, CalibrationError, ModelError, UsageError, reason_of
 from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling

@@ -45,12 +45,27 @@ _READ: dict[str, tuple[Any, ...]] = {
 }
 """Settings that must have one of these values; the last one where the configuration has none."""
 
-_FREE = frozenset(
-    """r lora_alpha use_rslora lora_dropout task_type inference_mode peft_version
-    auto_mapping base_model_name_or_path revision target_modules exclude_modules
-    layers_to_transform layers_pattern ensure_weight_tying eva_config
-    runtime_config megatron_core qalora_group_size""".split()  # noqa: SIM905
-)
+_FREE = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_dropout",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "ensure_weight_tying",
+    "eva_config",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+}
 """Settings that are read above, or that change nothing of what is computed. Every other one must be
 empty or off.
 """

@@ -7,13 +7,7 @@ from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.models.chat import (
-    CHAT_OPTIONS,
-    Chat,
-    chat_template_digest,
-    read_chat,
-    render_chat,
-)
+from assay.models.chat import CHAT_OPTIONS, Chat, chat_template_digest, read_chat, render_chat
 from assay.models.template_process import LONGEST_TEXT
 from assay.poc.protocol.checks import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word

@@ -14,10 +14,7 @@ from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import (
-    Scope,
-    problems,
-)
+from assay.poc.net.routes import Scope, problems
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.service_controller import Controller
@@ -26,9 +23,15 @@ from assay.poc.service.states import State
 CHAIN_PREFIX = "/api/v1/inference/pow"
 """Path that the client calls: that of MLNode, whose servers have the published path."""
 
-CONFIG = tuple(
-    """block_hash block_height public_key node_id node_count
-    group_id n_groups seq_len""".split()  # noqa: SIM905
+CONFIG = (
+    "block_hash",
+    "block_height",
+    "public_key",
+    "node_id",
+    "node_count",
+    "group_id",
+    "n_groups",
+    "seq_len",
 )
 """What a status says of the round."""
 

@@ -19,14 +19,7 @@ from assay.poc.net.application import (
     run_with,
 )
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.routes import (
-    SAFE_HEADERS,
-    Keys,
-    LocalOnly,
-    Scope,
-    problems,
-    route_class,
-)
+from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, problems, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.checks import MAX_NONCE

@@ -37,10 +37,32 @@ from assay.poc.verdict.entries import round_identity
 from assay.poc.verdict.proof_checks import check_proof
 
 MOST_NONCES = 2**16  # of one message
-REASONS = tuple(
-    """body public_key signature webhook-id block_hash block_height node_id node_count preset
-    r_target encoding nonces dist artifacts seq_len strength builds digest weights prover_dtype
-    fewest_nonces format busy room other""".split()  # noqa: SIM905
+REASONS = (
+    "body",
+    "public_key",
+    "signature",
+    "webhook-id",
+    "block_hash",
+    "block_height",
+    "node_id",
+    "node_count",
+    "preset",
+    "r_target",
+    "encoding",
+    "nonces",
+    "dist",
+    "artifacts",
+    "seq_len",
+    "strength",
+    "builds",
+    "digest",
+    "weights",
+    "prover_dtype",
+    "fewest_nonces",
+    "format",
+    "busy",
+    "room",
+    "other",
 )
 """Names under which messages are refused, and counted."""
 

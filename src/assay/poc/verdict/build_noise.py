@@ -17,13 +17,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.strict_file import must
 from assay.poc.verdict.control import Control
 from assay.poc.verdict.honest_noise import Noise
-from assay.poc.verdict.laws import (
-    Law,
-    ReadLaw,
-    ReadSpread,
-    Scores,
-    law_as_dict,
-)
+from assay.poc.verdict.laws import Law, ReadLaw, ReadSpread, Scores, law_as_dict
 from assay.poc.verdict.machine_sizes import Sizes
 from assay.stats.noise_laws import StrictLaw
 

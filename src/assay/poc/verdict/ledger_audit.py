@@ -22,12 +22,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_lines
 from assay.files.sqlite import Database
 from assay.files.sqlite_schema import SCHEMA, schema_changes, table_names
-from assay.poc.verdict.entries import (
-    Entry,
-    Genesis,
-    sha256,
-    verdict_on_life,
-)
+from assay.poc.verdict.entries import Entry, Genesis, sha256, verdict_on_life
 from assay.poc.verdict.ledger import AccountState, find_repeated
 from assay.poc.verdict.ledger_export import head_line, not_an_export, read_export
 from assay.poc.verdict.ledger_tables import (

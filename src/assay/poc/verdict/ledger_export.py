@@ -9,10 +9,7 @@ import sqlalchemy as sa
 from assay.errors import DataError
 from assay.files.jsonl import dumps, read_lines
 from assay.files.sqlite import Database
-from assay.poc.verdict.entries import (
-    Entry,
-    Genesis,
-)
+from assay.poc.verdict.entries import Entry, Genesis
 from assay.poc.verdict.ledger_tables import (
     AT_ONCE,
     LAWS,

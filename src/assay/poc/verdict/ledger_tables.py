@@ -9,12 +9,7 @@ import sqlalchemy as sa
 from assay.errors import DataError
 from assay.files.jsonl import loads
 from assay.files.sqlite import Database
-from assay.poc.verdict.entries import (
-    Account,
-    Entry,
-    Genesis,
-    sha256,
-)
+from assay.poc.verdict.entries import Account, Entry, Genesis, sha256
 from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time

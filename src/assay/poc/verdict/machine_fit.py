@@ -23,11 +23,7 @@ from assay.poc.verdict.build_noise import (
     MachineNoise,
 )
 from assay.poc.verdict.honest_noise import Noise, fit_noise
-from assay.poc.verdict.laws import (
-    FloatArray,
-    Law,
-    pack_scores,
-)
+from assay.poc.verdict.laws import FloatArray, Law, pack_scores
 from assay.poc.verdict.machine_sizes import Pair, Sizes
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.noise_laws import Spread

@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from assay.poc.verdict.laws import (
-    FloatArray,
-)
+from assay.poc.verdict.laws import FloatArray
 
 Pair = tuple[int, int]
 

@@ -17,9 +17,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.verdict.build_noise import MIN_NONCES, BuildNoise, describe_machines
 from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.control import Control
-from assay.poc.verdict.laws import (
-    FloatArray,
-)
+from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.machine_fit import Progress, Residuals, fit_build
 from assay.poc.verdict.machine_sizes import Pair
 from assay.poc.verdict.residuals import compare, residuals

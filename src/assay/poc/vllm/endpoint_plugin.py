@@ -35,14 +35,7 @@ from assay.models.load import identify, load_tokenizer
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
-from assay.poc.net.routes import (
-    Keys,
-    LocalOnly,
-    Scope,
-    answer,
-    route_class,
-    route_path,
-)
+from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, route_class, route_path
 from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache

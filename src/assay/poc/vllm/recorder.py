@@ -38,15 +38,23 @@ log = logging.getLogger("assay.responses")
 FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
-MASKS = tuple(
-    """structured_outputs allowed_token_ids bad_words min_tokens
-    thinking_token_budget""".split()  # noqa: SIM905
+MASKS = (
+    "structured_outputs",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "thinking_token_budget",
 )
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
 
-SAMPLED = tuple(
-    """temperature top_k top_p min_p repetition_penalty frequency_penalty
-    presence_penalty""".split()  # noqa: SIM905
+SAMPLED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
 )
 NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {
     "logit_bias": None,

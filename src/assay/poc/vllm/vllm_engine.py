@@ -62,11 +62,25 @@ STREAMS = {"tokens": TokenStream, "points": PointStream}
 """How nonces of several steps run, by what their pipeline publishes."""
 # Number of the largest logits that are asked for at every position.
 LIKELIEST = 1024
-FIXED = tuple(
-    """model logprobs_mode max_logprobs enable_prefix_caching skip_tokenizer_init
-    worker_extension_cls speculative_config spec_method spec_model spec_tokens
-    kv_cache_dtype kv_cache_dtype_skip_layers calculate_kv_scales quantization
-    quantization_config load_format hf_overrides hf_config_path""".split()  # noqa: SIM905
+FIXED = (
+    "model",
+    "logprobs_mode",
+    "max_logprobs",
+    "enable_prefix_caching",
+    "skip_tokenizer_init",
+    "worker_extension_cls",
+    "speculative_config",
+    "spec_method",
+    "spec_model",
+    "spec_tokens",
+    "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers",
+    "calculate_kv_scales",
+    "quantization",
+    "quantization_config",
+    "load_format",
+    "hf_overrides",
+    "hf_config_path",
 )
 """Engine arguments that a replay sets itself, or under which vLLM would compute something else than
 the checkpoint.

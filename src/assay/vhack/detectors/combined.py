@@ -11,13 +11,7 @@ import numpy as np
 from typing_extensions import override
 
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.detector import (
-    Detector,
-    FloatArray,
-    Scorer,
-    cross_score,
-    make_detector,
-)
+from assay.vhack.detectors.detector import Detector, FloatArray, Scorer, cross_score, make_detector
 from assay.vhack.detectors.evidence import LabelledEvidence, Needs, SampleEvidence
 from assay.vhack.names import DETECTORS
 

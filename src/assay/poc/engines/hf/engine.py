@@ -50,12 +50,7 @@ from assay.poc.engines.hf.decoding import ChainDraws, Decoder, Draws, StepDraws
 from assay.poc.engines.hf.shapes import check_fits, check_shape, fitting_batch
 from assay.poc.protocol.checks import MAX_BATCH
 from assay.poc.protocol.fingerprint import Fingerprint
-from assay.poc.protocol.pipelines import (
-    LayerStep,
-    Pipeline,
-    check_frame,
-    get_pipeline,
-)
+from assay.poc.protocol.pipelines import LayerStep, Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.round import Input, Round
 from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import (

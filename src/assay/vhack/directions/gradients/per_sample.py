@@ -38,11 +38,7 @@ from assay.vhack.directions.gradients.division import Division, division_of
 from assay.vhack.directions.gradients.replica import Computed, Replica, recipe_for
 from assay.vhack.directions.gradients.svd import Factors, SVDCache, factors_of, weight_svd
 from assay.vhack.directions.gradients.taps import exact_factors
-from assay.vhack.directions.gradients.targets import (
-    chosen_modules,
-    module_of,
-    target_modules,
-)
+from assay.vhack.directions.gradients.targets import chosen_modules, module_of, target_modules
 from assay.vhack.pairs.pairs import Sample
 
 

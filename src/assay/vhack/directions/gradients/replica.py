@@ -23,10 +23,7 @@ from assay.models.decoder import attention_window, decoder_layers, family_of, ha
 from assay.models.device import current
 from assay.models.model import PreTrained
 from assay.models.precision import own_precision, wide_products
-from assay.vhack.directions.gradients.batches import (
-    Encoded,
-    SampleBatch,
-)
+from assay.vhack.directions.gradients.batches import Encoded, SampleBatch
 from assay.vhack.directions.gradients.experts import ExpertsPass
 from assay.vhack.directions.gradients.gradient_operations import (
     Norm,
@@ -37,10 +34,7 @@ from assay.vhack.directions.gradients.gradient_operations import (
 from assay.vhack.directions.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.directions.gradients.svd import Factors
 from assay.vhack.directions.gradients.taps import Tap
-from assay.vhack.directions.gradients.targets import (
-    is_fused,
-    target_modules,
-)
+from assay.vhack.directions.gradients.targets import is_fused, target_modules
 
 # Modules of the last layer that act token by token and reach the loss only through completion
 # tokens; keys and values do not.
