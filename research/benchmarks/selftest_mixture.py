@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from _common import note, parser, publish
 
 from assay.poc import Round
@@ -19,6 +20,7 @@ from assay.poc.launch import Launch
 from assay.poc.selftest import run_selftest
 
 EXPERTS = {"num_experts": 32, "num_experts_per_tok": 2}
+HEADS = {"head_dim": 64, "num_key_value_heads": 4}  # GPUs have no kernels for heads of 32
 PRESETS = ("artifact", "poc-2.0")
 
 
@@ -34,7 +36,8 @@ def main():
     presets = PRESETS if chosen.engine == "hf" else PRESETS[:1]
     cases = []
     with TemporaryDirectory() as folder:
-        path = make_mixture("qwen3-moe", Path(folder) / "mixture", **EXPERTS)
+        sizes = EXPERTS | (HEADS if torch.cuda.is_available() else {})
+        path = make_mixture("qwen3-moe", Path(folder) / "mixture", **sizes)
         for dtype in formats:
             for preset in presets:
                 note(f"{chosen.engine}, {dtype}, {preset}")

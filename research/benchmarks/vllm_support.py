@@ -10,8 +10,6 @@ Rows of cases and versions that are not run again stay in the file; docs/vllm.md
 
     .venv-vllm/bin/python research/benchmarks/vllm_support.py -o research/results/vllm_support.json
 
-Cases of several workers run if they are named, on as many GPUs or on one CPU.
-
 What assay refuses only because it was not run on a kind of device is run there with `--unproven`:
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
@@ -80,20 +78,6 @@ CASES = {  # kind of checkpoint, dtype
     "Qwen3-MoE, fp8 by tensor": ("qwen3-moe tensor", "bfloat16"),
     "Qwen3-MoE, fp8 by block of 128 x 128": ("qwen3-moe block", "bfloat16"),
 }
-ON_SEVERAL = {  # cases that run if they are named
-    "two workers of tensor parallel": ("plain tp2", "bfloat16"),
-    "four workers of tensor parallel": ("plain tp4", "bfloat16"),
-    "two stages": ("plain pp2", "bfloat16"),
-    "Qwen3-MoE, two workers of tensor parallel": ("qwen3-moe tp2", "bfloat16"),
-    "Qwen3-MoE, experts dealt to two workers": ("qwen3-moe ep2", "bfloat16"),
-}
-DEVICES = {
-    "tp2": {"tensor_parallel_size": 2},
-    "tp4": {"tensor_parallel_size": 4},
-    "pp2": {"pipeline_parallel_size": 2},
-    "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-}
-KNOWN = CASES | ON_SEVERAL
 MIXTURES = ("qwen3-moe", "mixtral")
 HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_next", "jamba")
 WRAPPERS = ("smolvlm", "qwen2_5_vl")
@@ -146,7 +130,7 @@ def main():
 
     options_parser = parser(__doc__)
     options_parser.add_argument(
-        "--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE"
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE"
     )
     options_parser.add_argument("--nonces", type=int, default=NONCES)
     options_parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -166,7 +150,7 @@ def main():
         allow(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases:
-            kind, dtype = KNOWN[name]
+            kind, dtype = CASES[name]
             try:
                 path = checkpoint(kind, Path(folder), arguments.device)
                 row = measure(
@@ -178,7 +162,7 @@ def main():
                 row = {"failed": f"{type(error).__name__}: {error}"[:300]}
             rows[name, installed] = {"name": name, "vllm": installed, "asked": dtype, **row}
             note(f"{name}: {rows[name, installed]}")
-            ordered = sorted(rows, key=lambda key: (list(KNOWN).index(key[0]), key[1]))
+            ordered = sorted(rows, key=lambda key: (list(CASES).index(key[0]), key[1]))
             publish(
                 "vllm_support",
                 {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]},
@@ -202,7 +186,6 @@ def allow(device):
 def checkpoint(kind, folder, device="cpu"):
     """Make a checkpoint of a kind, once; return its directory."""
     source = resolve(PLAIN).checkpoint
-    kind = " ".join(word for word in kind.split() if word not in DEVICES)
     if kind in WHOLE:
         return source
     path = folder / kind
@@ -253,7 +236,6 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
         "max_num_seqs": 16,
         **OPTIONS.get(kind, {}),
     }
-    options |= DEVICES.get(kind.rpartition(" ")[2], {})
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
         options |= {
             "gpu_memory_utilization": 0.2,

@@ -130,6 +130,7 @@ def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch
         yield small_model, HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
 
     monkeypatch.setattr("assay.poc.selftest.vllm_engine", stand_in)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     launch = Launch(model="small", engine="vllm")
     result = run_selftest(launch, ROUND, batch_size=8, nonces=8)
     rows = {row.setting: row for row in result.comparisons}
@@ -137,8 +138,9 @@ def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch
     assert rows["speculative decoding"].reason == "vLLM with speculation"
     assert rows["chunked prefill"].outcome == "same bits"
     assert result.exit_code == 0
-    usual, smaller, requests, cache, chunks, _ = (options for _, options in asked)
-    assert [size for size, _ in asked] == [8, 2, 8, 8, 8, 8]
+    usual, smaller, requests, cache, chunks, _, divided = (options for _, options in asked)
+    assert [size for size, _ in asked] == [8, 2, 8, 8, 8, 8, 8]
+    assert divided == usual | {"tensor_parallel_size": 2}
     assert usual == smaller
     assert "path" not in usual
     assert requests["path"] == "requests"

@@ -47,7 +47,8 @@ def fork_engines(patch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as started:
         # The process is given the paths of this one, but Python 3.11 does not use them.
-        started.setenv("PYTHONPATH", os.pathsep.join((str(root), str(Path(_vllm.__file__).parent))))
+        folders = root, root / "src", Path(_vllm.__file__).parent
+        started.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
         forkserver.set_forkserver_preload([PARENT])
         forkserver.ensure_running()
     patch.setattr(utils, "get_mp_context", Context)

@@ -2,6 +2,7 @@
 chunks.
 """
 
+import os
 from contextlib import closing
 
 import numpy as np
@@ -12,7 +13,8 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.vllm.vllm_engine import VLLMEngine
-from tests.vllm.conftest import SMALL_ENGINE, make_round
+from tests.models.storing import make_mixture
+from tests.vllm.conftest import ONE_GPU, SMALL_ENGINE, make_round
 from tests.wordings import refuses
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -43,7 +45,8 @@ def theirs(model) -> poc.Proof:
     return poc.prove(model, make_round(PRESET, seq_len=PROMPT), range(24), batch_size=8)
 
 
-def test_points_are_those_of_transformers(engine, theirs):
+def check_points(engine, theirs: poc.Proof) -> None:
+    """Prove the nonces of a proof on an engine, which must find its points and hold nothing."""
     ours = poc.prove(engine.model, theirs.round, range(24), engine=engine)
     pairs = zip(ours.records, theirs.records, strict=True)
     same = [bool((mine.points == other.points).all()) for mine, other in pairs]
@@ -52,6 +55,26 @@ def test_points_are_those_of_transformers(engine, theirs):
         count["rows"] == count["filled"] == count["streams"] == count["errors"] == 0
         for count in engine.counts()
     )
+
+
+def test_points_are_those_of_transformers(engine, theirs):
+    check_points(engine, theirs)
+
+
+@pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_workers_of_a_mixture_find_the_points_of_transformers(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    # One core each, as the CPU build of vLLM wants to be told.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    path = str(make_mixture("qwen3-moe", tmp_path / "mixture", hidden_size=256))
+    whole = load_model(path, dtype="float32", device="cpu")
+    theirs = poc.prove(whole, make_round(PRESET, seq_len=PROMPT), range(24), batch_size=8)
+    with VLLMEngine(
+        path, dtype="float32", enforce_eager=True, tensor_parallel_size=2, **SHAPE, **OPTIONS
+    ) as made:
+        check_points(made, theirs)
 
 
 def test_a_replay_gives_the_margins_of_transformers_for_any_points(engine, model, theirs):

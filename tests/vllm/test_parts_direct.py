@@ -33,6 +33,7 @@ class Workers:
         self.chat = 0
         self.broken = False
         self.dead = False
+        self.errored = False
         self.most = 0
         self.running = 0
         self.called: list[list[int]] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from assay.errors import ModelError, UsageError
+from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import rows as _rows
@@ -30,6 +30,7 @@ SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-
 class DyingLLM:
     """An ``AsyncLLM`` whose workers answer until a call, and whose requests fail, or never end."""
 
+    errored = False
     vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
 
     def __init__(self, error: Exception | None, dies_at: str = "") -> None:
@@ -96,12 +97,28 @@ def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(
     assert engine.client.throttle.in_flight == 0
 
 
+async def test_a_call_ends_with_the_engine_that_dies_under_it():
+    """vLLM leaves the call waiting: seen when a worker of two was killed."""
+
+    class LLM:
+        errored = False
+
+        async def collective_rpc(self, method: str, args: tuple):
+            await asyncio.sleep(0)
+            self.errored = True
+            await asyncio.sleep(3600)
+
+    with pytest.raises(EngineEnded, match="died and did not answer assay_open"):
+        await asyncio.wait_for(_client.call_workers(LLM(), "assay_open"), 60)
+
+
 @pytest.mark.parametrize(
     ("devices", "named"),
     [(["one"], "one"), (["one", "one"], "one"), (["two", "one", "two"], "one + two")],
 )
 async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     class LLM:
+        errored = False
         vllm_config = settings_of_vllm({"model.max_model_len": 65, "scheduler.policy": "fcfs"})
 
         async def collective_rpc(self, method: str, args: tuple):

@@ -63,6 +63,8 @@ class LLM:
     over.
     """
 
+    errored = False
+
     def __init__(self, turns: int = 3, pause: float = 0.0, late: float = 0.0) -> None:
         self.output_processor = SimpleNamespace(
             add_request=lambda *given: None, process_outputs=lambda *given: None

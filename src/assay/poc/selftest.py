@@ -39,6 +39,7 @@ Run = Callable[[Sequence[int]], list[Record]]
 ALONE = 4  # nonces that run in a batch of their own, one after the other
 ANSWER_SECONDS = 300.0  # of a server for one request
 FEWEST_TOKENS = 2048  # of a pass of vLLM: what it takes by itself
+DIVISIONS = (2, 4)  # devices over which vLLM divides every layer
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 
 
@@ -347,6 +348,11 @@ def _vllm_variants(launch: Launch, round: Round, batch_size: int) -> list[_Varia
         variant("prefix cache", **requests | {"enable_prefix_caching": True}),
         variant("chunked prefill", **requests | chunks | {"max_num_seqs": smaller}),
         variant("speculative decoding", **requests | {"speculative_config": SPECULATION}),
+        *(
+            variant(f"divided over {count} devices", **usual | {"tensor_parallel_size": count})
+            for count in DIVISIONS
+            if torch.cuda.device_count() >= count
+        ),
     ]
 
 

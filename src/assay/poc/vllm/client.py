@@ -39,6 +39,7 @@ NONCE_PRIORITY = (
     1_000_000  # vLLM takes lower values first; requests of clients have 0 unless they choose
 )
 TIMEOUT = 120.0  # seconds for a call into the workers
+DEATH_SECONDS = 0.5  # between two looks at whether the engine has died
 AHEAD = 2  # batches that may be finished before they are asked for
 ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
@@ -220,15 +221,13 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
         EngineEnded: The engine has died.
         ModelError: They did not answer in time.
     """
+    calling = asyncio.ensure_future(_replies(llm, method, args, engines))
+    dying = asyncio.ensure_future(_death(llm))
     try:
         async with asyncio.timeout(TIMEOUT):
-            if engines == 1:
-                return list(await llm.collective_rpc(method, args=args))
-            # Of several engines collective_rpc asks all, and returns the replies of the first.
-            replies = await llm.engine_core.call_utility_all_async(
-                "collective_rpc", method, None, args, None
-            )
-            return [reply for of_engine in replies for reply in of_engine]
+            await asyncio.wait({calling, dying}, return_when=asyncio.FIRST_COMPLETED)
+        died = not calling.done()
+        replies = [] if died else calling.result()
     except TimeoutError:
         raise ModelError(
             f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
@@ -241,6 +240,33 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             wanted="an engine that runs",
             do="see the log of vLLM",
         ) from error
+    finally:
+        calling.cancel()
+        dying.cancel()
+    if died:
+        raise EngineEnded(
+            f"vLLM's engine died and did not answer {method}",
+            wanted="an engine that runs",
+            do="see the log of vLLM, and start it again",
+        )
+    return replies
+
+
+async def _replies(llm: Any, method: str, args: tuple[Any, ...], engines: int) -> list[Any]:
+    """Return what every worker of every engine answers."""
+    if engines == 1:
+        return list(await llm.collective_rpc(method, args=args))
+    # Of several engines collective_rpc asks all, and returns the replies of the first.
+    of_engines = await llm.engine_core.call_utility_all_async(
+        "collective_rpc", method, None, args, None
+    )
+    return [reply for of_engine in of_engines for reply in of_engine]
+
+
+async def _death(llm: Any) -> None:
+    """Wait until an engine has died: vLLM leaves a call into its workers waiting then."""
+    while not llm.errored:
+        await asyncio.sleep(DEATH_SECONDS)
 
 
 def _failure(error: Exception) -> type[ModelError]:

@@ -5,8 +5,10 @@ and before the next step the embedding of the token that vLLM sampled is replace
 this point seeds. A nonce that is replayed is one prompt of noise and of the inputs that the claimed
 points seed.
 
-Layers that are compiled take no hooks, so the engine must run eagerly, on one worker, with the V1
-runner.
+Layers that are compiled take no hooks, so the engine must run eagerly, with the V1 runner. Under
+tensor parallelism every worker of a group has the same states, for their sums are the same bits
+everywhere, and so each makes the same points by itself. Stages would have to send the points back
+to the first one.
 
 Legend of shapes: N rows of a step, T positions of a nonce, D hidden size, Q points.
 """
@@ -38,13 +40,11 @@ def chain_blocker(runner: Any, config: Any) -> str | None:
     """Return why an engine cannot run the chain's decode proof, or None."""
     model = config.model_config
     parallel = config.parallel_config
-    workers = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
     checks = (
         (not model.enforce_eager, "chain-decode without --enforce-eager"),
         (not model.enable_prompt_embeds, "chain-decode without --enable-prompt-embeds"),
         (runner_kind(runner) == "v2", "chain-decode on the V2 model runner"),
-        (workers > 1, "chain-decode on several workers of one model"),
-        (model.is_moe, "chain-decode on a mixture of experts"),
+        (parallel.pipeline_parallel_size > 1, "chain-decode in pipeline stages"),
         (config.speculative_config is not None, "chain-decode beside speculative decoding"),
     )
     return next((reason for blocks, reason in checks if blocks), None)
@@ -71,7 +71,7 @@ class Chains:
         if reason := chain_blocker(runner, config):
             raise UsageError(
                 reason,
-                wanted="layers in eager torch, prompt embeddings, one worker, the V1 runner",
+                wanted="layers in eager torch, prompt embeddings, one stage, the V1 runner",
                 do="serve with --enforce-eager --enable-prompt-embeds, or prove with --engine hf",
             )
         self._runner = runner
