@@ -28,7 +28,7 @@ MIXTURE = Mixture(difficulty=(1, 4))
 
 def base(name, seconds, folder):
     """Train a model of a shape on Python source, with the tokenizer of the bundled ones."""
-    borrowed = load_model("reference:organism", device="cpu").tokenizer
+    borrowed = load_model("reference:qwen3", device="cpu").tokenizer
     stream, _ = encode(borrowed.backend_tokenizer, read_corpus()[0]["train"], 25)
     hidden, layers, rate, _ = SHAPES[name]
     size = argparse.Namespace(
