@@ -1,0 +1,399 @@
+r"""TRL's GRPOTrainer with a guard that takes a penalty from what cin-lda flags: one process, and a
+model that FSDP2 divides over several, step by step.
+
+    OMP_NUM_THREADS=1 python research/benchmarks/trl_fsdp.py -o research/results/trl_fsdp_cpu.json
+    python research/benchmarks/trl_fsdp.py --device cuda --prompts 8 --group 8 --new-tokens 96 \
+      -o OUTPUT
+
+Every run has the same weights, prompts, seeds and global batches. A token is drawn from the policy
+of its run by a number that belongs to seed, step, row of the global batch and place alone, so runs
+sample the same completions as long as their probabilities are the same. The first rollout of each
+group is a stored exploit. The reward is how much of the exploit or of the honest answer a
+completion repeats, whichever is more: without a penalty the exploit pays best. All weights are
+trained, and the detector looks at the policy of now.
+
+Runs: ``one`` process; ``halves``, one process that takes each batch in two parts, which is what
+rounding alone changes; ``fsdp``, the processes; ``watch``, one process that only watches, which
+shows that a difference would be seen.
+
+Said before a run of more than three steps: ``fsdp`` has the same flags as ``one`` in every step,
+its rewards differ by at most 0.001 and its losses by 0.001, its weights have moved apart by at most
+5 % of the way that they went; ``watch`` breaks at least two of the four.
+"""
+
+import os
+import socket
+import tempfile
+from contextlib import contextmanager
+from dataclasses import fields
+from difflib import SequenceMatcher
+from itertools import chain
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from _common import note, parser, publish, round_to, timed
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from assay.models import load_model
+from assay.vhack.detectors import fit_judge
+from assay.vhack.detectors.rollout_judge import RolloutJudge
+from assay.vhack.environment.grading import episodes
+from assay.vhack.pairs.generate import environment_pairs
+from assay.vhack.training import Guard
+
+RUNS = ("one", "halves", "fsdp", "watch")
+LIMITS = {"flags": 0, "reward": 1e-3, "loss": 1e-3, "moved": 0.05}
+LOGGED = ("loss", "reward", "grad_norm", "vhack/flagged")
+MANY = 10_000  # rows of a batch at most, and steps
+
+
+class Drawn(LogitsProcessor):
+    """Leave of each row the token that a number of its own draws from the distribution."""
+
+    def __init__(self, numbers_BT):
+        self.numbers_BT = numbers_BT
+        self.place = 0
+
+    def __call__(self, input_ids, scores):
+        """Return 0 for the token that is drawn and −∞ for others, [B, V]."""
+        sums_BV = scores.double().softmax(dim=1).cumsum(dim=1)
+        drawn_B = self.numbers_BT[:, self.place, None].to(sums_BV) * sums_BV[:, -1:]
+        self.place += 1
+        tokens_B = torch.searchsorted(sums_BV, drawn_B, right=True)
+        tokens_B = tokens_B.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens_B, 0.0)
+
+
+class Noted(RolloutJudge):
+    """A detector that keeps the scores of every call."""
+
+    @classmethod
+    def of(cls, judge):
+        """Return a copy of a detector that keeps its scores in ``noted``."""
+        copy = cls(**{field.name: getattr(judge, field.name) for field in fields(judge)})
+        # The class is frozen.
+        object.__setattr__(copy, "noted", [])
+        return copy
+
+    def scores(self, samples):
+        """Return the scores, and keep them."""
+        scores = super().scores(samples)
+        self.noted.append(scores)
+        return scores
+
+
+class Curve(TrainerCallback):
+    """Keeps what TRL logs, and the norm of all weights, after every step."""
+
+    def __init__(self):
+        self.lines = []
+        self.norms = []
+
+    def on_log(self, args, state, control, logs, **_):
+        """Keep the numbers that are compared."""
+        if "loss" in logs:
+            self.lines.append({name: float(logs[name]) for name in LOGGED})
+
+    def on_step_end(self, args, state, control, model, **_):
+        """Keep the norm."""
+        squares = [whole(value).double().square().sum() for value in model.parameters()]
+        self.norms.append(float(torch.stack(squares).sum().sqrt()))
+
+
+def whole(parameter):
+    """Return the whole of a parameter, for which all processes ask together."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def by_likeness(completions, exploit, honest, **_):
+    """Return how much of the exploit or the honest answer each completion repeats."""
+    return [
+        max(SequenceMatcher(None, text, answer).ratio() for answer in answers)
+        for text, *answers in zip(completions, exploit, honest, strict=True)
+    ]
+
+
+def draw(chosen, tokenizer, exploits, texts):
+    """Return the ``rollout_func`` of TRL; completions are added to ``texts``, a list a step."""
+    generation = GenerationConfig(
+        max_new_tokens=chosen.new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    @torch.no_grad()
+    def rollout(prompts, trainer):
+        first = trainer.accelerator.process_index * len(prompts)
+        rows = range(first, first + len(prompts))
+        seed = (chosen.seed * MANY + trainer.state.global_step) * MANY
+        numbers = [
+            torch.rand(chosen.new_tokens, generator=torch.Generator().manual_seed(seed + row))
+            for row in rows
+        ]
+        encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        encoded = encoded.to(trainer.accelerator.device)
+        sampled = trainer.model.generate(
+            input_ids=encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            generation_config=generation,
+            logits_processor=LogitsProcessorList([Drawn(torch.stack(numbers))]),
+            synced_gpus=trainer.accelerator.num_processes > 1,
+        )
+        completions = []
+        start = encoded.input_ids.shape[1]
+        for row, prompt, tokens in zip(rows, prompts, sampled[:, start:].tolist(), strict=True):
+            if row % chosen.group == 0:
+                tokens = [*tokenizer(exploits[prompt])["input_ids"], tokenizer.eos_token_id]
+            end = tokenizer.eos_token_id
+            length = tokens.index(end) + 1 if end in tokens else len(tokens)
+            completions.append(tokens[:length])
+        texts.append(completions)
+        return {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": completions,
+            "logprobs": None,
+        }
+
+    return rollout
+
+
+@contextmanager
+def divided_on_cpus():
+    """Let accelerate divide models over processes that have no GPU, which it does not by itself."""
+    plain = AcceleratorState.__init__
+
+    def initialize(self, *arguments, fsdp_plugin=None, **options):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialize
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
+
+
+def configured(chosen, run, count, folder):
+    """Return TRL's settings of a run in so many processes."""
+    parts = count * (2 if run == "halves" else 1)
+    divided = {"fsdp": True, "fsdp_config": {"version": 2}} if run == "fsdp" else {}
+    if run == "fsdp" and chosen.device == "cpu":
+        divided["ddp_backend"] = "gloo"
+    return GRPOConfig(
+        folder,
+        max_steps=chosen.steps,
+        seed=chosen.seed,
+        num_generations=chosen.group,
+        per_device_train_batch_size=chosen.prompts * chosen.group // parts,
+        gradient_accumulation_steps=parts // count,
+        max_completion_length=chosen.new_tokens,
+        learning_rate=chosen.lr,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        gradient_checkpointing=False,
+        bf16=False,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=chosen.device == "cpu",
+        **divided,
+    )
+
+
+def train(rank, chosen, run, count, port, folder):
+    """Train in one process of a run, and leave its curve in the folder."""
+    if count > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    if chosen.device == "cpu":
+        torch.set_num_threads(1)
+    device = f"cuda:{rank}" if chosen.device == "cuda" else "cpu"
+    if chosen.device == "cuda":
+        torch.cuda.set_device(device)
+    model = load_model(chosen.model, dtype="float32", device=device)
+    tasks = episodes(chosen.steps * chosen.prompts, difficulty=(1, 1))
+    table = [
+        {
+            "prompt": task.prompt,
+            "exploit": task.completion(task.exploit()),
+            "honest": task.completion(task.task.source()),
+        }
+        for task in tasks
+    ]
+    exploits = {line["prompt"]: line["exploit"] for line in table}
+    # Before the model is divided: every process fits the detector of the whole one.
+    judge = Noted.of(fit_judge(environment_pairs(chosen.pairs, whole=True), model))
+    with divided_on_cpus():
+        config = configured(chosen, run, count, f"{folder}/{run}")
+        texts = []
+        trainer = GRPOTrainer(
+            model=model.module,
+            reward_funcs=[by_likeness],
+            args=config,
+            train_dataset=Dataset.from_list(table),
+            processing_class=model.tokenizer,
+            rollout_func=draw(chosen, model.tokenizer, exploits, texts),
+            callbacks=[curve := Curve()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        guard = Guard(judge, "watch" if run == "watch" else "penalty").attach(trainer)
+        before = {name: value.detach().cpu().clone() for name, value in named(model.module)}
+        seconds, _ = timed(trainer.train)
+    after = {name: whole(value).cpu() for name, value in named(model.module)}
+    result = {
+        "lines": curve.lines,
+        "norms": curve.norms,
+        "scores": judge.noted,
+        "texts": texts,
+        "flagged": [line["flagged"] for line in guard.log],
+        "threshold": judge.threshold.value,
+        "divided": sum(isinstance(value, DTensor) for value in model.module.parameters()),
+        "way": {name: after[name] - before[name] for name in after},
+        "seconds": seconds,
+    }
+    torch.save(result, f"{folder}/{run}-{rank}.pt")
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def named(module):
+    """Return the parameters with their names, sorted."""
+    return sorted(module.named_parameters())
+
+
+def start(chosen, run, folder):
+    """Do a run in processes of its own, and return what they found, of all rows."""
+    count = chosen.processes if run == "fsdp" else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 1:
+        # Several would have TRL copy the model to each.
+        os.environ["CUDA_VISIBLE_DEVICES"] = (visible or "0").split(",")[0]
+    try:
+        torch.multiprocessing.spawn(train, (chosen, run, count, port, folder), nprocs=count)
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    parts = [torch.load(f"{folder}/{run}-{rank}.pt", weights_only=True) for rank in range(count)]
+    result = SimpleNamespace(**parts[0])
+    result.scores = of_all_rows(part["scores"] for part in parts)
+    result.texts = of_all_rows(part["texts"] for part in parts)
+    return result
+
+
+def of_all_rows(parts):
+    """Return the values of each step, those of the first process first."""
+    return [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
+
+
+def first_step(differences, limit):
+    """Return the first step whose difference is above a limit, from 1; None where none is."""
+    return next((step for step, size in enumerate(differences, 1) if size > limit), None)
+
+
+def compared(mine, theirs):
+    """Return how far a run is from another, step by step and in all."""
+    pairs = list(zip(mine.lines, theirs.lines, strict=True))
+    apart = {name: [abs(a[name] - b[name]) for a, b in pairs] for name in LOGGED}
+    apart["norm"] = [abs(a - b) / b for a, b in zip(mine.norms, theirs.norms, strict=True)]
+    scores = [
+        [abs(x - y) for x, y in zip(a, b, strict=True)]
+        for a, b in zip(mine.scores, theirs.scores, strict=True)
+    ]
+    apart["score"] = [max(step) for step in scores]
+    flags = [
+        sum((x > mine.threshold) != (y > theirs.threshold) for x, y in zip(a, b, strict=True))
+        for a, b in zip(mine.scores, theirs.scores, strict=True)
+    ]
+    texts = [
+        sum(x != y for x, y in zip(a, b, strict=True))
+        for a, b in zip(mine.texts, theirs.texts, strict=True)
+    ]
+    way, other_way = (
+        torch.cat([part.flatten() for part in run.way.values()]) for run in (mine, theirs)
+    )
+    moved = float((way - other_way).norm() / other_way.norm())
+    held = {
+        "flags": sum(flags) <= LIMITS["flags"],
+        "reward": max(apart["reward"]) <= LIMITS["reward"],
+        "loss": max(apart["loss"]) <= LIMITS["loss"],
+        "moved": moved <= LIMITS["moved"],
+    }
+    return {
+        "same_curve": all(held.values()),
+        "held": held,
+        "other_completions": {"all": sum(texts), "first_step": first_step(texts, 0)},
+        "other_flags": {"all": sum(flags), "first_step": first_step(flags, 0)},
+        "moved_apart": round_to(moved, 3),
+        "largest": {name: round_to(max(sizes), 3) for name, sizes in apart.items()},
+        "by_step": {name: [round_to(size, 3) for size in sizes] for name, sizes in apart.items()},
+    }
+
+
+def main():
+    """Do every run, and compare each with the first."""
+    options = parser(__doc__)
+    options.add_argument("--model", default="reference:qwen3")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for flag, default in (
+        ("processes", 2),
+        ("steps", 20),
+        ("prompts", 2),
+        ("group", 4),
+        ("new-tokens", 24),
+        ("pairs", 24),
+        ("seed", 1),
+    ):
+        options.add_argument(f"--{flag}", type=int, default=default)
+    options.add_argument("--lr", type=float, default=1e-4)
+    chosen = options.parse_args()
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        first = None
+        for run in RUNS:
+            result = start(chosen, run, folder)
+            first = first or result
+            rows[run] = {
+                "seconds": round_to(result.seconds, 4),
+                "divided_parameters": result.divided,
+                "curve": [
+                    {name: round_to(value) for name, value in line.items()}
+                    | {"norm": round_to(norm, 9), "score": round_to(sum(step) / len(step))}
+                    for line, norm, step in zip(
+                        result.lines, result.norms, result.scores, strict=True
+                    )
+                ],
+            }
+            if result is not first:
+                rows[run]["beside_one"] = compared(result, first)
+            note(f"{run}: {rows[run].get('beside_one', rows[run])}")
+            settings = {name: value for name, value in vars(chosen).items() if name != "output"}
+            publish("trl_fsdp", settings | {"limits": LIMITS, "runs": rows}, chosen.output)
+
+
+if __name__ == "__main__":
+    main()
