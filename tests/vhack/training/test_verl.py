@@ -8,9 +8,11 @@ vLLM.
 import asyncio
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from assay.vhack.training.verl import JudgedLog, judge_score, unflagged_advantag
 from tests.vhack.conftest import bytewise
 
 BESIDE = Path(sys.prefix, "ray")
+ON_CPUS = Path(__file__).parents[3] / "examples" / "verl" / "on_cpus.py"
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
 FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
 
@@ -113,6 +116,32 @@ def test_a_log_of_verl_without_marks_has_no_alarm(tmp_path):
     rollouts = [{"paid": 2.0, "flagged": 0.0}, {"paid": 0, "flagged": 1}]
     rates = JudgedLog(tmp_path).see(1, rollouts)
     assert rates == {"vhack/rollouts": 2, "vhack/flagged": 0.5, "vhack/reward": 1.0}
+
+
+def test_the_cpu_platform_sets_the_generator_of_a_checkpoint(monkeypatch):
+    """verl and Ray are elsewhere, so the example is read with stand-ins of what it extends."""
+    anything = SimpleNamespace(register=lambda *_, **__: lambda target: target)
+    modules = {
+        "ray": {"remote": lambda target: target},
+        "verl.plugin.platform": {"PlatformBase": object, "PlatformRegistry": anything},
+        "verl.utils": {
+            "distributed": SimpleNamespace(initialize_global_process_group_ray=lambda *_: None)
+        },
+        "verl.workers.rollout": {"base": SimpleNamespace(BaseRollout=object, _ROLLOUT_REGISTRY={})},
+        "verl.workers.rollout.replica": {
+            "RolloutReplica": object,
+            "RolloutReplicaRegistry": anything,
+            "TokenOutput": dict,
+        },
+    }
+    for name, values in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**values))
+    device = runpy.run_path(str(ON_CPUS))["PlatformCPU"].device_module
+    with torch.random.fork_rng(devices=[]):
+        saved = torch.get_rng_state()
+        drawn = torch.rand(4)
+        device.set_rng_state(saved)
+        assert torch.equal(torch.rand(4), drawn)
 
 
 @pytest.mark.slow
