@@ -5,6 +5,8 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
 - liars: who lies at fixed places gains at most 2 % more than an honest machine of its true work,
   over 200 audits of 16: nonces that are credited over those that were computed honestly, less one,
   as the upper end of the 95 % interval of the mean of every setting;
+- other_liars: the same of lies at fixed places that depend on something else too: on time, block,
+  earlier lies, a sequence that begins anew, a second machine, or a few that are far off;
 - pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`, `--data`), in
   none of its lives, whose audits are drawn anew from its nonces with the fault in place;
 - strikes: of sequences of complete pools of each pair, none is fraud before its fourth (`--data`);
@@ -26,7 +28,7 @@ import numpy as np
 from _common import parser, publish
 from assay_research.clusters.builds import builds_of, sound_builds
 from assay_research.clusters.clusters import _nearest_noise
-from assay_research.rational import Strategy, draw_sizes, live, run_life
+from assay_research.rational import AT_PLACES, Strategy, draw_sizes, live, run_life
 from assay_research.vector_sets import read_vector_sets
 from rational import laws
 
@@ -39,44 +41,69 @@ from assay.poc.verdict.sample_plan import sequential_test
 AUDITS = 200
 PER = 16
 POOL = 1024
-PATTERNS = {
-    "places": ((1, 16), (2, 16), (4, 16), (8, 16), (1, 32), (3, 32), (16, 32), (4, 64)),
-    "places for a time": ((4, 16), (8, 16)),
-    "places that move": ((4, 16, 64), (8, 16, 64), (4, 16, 16)),
+FIXED = ((1, 16), (4, 16), (8, 16), (2, 16), (1, 32), (3, 32), (16, 32), (4, 64))
+TIMES = {  # ways of rational.py, here with lies at fixed places alone
+    "late": (64,),
+    "early": (10,),
+    "one block": (4,),
+    "bursts": (8, 64),
+    "restarts": (1, 4),
+    "kinds": (1, 2),
+    "few far off": (),
+}
+CHANCE = 0.4  # of a pool in which places for a time lie: below half, so the median stays honest
+LIARS = {  # way, share and numbers of the strategies of a part
+    "liars": (
+        *(("places", run / modulus, (run, modulus)) for run, modulus in FIXED),
+        *(("places for a time", CHANCE * run / 16, (run, 16)) for run in (4, 8)),
+        ("places that move", 4 / 16, (4, 16, 64)),
+        ("places that move", 8 / 16, (8, 16, 64)),
+        ("places that move", 4 / 16, (4, 16, 16)),
+    ),
+    "other_liars": (
+        ("scattered places", 0.25, (16, 0)),
+        ("scattered places", 0.5, (32, 0)),
+        ("scattered places", 0.1, (64, 0)),
+        ("behind places", 0.05, (1, 16, 4, 0)),
+        ("behind places", 0.1, (8, 16, 4, 0)),
+        ("behind places", 0.1, (4, 16, 2, 64)),
+        *(
+            (way + AT_PLACES, 1.0, (*numbers, *places))
+            for way, numbers in TIMES.items()
+            for places in FIXED[:3]
+        ),
+    ),
 }
 MULTIPLES = (5.0, 30.0)
 LAW_OF_LIARS = "smollm2, tokens-1"  # whose tail is the widest
 MOST_POOLS = 16
-PARTS = ["liars", "pairs", "strikes", "free_block", "lying_blocks", "honest"]
-CHANCE = 0.4  # of a pool in which places for a time lie: below half, so the median stays honest
+PARTS = ["liars", "other_liars", "pairs", "strikes", "free_block", "lying_blocks", "honest"]
 
 
-def liars(noise, truth, rng, lives):
+def liars(noise, truth, rng, lives, patterns):
     """Return the gain of each setting of lies at fixed places, with its interval."""
     rows = []
-    for way, patterns in PATTERNS.items():
-        for more, multiple in itertools.product(patterns, MULTIPLES):
-            share = more[0] / more[1] * (CHANCE if way == "places for a time" else 1.0)
-            strategy = Strategy(way, share, multiple, more)
-            results = [
-                live(strategy, noise, rng, truth=truth, audits=AUDITS, looks=4)
-                for _ in range(lives)
-            ]
-            gains = np.array([one.paid / (one.nonces - one.cheap) - 1 for one in results])
-            error = float(gains.std(ddof=1) / lives**0.5)
-            rows.append(
-                {
-                    "way": way,
-                    "places": more,
-                    "multiple": multiple,
-                    "gain": float(gains.mean()),
-                    "upper": float(gains.mean() + 1.96 * error),
-                    "largest": float(gains.max()),
-                    "convicted": sum(one.convicted < math.inf for one in results),
-                    "open": sum(one.faulty for one in results),
-                }
-            )
-            print(rows[-1], flush=True)
+    for (way, share, more), multiple in itertools.product(patterns, MULTIPLES):
+        strategy = Strategy(way, share, multiple, more)
+        results = [
+            live(strategy, noise, rng, truth=truth, audits=AUDITS, looks=4) for _ in range(lives)
+        ]
+        gains = np.array([one.paid / (one.nonces - one.cheap) - 1 for one in results])
+        error = float(gains.std(ddof=1) / lives**0.5)
+        rows.append(
+            {
+                "way": way,
+                "places": more,
+                "multiple": multiple,
+                "cheap": float(np.mean([one.cheap / one.nonces for one in results])),
+                "gain": float(gains.mean()),
+                "upper": float(gains.mean() + 1.96 * error),
+                "largest": float(gains.max()),
+                "convicted": sum(one.convicted < math.inf for one in results),
+                "open": sum(one.faulty for one in results),
+            }
+        )
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -256,10 +283,10 @@ def main():
     chosen = options.laws or [*by_name]
     found = {}
     holds = {}
-    if "liars" in options.parts:
-        truth, noise = by_name[LAW_OF_LIARS]
-        found["liars"] = liars(noise, truth, np.random.default_rng(1), options.liars)
-        holds["liars"] = max(row["upper"] for row in found["liars"]) <= 0.02
+    truth, noise = by_name[LAW_OF_LIARS]
+    for part in LIARS.keys() & set(options.parts):
+        found[part] = liars(noise, truth, np.random.default_rng(1), options.liars, LIARS[part])
+        holds[part] = max(row["upper"] for row in found[part]) <= 0.02
     if "pairs" in options.parts:
         rng = np.random.default_rng(2)
         found["pairs"] = pairs(options.data, rng, options.audits, options.repeats)

@@ -232,6 +232,7 @@ def train(rank, chosen, run, count, port, folder):
     if chosen.device == "cuda":
         torch.cuda.set_device(device)
     model = load_model(chosen.model, dtype="float32", device=device)
+    module = model.module
     tasks = episodes(chosen.steps * chosen.prompts, difficulty=(1, 1))
     table = [
         {
@@ -248,7 +249,7 @@ def train(rank, chosen, run, count, port, folder):
         config = configured(chosen, run, count, f"{folder}/{run}")
         texts = []
         trainer = GRPOTrainer(
-            model=model.module,
+            model=module,
             reward_funcs=[by_likeness],
             args=config,
             train_dataset=Dataset.from_list(table),
@@ -258,9 +259,9 @@ def train(rank, chosen, run, count, port, folder):
         )
         trainer.remove_callback(PrinterCallback)
         guard = Guard(judge, "watch" if run == "watch" else "penalty").attach(trainer)
-        before = {name: value.detach().cpu().clone() for name, value in named(model.module)}
+        before = {name: value.detach().cpu().clone() for name, value in module.named_parameters()}
         seconds, _ = timed(trainer.train)
-    after = {name: whole(value).cpu() for name, value in named(model.module)}
+    after = {name: whole(value).cpu() for name, value in module.named_parameters()}
     result = {
         "lines": curve.lines,
         "norms": curve.norms,
@@ -268,18 +269,13 @@ def train(rank, chosen, run, count, port, folder):
         "texts": texts,
         "flagged": [line["flagged"] for line in guard.log],
         "threshold": judge.threshold.value,
-        "divided": sum(isinstance(value, DTensor) for value in model.module.parameters()),
+        "divided": sum(isinstance(value, DTensor) for value in module.parameters()),
         "way": {name: after[name] - before[name] for name in after},
         "seconds": seconds,
     }
     torch.save(result, f"{folder}/{run}-{rank}.pt")
     if count > 1:
         dist.destroy_process_group()
-
-
-def named(module):
-    """Return the parameters with their names, sorted."""
-    return sorted(module.named_parameters())
 
 
 def start(chosen, run, folder):

@@ -43,6 +43,7 @@ LARGEST = 2.0
 GRID = 0.002  # step of the logarithm
 POOL = 64  # audits of a pool of places
 HANDED_IN = 200  # nonces of a block of which an audit draws
+AT_PLACES = " at places"  # after a way whose lies stand at fixed places, the last two of `more`
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class Strategy:
     """How a cheat chooses its cheap nonces, and how far off these are.
 
     Args:
-        way: Name of the way, a key of `WAYS`.
+        way: Name of the way, a key of `WAYS`, or one of a time with `AT_PLACES` after it.
         share: Share of cheap nonces that it aims at.
         multiple: Factor of honest noise in a cheap nonce.
         more: Numbers of the way: places, blocks, audits or copies.
@@ -238,7 +239,7 @@ class Strategy:
 
 def _chances(strategy: Strategy, at_N: IntArray, position_N: IntArray) -> FloatArray:
     """Return the chance of each nonce to be cheap, [N], by its audit and place."""
-    way = strategy.way
+    way = strategy.way.removesuffix(AT_PLACES)
     if "places" in way:
         return _chances_of_places(strategy, at_N, position_N)
     is_time_N = np.ones(len(at_N), dtype=np.bool_)
@@ -247,8 +248,11 @@ def _chances(strategy: Strategy, at_N: IntArray, position_N: IntArray) -> FloatA
     elif way in ("early", "one block"):
         is_time_N = at_N < strategy.more[0]
     elif way in ("bursts", "restarts", "kinds"):  # so many audits of every `period`
-        length, period = strategy.more
+        length, period = strategy.more[:2]
         is_time_N = at_N % period < length
+    if way != strategy.way:
+        run, modulus = strategy.more[-2:]
+        is_time_N &= position_N % modulus < run
     return is_time_N * min(1.0, strategy.share / float(is_time_N.mean()))
 
 
@@ -292,20 +296,21 @@ def live(
     at_N = np.arange(count) // audit
     start_N = 4096 * at_N
     block_N = at_N
-    if strategy.way == "restarts":  # its sequence begins anew
+    way = strategy.way.removesuffix(AT_PLACES)
+    if way == "restarts":  # its sequence begins anew
         start_N = 4096 * (at_N % strategy.more[1])
-    elif strategy.way == "blocks":  # each of so many audits
+    elif way == "blocks":  # each of so many audits
         block_N = at_N // strategy.more[0]
-    elif strategy.way == "one block":
+    elif way == "one block":
         block_N = np.where(at_N < strategy.more[0], 0, at_N)
-    elif strategy.way == "behind places":  # the first audits of a pool are one block
+    elif way == "behind places":  # the first audits of a pool are one block
         block_N = np.where(at_N % POOL < strategy.more[2], -1 - at_N // POOL, at_N)
     drawn = [np.sort(rng.choice(4096, audit, replace=False)) for _ in range(audits)]
     position_N = start_N + np.concatenate(drawn)
     cheap_N = rng.random(count) < _chances(strategy, at_N, position_N)
-    if strategy.way == "blocks":
+    if way == "blocks":
         cheap_N = (rng.random(block_N.max() + 1) < strategy.share)[block_N]
-    elif strategy.way == "copies":
+    elif way == "copies":
         # A nonce is drawn once, however many messages have it, so copies of honest ones draw none.
         handed_in = np.arange(HANDED_IN) < round(strategy.share * HANDED_IN)
         drawn = [rng.choice(handed_in, audit, replace=False) for _ in range(audits)]
@@ -314,7 +319,7 @@ def live(
         noise.spread.sd * rng.standard_t(noise.spread.dof)
     )
     multiple_N = np.full(count, strategy.multiple)
-    if strategy.way == "few far off":  # a few invented, and the others hardly off
+    if way == "few far off":  # a few invented, and the others hardly off
         multiple_N = np.where(rng.random(count) < 0.1, 1000.0, strategy.multiple)
     residual_N = np.minimum(np.where(cheap_N, multiple_N * honest_N, honest_N), 2.0)
     return run_life(noise, residual_N, position_N, block_N, cheap_N, audit=audit, looks=looks)
