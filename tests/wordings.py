@@ -201,7 +201,6 @@ WORDINGS: dict[str, str] = {
     "controls that no validator computed are refused": "controls in bfloat16",
     "controls that no validator computed are refused, 2": "0 proof to calibrate with beside controls",
     "differences of scaled neighbours are read": r"(?s)seq_len is 7.*\[8, ",
-    "eight bit weights are a configuration of their own": "no default noise between float8",
     "experts in an unknown form are refused by name": r"experts\.\w+ holds 6 matrices",
     "experts of another layout are refused in float8": "experts is a Qwen3MoeExperts, and eight bits",
     "factors of another model are refused": r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)",

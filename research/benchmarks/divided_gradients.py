@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from vhack_gradients import texts
 
 from assay.models import load_model
+from assay.models.load import load_tokenizer
 from assay.vhack import Sample, per_sample_gradients, weight_svd
 from tests.vhack.test_divided import by_fsdp, by_transformers
 
@@ -38,8 +39,10 @@ WAIT = timedelta(minutes=9)
 def load(chosen, device):
     """Return the model on a device, and samples of pieces of Python source."""
     model = load_model(chosen.model, dtype=chosen.dtype, device=str(device))
-    samples = [Sample(*sides) for sides in texts(model.tokenizer, chosen.samples)]
-    return model.module, model.tokenizer, samples
+    # A shape has no tokenizer; any ids below its vocabulary will do.
+    tokenizer = model.tokenizer or load_tokenizer("reference:qwen3")
+    samples = [Sample(*sides) for sides in texts(tokenizer, chosen.samples)]
+    return model.module, tokenizer, samples
 
 
 def measure(module, tokenizer, samples):

@@ -1,19 +1,19 @@
 """Nonces of a model that vLLM divides over devices, beside one device and beside transformers.
 
 Every case is a process with an engine of its own. All start at once, prove the same nonces of two
-blocks, answer chat beside a round, and wait for each other; then they take turns at the speed, so
-that no other one is computing. A case whose worker is killed must end its round with an error that
-says so, and prove the same nonces after it was started again.
+blocks, answer chat beside a round, and wait for each other, and for other programs on the devices;
+then they take turns at the speed. In one case a worker is killed inside a round, which must end
+with an error that says so; started again, the engine proves the same nonces.
 
 - Residuals are to transformers, and to one device. The law of `tokens-1` is that of `calibrate`
-  between one device and transformers, on another block; chain-decode has residuals alone. The cheat
-  is the model in four bits, on transformers.
+  between one device and transformers, on another block. That of chain-decode comes with the bundled
+  model; its mixture has residuals alone. The cheat is the model in four bits, on transformers.
 - `bare` is the divided forward pass by itself: vLLM's own dummy passes over as many sequences of as
   many positions, in every worker, without inputs, sampling or scheduler. Stages compute at once and
   send nothing. `prefill` is what the same engine makes of the same prompts as requests for one
   token.
 
-Weights are random, so a law speaks of rounding alone.
+The large models have random weights, so their laws speak of rounding alone.
 
     . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PWD/research/src:$PYTHONPATH
     python3 research/benchmarks/vllm_divided.py -o research/results/vllm_divided_h200x2.json
@@ -48,18 +48,19 @@ from assay.models.frame import Frame
 from assay.models.resolve import resolve
 from assay.poc import HFEngine, Round, cheats, measure_frame
 from assay.poc.prover import compute
+from assay.poc.verdict.calibration_file import noise_for
 from assay.poc.verdict.residuals import residuals
 from assay.poc.verdict.sample_plan import sequential_test
 
 BLOCKS = ("law", "fresh")
 BATCH = 64
 CHAT = (8, 24)  # requests and tokens of each
-TURNS = 3
-SECONDS_TO_DIE = 60.0
+TURNS = 2
+IDLE_SECONDS = 5  # for which devices do nothing before turns begin
 MIXTURE = {
     "hidden_size": 2048,
-    "num_hidden_layers": 8,
-    "num_experts": 64,
+    "num_hidden_layers": 6,
+    "num_experts": 48,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
     "num_attention_heads": 32,
@@ -72,10 +73,10 @@ MIXTURE = {
 
 @dataclass(frozen=True)
 class Case:
-    """How an engine divides which model, and which preset it proves."""
+    """How an engine divides which weights, and which preset it proves."""
 
     options: dict
-    mixture: bool = False
+    weights: str = "dense"
     chain: bool = False
     killed: bool = False
 
@@ -86,22 +87,23 @@ ENGINES = {"data_parallel_size": 2}
 EXPERTS = {"enable_expert_parallel": True}
 CASES = {
     "one": Case({}),
-    "tp 2": Case(TENSOR, killed=True),
+    "tp 2": Case(TENSOR),
     "tp 4": Case({"tensor_parallel_size": 4}),
     "pp 2": Case(STAGES),
     "dp 2": Case(ENGINES),
-    "mixture, one": Case({}, mixture=True),
-    "mixture, tp 2": Case(TENSOR, mixture=True),
-    "mixture, tp 2, experts dealt": Case(TENSOR | EXPERTS, mixture=True),
-    "mixture, pp 2": Case(STAGES, mixture=True),
-    "mixture, dp 2, experts dealt": Case(ENGINES | EXPERTS, mixture=True),
-    "chain, one": Case({}, chain=True),
-    "chain, tp 2": Case(TENSOR, chain=True),
-    "chain, tp 4": Case({"tensor_parallel_size": 4}, chain=True),
-    "chain, dp 2": Case(ENGINES, chain=True),
-    "chain, mixture, one": Case({}, mixture=True, chain=True),
-    "chain, mixture, tp 2": Case(TENSOR, mixture=True, chain=True),
-    "chain, mixture, tp 2, experts dealt": Case(TENSOR | EXPERTS, mixture=True, chain=True),
+    "mixture, one": Case({}, "mixture"),
+    "mixture, tp 2": Case(TENSOR, "mixture"),
+    "mixture, tp 2, experts dealt": Case(TENSOR | EXPERTS, "mixture"),
+    "mixture, pp 2": Case(STAGES, "mixture"),
+    "mixture, dp 2, experts dealt": Case(ENGINES | EXPERTS, "mixture"),
+    "killed, tp 2": Case(TENSOR, "bundled", killed=True),
+    "chain, one": Case({}, "bundled", chain=True),
+    "chain, tp 2": Case(TENSOR, "bundled", chain=True),
+    "chain, tp 4": Case({"tensor_parallel_size": 4}, "bundled", chain=True),
+    "chain, dp 2": Case(ENGINES, "bundled", chain=True),
+    "chain, mixture, one": Case({}, "mixture", chain=True),
+    "chain, mixture, tp 2": Case(TENSOR, "mixture", chain=True),
+    "chain, mixture, tp 2, experts dealt": Case(TENSOR | EXPERTS, "mixture", chain=True),
 }
 
 
@@ -169,13 +171,14 @@ class Measured:
         options = {"max_model_len": length, "max_num_seqs": BATCH, **self.case.options}
         options["max_num_batched_tokens"] = max(length, BATCH * chosen.seq_len)
         if chosen.device == "cuda":
-            options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 * 2**30}
-        if self.case.chain or chosen.device == "cpu":
+            cache = (1 if self.case.weights == "bundled" else 3) * 2**30
+            options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}
+        if self.case.chain or self.case.killed or chosen.device == "cpu":
             options["enforce_eager"] = True
-        kind = "mixture" if self.case.mixture else "dense"
-        frame = None if self.case.chain else Frame.load(chosen.folder / f"{kind}.frame")
+        weights = chosen.folder / self.case.weights
+        frame = None if self.case.chain else Frame.load(weights.with_suffix(".frame"))
         return VLLMEngine(
-            str(chosen.folder / kind),
+            str(weights),
             dtype=chosen.dtype,
             batch_size=BATCH,
             seq_len=chosen.seq_len,
@@ -201,17 +204,15 @@ class Measured:
                 proof = self.prove(engine, block, self.chosen.nonces)
                 proof.save(self.chosen.folder / f"{file_name(self.name)}-{block}.jsonl")
             self.write(direct=engine.client.direct.describe(), held=engine.counts())
-            if not self.case.chain:
-                self.write(chat=self.chat(engine))
-            self.write(ready=True)
-            self.wait_for_turn()
-            if not self.case.chain:
-                self.write(speed=self.speed(engine))
             if self.case.killed:
                 self.write(killed=self.kill(engine))
+            elif not self.case.chain:
+                self.write(chat=self.chat(engine), ready=True)
+                self.wait_for_turn()
+                self.write(speed=self.speed(engine))
         if self.case.killed:
             self.write(started_again=self.again())
-        self.write(done=True)
+        self.write(ready=True, done=True)
 
     def wait_for_turn(self):
         """Wait for the file that the first process writes when it is this case's turn."""
@@ -319,20 +320,20 @@ def make_checkpoints(chosen):
     """Write the checkpoints and frames that the cases need."""
     from tests.models.storing import make_mixture
 
-    kinds = {CASES[name].mixture for name in chosen.cases}
-    if False in kinds:
-        dense = chosen.folder / "dense"
-        if chosen.model.startswith("shape:"):
-            save_random(chosen.model, dense, weights="random-all", dtype=chosen.dtype)
+    for weights in {CASES[name].weights for name in chosen.cases}:
+        path = chosen.folder / weights
+        if weights == "mixture":
+            sizes = MIXTURE if chosen.device == "cuda" else {"hidden_size": 256}
+            make_mixture("qwen3-moe", path, **sizes)
+        elif weights == "dense" and chosen.model.startswith("shape:"):
+            save_random(chosen.model, path, weights="random-all", dtype=chosen.dtype)
         else:
-            dense.symlink_to(resolve(chosen.model).checkpoint)
-    if True in kinds:
-        sizes = MIXTURE if chosen.device == "cuda" else {"hidden_size": 256}
-        make_mixture("qwen3-moe", chosen.folder / "mixture", **sizes)
-    for mixture in kinds:
-        path = chosen.folder / ("mixture" if mixture else "dense")
+            path.symlink_to(
+                resolve("reference:qwen3" if weights == "bundled" else chosen.model).checkpoint
+            )
         model = load_model(str(path), dtype=chosen.dtype, device=chosen.device)
         measure_frame(model).save(path.with_suffix(".frame"))
+        note(f"made: {weights}")
 
 
 def start(name, chosen):
@@ -382,6 +383,15 @@ def wait_until(name, process, chosen, mark, deadline):
     return bool(read_row(name, chosen).get(mark))
 
 
+def wait_for_idle(chosen, deadline):
+    """Wait until the devices have done nothing for some seconds."""
+    idle = 0 if chosen.device == "cuda" else IDLE_SECONDS
+    while idle < IDLE_SECONDS and time.monotonic() < deadline:
+        devices = range(torch.cuda.device_count())
+        idle = 0 if any(torch.cuda.utilization(device) for device in devices) else idle + 1
+        time.sleep(1)
+
+
 def run_cases(chosen):
     """Run the processes of all cases, and give each its turn."""
     deadline = time.monotonic() + chosen.limit
@@ -394,6 +404,7 @@ def run_cases(chosen):
             if wait_until(name, process, chosen, "ready", deadline)
         ]
         note(f"ready: {ready}")
+        wait_for_idle(chosen, time.monotonic() + chosen.limit / 4)
         for name in ready:
             (chosen.folder / f"{file_name(name)}.turn").touch()
             wait_until(name, processes[name], chosen, "done", deadline)
@@ -412,19 +423,20 @@ def recomputed(engine, proof):
 def judge(chosen):
     """Return the rows with residuals to transformers and to one device, and verdicts."""
     rows = {name: read_row(name, chosen) for name in chosen.cases}
-    for mixture in (False, True):
-        names = [name for name in chosen.cases if CASES[name].mixture == mixture]
-        if not names:
-            continue
-        path = chosen.folder / ("mixture" if mixture else "dense")
+    for weights in dict.fromkeys(CASES[name].weights for name in chosen.cases):
+        path = chosen.folder / weights
         model = load_model(str(path), dtype=chosen.dtype, device=chosen.device)
         model = model.with_frame(Frame.load(path.with_suffix(".frame")))
         shape = {"batch_size": BATCH, "seq_len": chosen.seq_len}
         engine = HFEngine(model, **shape, compiled=False)
         cheat = HFEngine(cheats.rounded(model, 4), **shape, compiled=False)
         for chain in (False, True):
-            alike = [name for name in names if CASES[name].chain == chain]
-            judge_alike({name: rows[name] for name in alike}, chosen, model, engine, cheat)
+            alike = {
+                name: row
+                for name, row in rows.items()
+                if (CASES[name].weights, CASES[name].chain) == (weights, chain)
+            }
+            judge_alike(alike, chosen, model, engine, cheat)
     return list(rows.values())
 
 
@@ -435,24 +447,28 @@ def judge_alike(rows, chosen, model, engine, cheat):
         paths = [chosen.folder / f"{file_name(name)}-{block}.jsonl" for block in BLOCKS]
         if all(path.exists() for path in paths):
             proofs[name] = [poc.Proof.load(path) for path in paths]
+    if not proofs:
+        return
     base = next((name for name in proofs if name.endswith("one")), None)
-    law = None
-    if base is not None and not CASES[base].chain:
-        round = proofs[base][0].round
-        theirs = poc.prove(model, round, range(chosen.nonces), engine=engine)
-        law = poc.calibrate(proofs[base][0], theirs, hidden_size=model.hidden_size).builds[0]
-    for name, (_, fresh) in proofs.items():
-        theirs = recomputed(engine, fresh)
-        sizes = residuals(fresh.records, theirs)
+    first, fresh = next(iter(proofs.values())) if base is None else proofs[base]
+    if fresh.header.pipeline.steps:
+        noise = noise_for(fresh.header, engine.fingerprint, None)
+    elif base is None:
+        noise = None
+    else:
+        theirs = poc.prove(model, first.round, range(chosen.nonces), engine=engine)
+        law = poc.calibrate(first, theirs, hidden_size=model.hidden_size).builds[0]
+        noise = law.noise_between("", engine.fingerprint, round=fresh.round)
+    false = poc.prove(model, fresh.round, range(chosen.nonces), engine=cheat)
+    cheated = residuals(false.records, recomputed(engine, false))
+    for name, (_, proof) in proofs.items():
+        sizes = residuals(proof.records, recomputed(engine, proof))
         row = rows[name]
         row["residual"] = quantiles(sizes)
-        if base is not None:
-            row["to_one"] = to_one(fresh.records, proofs[base][1].records)
-        false = poc.prove(model, fresh.round, range(chosen.nonces), engine=cheat)
-        cheated = residuals(false.records, recomputed(engine, false))
         row["four_bits"] = quantiles(cheated)
-        if law is not None:
-            noise = law.noise_between("", engine.fingerprint, round=fresh.round)
+        if base is not None:
+            row["to_one"] = to_one(proof.records, proofs[base][1].records)
+        if noise is not None:
             row["verdict"] = sequential_test(noise).update(sizes).verdict
             row["verdict_of_four_bits"] = sequential_test(noise).update(cheated).verdict
 
@@ -478,7 +494,7 @@ def quantiles(sizes):
 
 def main():
     options_parser = parser(__doc__)
-    usual = [name for name in CASES if "tp 4" not in name]
+    usual = [name for name in CASES if "tp 4" not in name]  # those that two devices run
     options_parser.add_argument("--cases", nargs="+", choices=CASES, default=usual, metavar="CASE")
     options_parser.add_argument("--model", default="shape:qwen3-4b")
     options_parser.add_argument("--dtype", default="bfloat16")
@@ -486,7 +502,7 @@ def main():
     options_parser.add_argument("--seq-len", type=int, default=256)
     options_parser.add_argument("--steps", type=int, default=64, help="steps of the chain")
     options_parser.add_argument("--nonces", type=int, default=128)
-    options_parser.add_argument("--speed", type=int, default=2048, help="nonces of a turn")
+    options_parser.add_argument("--speed", type=int, default=1024, help="nonces of a turn")
     options_parser.add_argument("--limit", type=float, default=900.0, help="seconds of all cases")
     options_parser.add_argument("--folder", type=Path, help="of checkpoints, proofs and logs")
     options_parser.add_argument("--child", help="the case that this process measures")

@@ -25,6 +25,7 @@ def matrix(rows, columns, smallest=1e-2, seed=0):
 
 
 def errors(weight, factors):
+    weight = weight.detach()
     left, values, right = (
         part.double().cpu() for part in (factors.left, factors.values, factors.right)
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from assay.errors import BadWeights, CalibrationError, OutOfMemory
+from assay.errors import BadWeights, OutOfMemory
 from assay.models import Model, load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
@@ -292,8 +292,8 @@ def test_eight_bit_weights_are_a_configuration_of_their_own(small_checkpoint: Pa
         assert (
             0 < np.std(proof.distances - expected.distances) < 0.003
         )  # rounded weights, not wrong ones
-        with refuses(CalibrationError, "eight bit weights are a configuration of their own"):
-            verify(proof, plain, seed=1)
+        verdict = verify(proof, plain, seed=1)
+        assert (verdict.verdict, "no law" in verdict.reason) == ("undecided", True)
 
 
 @pytest.mark.parametrize("form", ["block", "int8"])
