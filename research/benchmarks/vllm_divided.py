@@ -251,7 +251,7 @@ class Measured:
         passes = max(1, chosen.speed // BATCH // engines)
         run = engine.client.loop
         prompts = [
-            np.random.default_rng(nonce).integers(5, 5000, chosen.seq_len).tolist()
+            np.random.default_rng(nonce).integers(5, 4000, chosen.seq_len).tolist()
             for nonce in range(chosen.speed)
         ]
 
