@@ -7,18 +7,22 @@ model that FSDP2 divides over several, step by step.
 
 Every run has the same weights, prompts, seeds and global batches. A token is drawn from the policy
 of its run by a number that belongs to seed, step, row of the global batch and place alone, so runs
-sample the same completions as long as their probabilities are the same. The first rollout of each
-group is a stored exploit. The reward is how much of the exploit or of the honest answer a
-completion repeats, whichever is more: without a penalty the exploit pays best. All weights are
-trained, and the detector looks at the policy of now.
+draw the same completions as long as their probabilities are the same. All train on what ``one``
+drew: rounding alone draws another token sooner or later, and from there any two runs part. What
+they would have drawn otherwise is counted. The first rollout of each group is a stored exploit. The
+reward is how much of the exploit or of the honest answer a completion repeats, whichever is more:
+without a penalty the exploit pays best. All weights are trained, and the detector looks at the
+policy of now.
 
 Runs: ``one`` process; ``halves``, one process that takes each batch in two parts, which is what
 rounding alone changes; ``fsdp``, the processes; ``watch``, one process that only watches, which
 shows that a difference would be seen.
 
 Said before a run of more than three steps: ``fsdp`` has the same flags as ``one`` in every step,
-its rewards differ by at most 0.001 and its losses by 0.001, its weights have moved apart by at most
-5 % of the way that they went; ``watch`` breaks at least two of the four.
+its rewards and its losses differ by at most 0.001, its weights have moved apart by at most 5 % of
+the way that they went; ``watch`` breaks at least two of the four. Said after the first of 20 steps,
+in which ``halves`` drew its first other token in step 12 and every run trained on its own: at most
+1 % of the completions of ``fsdp`` are drawn otherwise.
 """
 
 import os
@@ -28,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from difflib import SequenceMatcher
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -55,7 +60,7 @@ from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import Guard
 
 RUNS = ("one", "halves", "fsdp", "watch")
-LIMITS = {"flags": 0, "reward": 1e-3, "loss": 1e-3, "moved": 0.05}
+LIMITS = {"drawn": 0.01, "flags": 0, "reward": 1e-3, "loss": 1e-3, "moved": 0.05}
 LOGGED = ("loss", "reward", "grad_norm", "vhack/flagged")
 MANY = 10_000  # rows of a batch at most, and steps
 
@@ -127,8 +132,11 @@ def by_likeness(completions, exploit, honest, **_):
     ]
 
 
-def draw(chosen, tokenizer, exploits, texts):
-    """Return the ``rollout_func`` of TRL; completions are added to ``texts``, a list a step."""
+def draw(chosen, tokenizer, exploits, texts, replayed):
+    """Return the ``rollout_func`` of TRL; what it draws is added to ``texts``, a list a step.
+
+    What is ``replayed``, of all rows by step, is trained on in its place.
+    """
     generation = GenerationConfig(
         max_new_tokens=chosen.new_tokens,
         do_sample=False,
@@ -163,6 +171,8 @@ def draw(chosen, tokenizer, exploits, texts):
             length = tokens.index(end) + 1 if end in tokens else len(tokens)
             completions.append(tokens[:length])
         texts.append(completions)
+        if replayed:
+            completions = [replayed[trainer.state.global_step][row] for row in rows]
         return {
             "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": completions,
@@ -243,6 +253,8 @@ def train(rank, chosen, run, count, port, folder):
         for task in tasks
     ]
     exploits = {line["prompt"]: line["exploit"] for line in table}
+    file = Path(folder, "one-0.pt")
+    replayed = torch.load(file, weights_only=True)["texts"] if run != "one" else []
     # Before the model is divided: every process fits the detector of the whole one.
     judge = Noted.of(fit_judge(environment_pairs(chosen.pairs, whole=True), model))
     with divided_on_cpus():
@@ -254,7 +266,7 @@ def train(rank, chosen, run, count, port, folder):
             args=config,
             train_dataset=Dataset.from_list(table),
             processing_class=model.tokenizer,
-            rollout_func=draw(chosen, model.tokenizer, exploits, texts),
+            rollout_func=draw(chosen, model.tokenizer, exploits, texts, replayed),
             callbacks=[curve := Curve()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -270,7 +282,7 @@ def train(rank, chosen, run, count, port, folder):
         "flagged": [line["flagged"] for line in guard.log],
         "threshold": judge.threshold.value,
         "divided": sum(isinstance(value, DTensor) for value in module.parameters()),
-        "way": {name: after[name] - before[name] for name in after},
+        "way": torch.cat([(after[name] - before[name]).flatten() for name in after]),
         "seconds": seconds,
     }
     torch.save(result, f"{folder}/{run}-{rank}.pt")
@@ -306,11 +318,6 @@ def of_all_rows(parts):
     return [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
 
 
-def first_step(differences, limit):
-    """Return the first step whose difference is above a limit, from 1; None where none is."""
-    return next((step for step, size in enumerate(differences, 1) if size > limit), None)
-
-
 def compared(mine, theirs):
     """Return how far a run is from another, step by step and in all."""
     pairs = list(zip(mine.lines, theirs.lines, strict=True))
@@ -321,32 +328,28 @@ def compared(mine, theirs):
         for a, b in zip(mine.scores, theirs.scores, strict=True)
     ]
     apart["score"] = [max(step) for step in scores]
-    flags = [
+    apart["flags"] = [
         sum((x > mine.threshold) != (y > theirs.threshold) for x, y in zip(a, b, strict=True))
         for a, b in zip(mine.scores, theirs.scores, strict=True)
     ]
-    texts = [
+    apart["drawn"] = [
         sum(x != y for x, y in zip(a, b, strict=True))
         for a, b in zip(mine.texts, theirs.texts, strict=True)
     ]
-    way, other_way = (
-        torch.cat([part.flatten() for part in run.way.values()]) for run in (mine, theirs)
-    )
-    moved = float((way - other_way).norm() / other_way.norm())
-    held = {
-        "flags": sum(flags) <= LIMITS["flags"],
-        "reward": max(apart["reward"]) <= LIMITS["reward"],
-        "loss": max(apart["loss"]) <= LIMITS["loss"],
-        "moved": moved <= LIMITS["moved"],
+    sizes = {
+        "drawn": sum(apart["drawn"]) / sum(map(len, mine.texts)),
+        "flags": sum(apart["flags"]),
+        "reward": max(apart["reward"]),
+        "loss": max(apart["loss"]),
+        "moved": float((mine.way - theirs.way).norm() / theirs.way.norm()),
     }
+    held = {name: size <= LIMITS[name] for name, size in sizes.items()}
     return {
         "same_curve": all(held.values()),
         "held": held,
-        "other_completions": {"all": sum(texts), "first_step": first_step(texts, 0)},
-        "other_flags": {"all": sum(flags), "first_step": first_step(flags, 0)},
-        "moved_apart": round_to(moved, 3),
-        "largest": {name: round_to(max(sizes), 3) for name, sizes in apart.items()},
-        "by_step": {name: [round_to(size, 3) for size in sizes] for name, sizes in apart.items()},
+        "sizes": {name: round_to(size, 3) for name, size in sizes.items()},
+        "largest": {name: round_to(max(steps), 3) for name, steps in apart.items()},
+        "by_step": {name: [round_to(x, 3) for x in steps] for name, steps in apart.items()},
     }
 
 
