@@ -259,6 +259,7 @@ def train(rank, chosen, run, count, port, folder):
     judge = Noted.of(fit_judge(environment_pairs(chosen.pairs, whole=True), model))
     with divided_on_cpus():
         config = configured(chosen, run, count, f"{folder}/{run}")
+        config._n_gpu = 1  # with several, TRL would copy the model to each
         texts = []
         trainer = GRPOTrainer(
             model=module,
@@ -270,7 +271,7 @@ def train(rank, chosen, run, count, port, folder):
             callbacks=[curve := Curve()],
         )
         trainer.remove_callback(PrinterCallback)
-        guard = Guard(judge, "watch" if run == "watch" else "penalty").attach(trainer)
+        Guard(judge, "watch" if run == "watch" else "penalty").attach(trainer)
         before = {name: value.detach().cpu().clone() for name, value in module.named_parameters()}
         seconds, _ = timed(trainer.train)
     after = {name: whole(value).cpu() for name, value in module.named_parameters()}
@@ -279,8 +280,7 @@ def train(rank, chosen, run, count, port, folder):
         "norms": curve.norms,
         "scores": judge.noted,
         "texts": texts,
-        "flagged": [line["flagged"] for line in guard.log],
-        "threshold": judge.threshold.value,
+        "flags": [[score > judge.threshold.value for score in step] for step in judge.noted],
         "divided": sum(isinstance(value, DTensor) for value in module.parameters()),
         "way": torch.cat([(after[name] - before[name]).flatten() for name in after]),
         "seconds": seconds,
@@ -296,26 +296,18 @@ def start(chosen, run, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count == 1:
-        # Several would have TRL copy the model to each.
-        os.environ["CUDA_VISIBLE_DEVICES"] = (visible or "0").split(",")[0]
-    try:
-        torch.multiprocessing.spawn(train, (chosen, run, count, port, folder), nprocs=count)
-    finally:
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    torch.multiprocessing.spawn(train, (chosen, run, count, port, folder), nprocs=count)
     parts = [torch.load(f"{folder}/{run}-{rank}.pt", weights_only=True) for rank in range(count)]
     result = SimpleNamespace(**parts[0])
-    result.scores = of_all_rows(part["scores"] for part in parts)
-    result.texts = of_all_rows(part["texts"] for part in parts)
+    for name in ("scores", "flags", "texts"):  # of each step, those of the first process first
+        steps = zip(*(part[name] for part in parts), strict=True)
+        setattr(result, name, [list(chain.from_iterable(step)) for step in steps])
     return result
 
 
-def of_all_rows(parts):
-    """Return the values of each step, those of the first process first."""
-    return [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
+def side_by_side(mine, theirs):
+    """Return the pairs of values of each step."""
+    return [list(zip(a, b, strict=True)) for a, b in zip(mine, theirs, strict=True)]
 
 
 def compared(mine, theirs):
@@ -323,19 +315,12 @@ def compared(mine, theirs):
     pairs = list(zip(mine.lines, theirs.lines, strict=True))
     apart = {name: [abs(a[name] - b[name]) for a, b in pairs] for name in LOGGED}
     apart["norm"] = [abs(a - b) / b for a, b in zip(mine.norms, theirs.norms, strict=True)]
-    scores = [
-        [abs(x - y) for x, y in zip(a, b, strict=True)]
-        for a, b in zip(mine.scores, theirs.scores, strict=True)
-    ]
-    apart["score"] = [max(step) for step in scores]
-    apart["flags"] = [
-        sum((x > mine.threshold) != (y > theirs.threshold) for x, y in zip(a, b, strict=True))
-        for a, b in zip(mine.scores, theirs.scores, strict=True)
-    ]
-    apart["drawn"] = [
-        sum(x != y for x, y in zip(a, b, strict=True))
-        for a, b in zip(mine.texts, theirs.texts, strict=True)
-    ]
+    scores = side_by_side(mine.scores, theirs.scores)
+    apart["score"] = [max(abs(x - y) for x, y in step) for step in scores]
+    flags = side_by_side(mine.flags, theirs.flags)
+    apart["flags"] = [sum(x != y for x, y in step) for step in flags]
+    texts = side_by_side(mine.texts, theirs.texts)
+    apart["drawn"] = [sum(x != y for x, y in step) for step in texts]
     sizes = {
         "drawn": sum(apart["drawn"]) / sum(map(len, mine.texts)),
         "flags": sum(apart["flags"]),
