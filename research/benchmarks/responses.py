@@ -61,7 +61,7 @@ AUDITS = 2000
 PROVERS = {"one batch": honest, **HONEST}
 
 
-def measured(reference, dtype, verifier, count):
+def measured(reference, dtype, verifier, count, device):
     """Return the replays of honest responses by prover and way, and those of 4-bit weights by
     way.
     """
@@ -72,7 +72,7 @@ def measured(reference, dtype, verifier, count):
             reference=reference,
             dtype=dtype,
             verifier_dtype=verifier,
-            device="cpu",
+            device=device,
             honest=count,
             responses=count,
             prompt_tokens=PROMPT,
@@ -88,12 +88,12 @@ def measured(reference, dtype, verifier, count):
     return replays, cheat
 
 
-def answered(reference, dtype, verifier, count):
+def answered(reference, dtype, verifier, count, device):
     """Return the same of answers to messages, the first ``count`` of 24, each up to its end
     token.
     """
-    scene = Scene(reference, dtype, "cpu")
-    checker = open_model(reference, verifier, "cpu")
+    scene = Scene(reference, dtype, device)
+    checker = open_model(reference, verifier, device)
     texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
     chats = [
         render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer)
@@ -194,6 +194,7 @@ def main():
     arguments.add_argument(
         "--chat", action="store_true", help="answers to messages, of at most 24 prompts"
     )
+    arguments.add_argument("--device", default="cpu")
     options = arguments.parse_args()
     rows = []
     provers = {}
@@ -202,7 +203,7 @@ def main():
         [options.model] if options.model else MODELS, pairs
     ):
         replays, cheat = (answered if options.chat else measured)(
-            reference, dtype, verifier, options.count
+            reference, dtype, verifier, options.count, options.device
         )
         rows.append(figures(reference, dtype, verifier, replays, cheat))
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
