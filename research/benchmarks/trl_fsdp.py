@@ -20,9 +20,9 @@ shows that a difference would be seen.
 
 Said before a run of more than three steps: ``fsdp`` has the same flags as ``one`` in every step,
 its rewards and its losses differ by at most 0.001, its weights have moved apart by at most 5 % of
-the way that they went; ``watch`` breaks at least two of the four. Said after runs of 20 steps that drew by
-sums of probabilities, whose 4096 ends are all rounded, so that ``halves`` drew its first other
-token in step 12: at most 1 % of the completions of ``fsdp`` are drawn otherwise.
+the way that they went; ``watch`` breaks at least two of the four. Said after runs of 20 steps that
+drew by sums of probabilities, whose 4096 ends are all rounded, so that ``halves`` drew its first
+other token in step 12: at most 1 % of the completions of ``fsdp`` are drawn otherwise.
 """
 
 import os
