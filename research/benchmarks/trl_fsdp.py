@@ -59,7 +59,7 @@ from assay.vhack.environment.grading import episodes
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import Guard
 
-RUNS = ("one", "halves", "fsdp", "watch")
+RUNS = ("one", "fsdp", "halves", "watch")
 LIMITS = {"drawn": 0.01, "flags": 0, "reward": 1e-3, "loss": 1e-3, "moved": 0.05}
 LOGGED = ("loss", "reward", "grad_norm", "vhack/flagged")
 MANY = 10_000  # rows of a batch at most, and steps
