@@ -3,17 +3,20 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
+from assay.errors import AssayError, BadWeights, ModelNotFound, UnsafeCheckpoint
 from assay.files.weights import check_served, warn_of_unread, weight_files
 from assay.models import load_model
 from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype
-from assay.models.load import identify
+from assay.models.load import identify, load_tokenizer
 from tests.wordings import refuses
 
 INDEX = "model.safetensors.index.json"
@@ -55,9 +58,7 @@ def test_files_without_an_index_are_refused_by_name(checkpoint, names):
     with pytest.raises(BadWeights, match=f"model.safetensors and {names[0]}"):
         load_model(checkpoint)
     whole.unlink()
-    with pytest.raises(
-        ModelNotFound, match=f"{names[0]}.safetensors and no file that says what belongs"
-    ):
+    with pytest.raises(ModelNotFound, match=f"{names[0]}.safetensors without an index"):
         load_model(checkpoint)
 
 
@@ -143,7 +144,10 @@ def test_weights_that_are_not_read_are_named(write_checkpoint, name, shard):
         *("model.safetensors.bak", "a/b/c/model.safetensors", "openvino_model.bin"),
     ],
 )
-@pytest.mark.parametrize("form", ["safetensors", "gguf", "torch", "pickle", "large"])
+@pytest.mark.parametrize(
+    "form",
+    ["safetensors", "gguf", "torch", "pickle", "large", "float32", "bfloat16", "int8", "zeros"],
+)
 def test_weights_are_known_by_their_content_whatever_they_are_called(tmp_path, name, form):
     begins = {
         "safetensors": struct.pack("<Q", 8) + b"{}      ",
@@ -151,7 +155,13 @@ def test_weights_are_known_by_their_content_whatever_they_are_called(tmp_path, n
         "torch": b"PK\3\4archive",
         "pickle": pickle.dumps({}),
         "large": b"a",
+        "zeros": bytes(100),
     }
+    numbers = torch.randn(300, generator=torch.Generator().manual_seed(0)) / 50
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        scale = 1000 if dtype is torch.int8 else 1
+        raw = (numbers * scale).to(dtype).view(torch.uint8).numpy().tobytes()
+        begins[str(dtype).removeprefix("torch.")] = raw
     (tmp_path / "model.safetensors").touch()
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(begins[form])
@@ -171,7 +181,19 @@ def test_what_is_beside_weights_is_not_taken_for_them(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"PK\3\4" if "vocab" not in name else b"{}")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    beside = {
+        "a.png": b"\x89PNG\r\n\0\xff",
+        "a.jpg": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
+        "a.pdf": b"%PDF-1.7\n\xd0\xd4\xc5\xd8\0",
+        "tokenizer.model": b"\n\x0e\n\x05<unk>\x15\0\0\0\0",
+        "LICENSE": "Copyright ©, für alle Gebühren".encode("latin-1"),
+        "README.zh.md": "模型权重".encode() * 1000 + "权".encode()[:2],
+        "runs/events.out.tfevents.1": b"\x18\0\0\0\0\0\0\0\xa3",
+        ".DS_Store": b"\0\0\0\1Bud1\0",
+    }
+    (tmp_path / "runs").mkdir()
+    for name, content in beside.items():
+        (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe.gguf")
     warn_of_unread(tmp_path, {"model.safetensors"})
 
@@ -278,3 +300,51 @@ def test_one_value_that_is_not_finite_is_found(dtype, bad, place):
     values[place] = bad
     with refuses(BadWeights, "one value that is not finite is found"):
         check_finite("w", values, "here")
+
+
+KINDS = {
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "loop": lambda path: path.symlink_to(path.name),
+    "loop of two": lambda path: (
+        path.symlink_to(f"{path.name}.2"),
+        path.with_name(f"{path.name}.2").symlink_to(path.name),
+    ),
+    "loop of folders": lambda path: path.symlink_to("."),
+    "sparse": lambda path: (path.touch(), os.truncate(path, 2**36)),
+}
+
+
+def outcome_of(load, folder):
+    """What loading comes to: a refusal in three parts, or nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a large file beside weights
+        try:
+            load(folder)
+        except AssayError as error:
+            return bool(error.seen and error.wanted and error.do)
+    return None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "model.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"),
+        *("special_tokens_map.json", "added_tokens.json", "generation_config.json", "vocab.json"),
+        *("chat_template.jinja", "merges.txt", "tokenizer.model", "README.md"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_or_harmless(checkpoint, name, kind):
+    """A sparse file of 64 GiB takes no room on the disk, and in memory all that there is."""
+    path = checkpoint / name
+    path.unlink(missing_ok=True)
+    KINDS[kind](path)
+    loads = (partial(load_model, device="cpu"), partial(identify, dtype="float32"), load_tokenizer)
+    outcomes = [outcome_of(load, checkpoint) for load in loads]
+    assert False not in outcomes
+    if kind == "sparse" and name not in ("README.md", "model.safetensors"):
+        assert outcomes == [True] * 3
+    if name in ("config.json", "model.safetensors"):
+        assert outcomes[:2] == [True] * 2
+    if name == "README.md":
+        assert outcomes == [None] * 3

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from assay.errors import BadWeights, DataError, ModelNotFound, UnsafeCheckpoint
 from assay.files.jsonl import LONGEST_LINE, parse
-from assay.files.reading import read_whole
+from assay.files.reading import malformed, read_whole
 from assay.files.tensors import check_tensors
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -26,10 +26,16 @@ _READ_BY_OTHERS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
 _PICKLED = ("pytorch_model", "model", _MISTRAL)
 """Prefixes of pickles that are weights; those beside them are a trainer's state."""
 _NOT_READ = (_MISTRAL, "adapter_model.")
-_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
+_STATE = re.compile(r"optimizer|scheduler|scaler|rng_state|training_|trainer_|events\.")
 """Prefixes of what a trainer keeps beside weights."""
 _BEGINS = re.compile(rb"GGUF|PK\x03\x04|\x80[\x02-\x05]|\x89HDF|\x93NUMPY")
 """How files of GGUF, archives of torch and numpy, pickles, and HDF5 begin."""
+# How pictures, films, sounds, PDF, SentencePiece and the settings of a folder begin.
+_KNOWN = re.compile(rb"(?s)\x89PNG|\xff\xd8\xff|GIF8|RIFF|....ftyp|ID3|%PDF|\n.\n|\0\0\0\x01Bud1")
+_LOOKED_AT = 4096  # bytes of a file
+_READABLE = 0.7  # share of bytes that any text has in UTF-8
+# Names of texts that libraries read whole.
+_TEXTS = re.compile(r"(?!trainer_).*\.(json|txt|jinja|model|tiktoken)$")
 _LONGEST_HEADER = 2**27  # bytes of a header of safetensors
 _LARGE = 2**26  # bytes of a file that is no text of a tokenizer
 _MOST_FILES = 10_000  # of a folder that are looked at
@@ -107,7 +113,7 @@ def warn_of_unread(directory: Path, read: Collection[str]) -> None:
     for path in islice(directory.rglob("*"), _MOST_FILES):
         name = path.relative_to(directory)
         is_hidden = any(part.startswith(".") for part in name.parts[:-1])
-        if not is_hidden and str(name) not in read and path.is_file() and _is_weights(path):
+        if not (is_hidden or str(name) in read) and path.is_file() and _is_weights(path):
             names.append(str(name))
     if names:
         shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
@@ -124,12 +130,23 @@ def _is_weights(path: Path) -> bool:
     if is_pickle or (name.endswith(_READ_BY_OTHERS) and name[0] != "."):
         return True
     with suppress(OSError), path.open("rb") as file:
-        head = file.read(9)
-        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
+        head = file.read(_LOOKED_AT)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
             return True
-        is_large = file.seek(0, SEEK_END) > _LARGE
-        return not name.startswith(_STATE) and (is_large or bool(_BEGINS.match(head)))
+        # Raw numbers have zeros, or bytes that are no text.
+        readable = len(head.decode(errors="ignore").encode()) >= _READABLE * len(head)
+        is_known = _KNOWN.match(head) or (readable and b"\0" not in head)
+        is_weights = not is_known or _BEGINS.match(head) or file.seek(0, SEEK_END) > _LARGE
+        return bool(is_weights and not _STATE.match(name))
     return False
+
+
+def check_texts(directory: Path) -> None:
+    """Refuse settings and tokenizers of more than 64 MiB, which may be sparse, as a DataError."""
+    for path in directory.iterdir():
+        is_text = _TEXTS.match(path.name) and path.is_file()
+        if is_text and path.stat().st_size > LONGEST_LINE:
+            raise malformed(path, f"longer than {LONGEST_LINE} bytes", "a smaller file")
 
 
 def check_served(directory: Path) -> None:
@@ -147,10 +164,8 @@ def check_served(directory: Path) -> None:
 
 def _written(directory: Path) -> list[str]:
     """Return the names of all safetensors files in a folder that are not hidden, sorted."""
-    names = (path.name for path in directory.iterdir())
-    return sorted(
-        name for name in names if name.lower().endswith(".safetensors") and name[0] != "."
-    )
+    names = sorted(path.name for path in directory.iterdir())
+    return [name for name in names if re.match(r"(?is)[^.].*\.safetensors\Z", name)]
 
 
 def _second_set(directory: Path, name: str, second: str) -> BadWeights:
@@ -172,7 +187,7 @@ def _no_weights(directory: Path, written: list[str]) -> ModelNotFound | UnsafeCh
             do="convert it on a machine you can afford to lose: model.save_pretrained writes "
             "safetensors",
         )
-    seen = f"{written[0]} and no file that says what belongs to it" if written else "no weights"
+    seen = f"{written[0]} without an index" if written else "no weights"
     return ModelNotFound(
         f"{directory} holds {seen}",
         wanted=wanted,

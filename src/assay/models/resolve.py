@@ -22,7 +22,7 @@ from assay.files.references import (
     find_path,
     is_bundled,
 )
-from assay.files.weights import PICKLES, weight_files
+from assay.files.weights import PICKLES, check_texts, weight_files
 from assay.models.configuration import build_config, read_config, silence_transformers
 from assay.models.gguf_file import (
     convert,
@@ -105,6 +105,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> ModelSource:
             return ModelSource(name, config, published, None)
         convert(gguf_file, header, config, directory)
     published = read_config(directory / "config.json")
+    check_texts(directory)
     return ModelSource(name, build_config(name, published), published, directory)
 
 
