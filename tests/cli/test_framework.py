@@ -135,11 +135,46 @@ def test_a_setting_that_is_no_option_is_named_as_a_key_of_the_file(sample):
     """On 0944c8c1 it is read, with a warning that it will go."""
     found = sample("--model", "m", "--strict")
     assert found.code == 2
-    assert "write `strict = …` under [show]" in found.err
+    assert "write --set strict=…, or `strict = …` under [show]" in found.err
     secret = sample("--model", "m", "--secret", "abc")
     assert secret.code == 2
     assert "abc" not in secret.err
+    assert "write `secret = …` under [show]" in secret.err
     assert json.loads(sample("--model", "m", config="strict = true").out)["strict"]
+
+
+def test_any_setting_but_a_secret_is_set_on_the_command_line(sample):
+    """On 0944c8c1 a setting that the help leaves out needs a file."""
+    words = ("strict=true", "key=a", "keys=b", "keys=c", "span=3:4", "share=0.3", "blocks=x,y")
+    line = [word for text in words for word in ("--set", text)]
+    values = json.loads(sample("--set", "model=m", *line, "--share", "0.2").out)
+    assert values == Sample(
+        model="m", strict=True, keys=("b", "c"), span=(3, 4), share=0.2, blocks=("x", "y")
+    ).model_dump(mode="json") | {"depth": 3}
+    assert json.loads(sample("--set", "depth=4", config='model = "m"\ndepth = 2').out)["depth"] == 4
+    for text, seen, do in (
+        ("strict", "--set strict", "NAME=VALUE"),
+        ("strikt=true", "strikt in --set is not a setting of show", "did you mean strict?"),
+        ("strict=maybe", "`strict` maybe", "write --set strict=…"),
+        ("secret=abc", "--set secret", "a file for --config"),
+    ):
+        refusal = sample("--model", "m", "--set", text)
+        assert refusal.code == 2
+        assert f"error: {seen}" in refusal.err
+        assert do in refusal.err
+        assert "abc" not in refusal.err
+
+
+def test_a_flag_that_left_the_help_is_read_as_before(assay):
+    """Scripts of 0.3 call `verify --seq-len`; the ten options of the help have no room for it."""
+    verify = {" ".join(path): command for path, command in leaves(app)}["poc verify"]
+    texts = {name: click.unstyle(assay("poc", name, "--help").out) for name in ("prove", "verify")}
+    for name, flag in (("prove", "--seq-len"), ("verify", "--seq-len"), ("verify", "--r-target")):
+        assert flag not in texts[name]
+        assert f"assay config poc {name}" in texts[name]
+    assert verify.key_of("--r-target") is None
+    said = assay("poc", "verify", "none.jsonl", "--model", "reference:qwen3", "--r-target", "far")
+    assert "--r-target far" in said.err
 
 
 def test_a_misspelt_variable_draws_a_warning_and_that_of_another_command_none(sample):

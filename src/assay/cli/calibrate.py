@@ -91,8 +91,8 @@ class CalibrateSettings(Settings):
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output model quick preset seq_len formats pins frame merge valid_rate "
-    "calibration export device",
+    shown="output model quick preset formats pins valid_rate calibration export device",
+    rare="seq_len frame merge",
     example="assay poc calibrate --model reference:qwen3 --quick -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:

@@ -139,8 +139,8 @@ class CollectSettings(FolderSettings, LaunchSettings):
     "prove",
     ProveSettings,
     panel="Node",
-    shown="model block_hash public_key output pins preset seq_len nonces batch_size dtype frame "
-    "engine device commit overwrite",
+    shown="model pins block_hash public_key output nonces batch_size dtype engine device",
+    rare="preset seq_len frame commit overwrite",
     example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o "
     "proof.jsonl",
     resumable=True,
@@ -241,9 +241,8 @@ def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
     "verify",
     VerifySettings,
     panel="Validator",
-    shown="model pins block_hash public_key preset seq_len nonces strength r_target node_id "
-    "node_count "
-    "prover_dtype sample calibration commitment frame ledger dtype engine device",
+    shown="model pins block_hash public_key sample calibration commitment ledger dtype device",
+    rare="preset seq_len nonces strength r_target node_id node_count prover_dtype frame engine",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
     "KEY",
 )

@@ -168,7 +168,8 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     "replay",
     ReplaySettings,
     panel="Validator",
-    shown="model pins requests block_hash public_key sample calibration lora engine device ledger",
+    shown="model pins requests block_hash public_key sample calibration lora device ledger",
+    rare="engine",
     example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
     "--block-hash BLOCK "
     "--public-key KEY",

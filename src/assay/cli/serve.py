@@ -120,8 +120,8 @@ class CallbackListSettings(DataSettings):
     RunSettings,
     SERVICE,
     panel="Node",
-    shown="model data_dir host port api_key_file allow_private_callbacks pins ledger device dtype "
-    "log_format",
+    shown="model data_dir host port api_key_file allow_private_callbacks pins ledger device dtype",
+    rare="log_format",
     example="assay poc serve --model reference:qwen3 --api-key-file keys",
 )
 def serve(chosen: RunSettings, service: "ServiceSettings") -> None:

@@ -385,7 +385,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     "train",
     TrainCommand,
     "assay.vhack.training.settings:TrainSettings",
-    shown="model output arm detector pairs steps reward teacher allow_unsandboxed seed device",
+    shown="model output arm detector pairs steps reward allow_unsandboxed seed device",
+    rare="teacher",
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )

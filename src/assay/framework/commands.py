@@ -176,6 +176,7 @@ class Command(click.Command):
         kinds: Settings classes, or the module and name of one that takes long to import. If several
             have a field of one name, the last of them gets the value.
         shown: Fields whose options are in the help, separated by spaces; all by default.
+        rare: Further fields with options, which the help leaves to ``--set``.
         panel: Heading under which the help of the group lists the command.
         example: A command line for the help.
         resumable: Whether an interrupted command continues when it is repeated.
@@ -190,6 +191,7 @@ class Command(click.Command):
         kinds: Sequence[type[Settings] | str] = (),
         *,
         shown: str = "",
+        rare: str = "",
         panel: str = "Commands",
         example: str = "",
         resumable: bool = False,
@@ -205,6 +207,7 @@ class Command(click.Command):
         self.instead = instead or {}
         self._kinds = kinds
         self._shown = shown.split()
+        self._rare = rare.split()
 
     @cached_property
     def kinds(self) -> list[type[Settings]]:
@@ -221,23 +224,45 @@ class Command(click.Command):
             if not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings))
         }
 
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """The fields by the names that a configuration file may use: their own and their flags'."""
+        flags = {setting.spelling: name for name, setting in self.settings.items()}
+        return {flag.lstrip("-").replace("-", "_"): name for flag, name in flags.items()} | {
+            name: name for name in self.settings
+        }
+
     def is_shown(self, name: str) -> bool:
-        """Return whether a field is an option or argument, and not only a key of the file."""
+        """Return whether a field is an argument, or an option in the help."""
         return name in (self._shown or self.settings) or self.settings[name].flag.argument
+
+    def is_option(self, name: str) -> bool:
+        """Return whether a field has a flag of its own, and is not only for ``--set`` and files."""
+        return self.is_shown(name) or name in self._rare
 
     def key_of(self, flag: str) -> str | None:
         """Return the key of the configuration file that a word beginning with dashes stands for."""
-        names = (name for name in self.settings if not self.is_shown(name))
+        names = (name for name in self.settings if not self.is_option(name))
         return next((name for name in names if flag in self.settings[name].flag.names), None)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, which are made when they are first asked for."""
         if not self.params:
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
-            self.params += [
-                self.settings[name].parameter for name in ordered if self.is_shown(name)
-            ]
+            for name in filter(self.is_option, ordered):
+                parameter = self.settings[name].parameter
+                if isinstance(parameter, click.Option):
+                    parameter.hidden = not self.is_shown(name)
+                self.params.append(parameter)
             if self.settings:
+                self.params.append(
+                    click.Option(
+                        ["assignments", "--set"],
+                        help="Another setting; repeatable.",
+                        multiple=True,
+                        metavar="NAME=VALUE",
+                    )
+                )
                 self.params.append(
                     click.Option(
                         ["--config"],
@@ -260,7 +285,7 @@ class Command(click.Command):
         formatter.write_paragraph()
         if keys:
             formatter.write_text(
-                f"{keys} more settings in a file for --config: assay config {' '.join(words)}"
+                f"{keys} more settings by --set or --config: assay config {' '.join(words)}"
             )
         formatter.write(f"{self.epilog}\n")
 
@@ -309,10 +334,11 @@ class Command(click.Command):
                 do="correct the file (--config)",
             )
         _warn_of_variables(self.settings.values())
-        values = self._named(table, ctx.command_path)
+        values = self._named(table, "the configuration file")
         for kind in self.kinds:
             variables = Variables(kind)()
             values |= {n: v for n, v in variables.items() if self.settings[n].kind is kind}
+        values |= self._named(self.assigned(ctx.params.get("assignments", ())), "--set")
         values |= {
             name: value
             for name, value in ctx.params.items()
@@ -325,6 +351,27 @@ class Command(click.Command):
             if value not in (None, ())
         }
         return {"as_json": ctx.params.get("as_json") or as_json, **values}
+
+    def assigned(self, texts: Iterable[str]) -> dict[str, Any]:
+        """Return what each ``--set NAME=VALUE`` says by name, as a configuration file would."""
+        values: dict[str, Any] = {}
+        for text in texts:
+            name, equals, value = text.partition("=")
+            setting = self.settings.get(self.keys.get(name.replace("-", "_"), ""))
+            if not equals:
+                raise UsageError(
+                    f"--set {text:.80}",
+                    wanted="a setting and its value, such as --set seed=7",
+                    do="write NAME=VALUE without spaces around the sign",
+                )
+            if setting and setting.flag.secret:
+                raise UsageError(
+                    f"--set {name}",
+                    wanted="no secret on a command line, which other users can read",
+                    do=f"write `{name}` in a file for --config, or use a variable",
+                )
+            values[name] = [*values.get(name, []), value] if setting and setting.repeats else value
+        return values
 
     def build(self, values: Mapping[str, Any]) -> list[Settings]:
         """Return the objects of the settings classes, once what needs no torch is checked."""
@@ -372,31 +419,27 @@ class Command(click.Command):
     def _name_keys(self, error: AssayError, words: Sequence[str]) -> None:
         """Name the key of the configuration file where an error names a flag that is not one."""
         for name, setting in self.settings.items():
-            if self.is_shown(name):
+            if self.is_option(name):
                 continue
             flag = rf"{re.escape(setting.spelling)}(?![\w-])"
             error.seen = re.sub(flag, f"`{name}`", error.seen)
             advice, count = re.subn(flag, f"`{name}`", error.do)
             if count:
-                error.do = f"{advice}; `{name}` stands under [{'.'.join(words)}] of --config FILE"
-
-    def _named(self, table: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """Return the values of a configuration file by field; a key is the name of one, or of its
-        flag.
-        """
-        fields = {
-            setting.spelling.lstrip("-").replace("-", "_"): name
-            for name, setting in self.settings.items()
-        }
-        fields |= {name: name for name in self.settings}
-        for key in table:
-            if key.replace("-", "_") not in fields:
-                raise UsageError(
-                    f"{key} in the configuration file is not a setting of {path}",
-                    wanted="one of " + ", ".join(sorted(self.settings)),
-                    do=self.advise(key, fields, "remove it"),
+                table = ".".join(words)
+                error.do = (
+                    f"{advice}; write --set {name}=…, or `{name}` under [{table}] of --config"
                 )
-        return {fields[key.replace("-", "_")]: value for key, value in table.items()}
+
+    def _named(self, table: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Return the values of a configuration file or of ``--set`` by field."""
+        for key in table:
+            if key.replace("-", "_") not in self.keys:
+                raise UsageError(
+                    f"{key} in {source} is not a setting of {self.name}",
+                    wanted="one of " + ", ".join(sorted(self.settings)),
+                    do=self.advise(key, self.keys, "remove it"),
+                )
+        return {self.keys[key.replace("-", "_")]: value for key, value in table.items()}
 
     def advise(self, word: str, choices: Iterable[str], else_do: str) -> str:
         """Return what to do about a flag or key that the command does not have."""
@@ -608,7 +651,8 @@ def in_three_parts(error: click.ClickException) -> UsageError:
         key = command.key_of(error.option_name) if isinstance(command, Command) else None
         if key:
             words = ".".join(name.split()[1:])
-            do = f"write `{key} = …` under [{words}] in a file for --config"
+            on_the_line = "" if command.settings[key].flag.secret else f"--set {key}=…, or "
+            do = f"write {on_the_line}`{key} = …` under [{words}] in a file for --config"
         elif error.option_name.lstrip("-") in flags:
             do = "pass its value without the flag"
         elif isinstance(command, Command):
