@@ -288,7 +288,7 @@ def test_an_interruption_promises_only_what_is_true(arguments, said, assay, monk
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("assay.files.storage.check_new_file", stop)
+    monkeypatch.setattr("assay.framework.commands.check_new_file", stop)
     monkeypatch.setattr(Proof, "load", stop)
     result = assay(*arguments)
     assert result.code == 128 + signal.SIGTERM

@@ -76,7 +76,7 @@ def test_demo_takes_the_real_model_where_its_packages_are(assay, tmp_path, monke
         asked.append(name)
         raise FileNotFoundError(2, "stop", name)
 
-    monkeypatch.setattr("assay.models.catalogue.model_info", stop)
+    monkeypatch.setattr("assay.models.model_info", stop)
     for found in (True, False):
         monkeypatch.setattr(
             "assay.cli.demo.find_spec", lambda name, found=found: found or name != "gguf" or None

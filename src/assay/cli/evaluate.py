@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+import assay
 from assay.cli.flags import (
     FILE,
     MODEL,
@@ -19,7 +20,9 @@ from assay.cli.flags import (
 )
 from assay.cli.vhack import WeightLoadSettings, WeightSettings, keep_result, vhack
 from assay.errors import UsageError
-from assay.files.storage import check_folder
+from assay.files.jsonl import dumps, read_jsonl
+from assay.files.reading import digest_file
+from assay.files.storage import check_folder, write_jsonl
 from assay.framework.output import progress_bar, show_values, table
 from assay.settings import Flag
 
@@ -124,8 +127,6 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
     interrupted call. For a long one write completions with assay vhack sample, which goes on where
     it was, and grade that file with --samples.
     """
-    from assay.files.jsonl import dumps
-    from assay.files.storage import write_jsonl
     from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
     if options.samples is not None:
@@ -220,9 +221,6 @@ def _sampled(
     """Return completions that are sampled into a file, and how many of them an earlier call had
     left there.
     """
-    from assay.files.jsonl import read_jsonl
-    from assay.files.reading import digest_file
-    from assay.models.load import load_model
     from assay.vhack.directions.delta.delta_file import read_delta_lengths
     from assay.vhack.directions.delta.delta_models import load_adapter
     from assay.vhack.training.evaluation import sample_tasks
@@ -231,7 +229,7 @@ def _sampled(
 
     lengths = read_delta_lengths(options.delta) if options.delta else {}
     encode_prompts(reference, [read_prompt(task) for task in tasks], settings.max_new_tokens)
-    loaded = load_model(reference, dtype=options.dtype, device=options.device)
+    loaded = assay.models.load_model(reference, dtype=options.dtype, device=options.device)
     origin = {}
     if options.delta:
         with progress_bar("decompositions", "matrices") as progress:

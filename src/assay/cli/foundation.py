@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 import click
 from pydantic import AfterValidator, Field
 
+import assay
 from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
+from assay.files.storage import check_folder, check_new_file
 from assay.framework.commands import Group
 from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Flag, Settings
@@ -81,21 +83,16 @@ def list_(as_json: bool) -> None:
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")
 def info(chosen: InfoSettings, as_json: bool) -> None:
     """Describe a model without loading its weights."""
-    from assay import models
-
-    show_values("assay.models.info/1", asdict(models.model_info(chosen.reference)), as_json)
+    show_values("assay.models.info/1", asdict(assay.models.model_info(chosen.reference)), as_json)
 
 
 @models.add("random", RandomSettings, example="assay models random shape:qwen3-0.6b -o checkpoint")
 def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
-    from assay.files.storage import check_folder, check_new_file
-
     # Before torch is imported.
     (check_new_file if chosen.output.exists() else check_folder)(chosen.output)
-    from assay import models
 
-    models.save_random(
+    assay.models.save_random(
         chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"})
     )
     if as_json:
@@ -157,7 +154,6 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
 
     KIND is hash, uniform, gumbel, signs, permutation or normal.
     """
-    from assay import streams
     from assay.streams.arrays import as_tensor, digest
 
     of_normals = {"strength", "dtype"} if chosen.kind != "normal" else set()
@@ -167,10 +163,10 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
             wanted="normal, which alone has it",
             do=f"leave {flag} out",
         )
-    source = streams.get_backend(chosen.backend, chosen.device)
+    source = assay.streams.get_backend(chosen.backend, chosen.device)
     options = {} if of_normals else {"dtype": chosen.dtype}
     values = getattr(source, METHODS[chosen.kind])(
-        streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **options
+        assay.streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **options
     )
     row: Any = as_tensor(values)[0].cpu()
     # Floats as the shortest decimal that reads back to the same float32.
@@ -247,16 +243,15 @@ def doctor(as_json: bool) -> int:
 
 
 def _backends() -> list[dict[str, Any]]:
-    from assay import streams
 
-    expected = streams.selftest(streams.get_backend("numpy"))
+    expected = assay.streams.selftest(assay.streams.get_backend("numpy"))
     rows = []
-    for name, device in product(streams.BACKENDS, ("cpu", "cuda")):
+    for name, device in product(assay.streams.BACKENDS, ("cpu", "cuda")):
         if (name, device) == ("numpy", "cuda"):
             continue
         row: dict[str, Any] = {"backend": name, "device": device}
         try:
-            digests = streams.selftest(streams.get_backend(name, device))
+            digests = assay.streams.selftest(assay.streams.get_backend(name, device))
             rows.append(row | {"available": True, "exact": digests == expected, "sha256": digests})
         except BackendUnavailable as error:
             rows.append(row | {"available": False, "exact": False, "why": error.seen})

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+import assay
 from assay.cli.flags import (
     ARGUMENT,
     CALIBRATION,
@@ -102,7 +103,6 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     With a proof, it says whether its header is allowed. A proof of which something would be taken
     on the prover's word gives exit code 2, as with verify.
     """
-    from assay import poc
     from assay.poc.network_pins import find_pinned_calibration, list_open, list_pinned
     from assay.poc.verdict.calibration_file import Calibration, account_alpha, describe_promise
     from assay.poc.verdict.honest_noise import missing_law
@@ -112,7 +112,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         raise UsageError(
             "a round without a proof", wanted="the proof of that round", do="pass PROOF after PINS"
         )
-    network = poc.NetworkPins.load(chosen.pins)
+    network = assay.poc.NetworkPins.load(chosen.pins)
     pinned = [
         Calibration.load(path) for model in network.models for path in network.calibrations(model)
     ]
@@ -125,7 +125,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     values["network"] = promise
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
-        header = poc.Proof.load(chosen.proof).header
+        header = assay.poc.Proof.load(chosen.proof).header
         # A key and a share that the file lists are not only the prover's word.
         if network.nodes:
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}

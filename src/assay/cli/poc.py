@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
+import assay
 from assay.cli.flags import (
     ARGUMENT,
     FILE,
@@ -33,14 +34,13 @@ from assay.cli.flags import (
     RoundSettings,
 )
 from assay.errors import UsageError
+from assay.files.storage import check_folder, check_new_file
 from assay.framework.commands import Group
 from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
 from assay.settings import Flag, Settings, Spelling
 
 if TYPE_CHECKING:
-    from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.entries import Standing
-    from assay.poc.verdict.proof_judge import ProofVerdict
 
 
 # public key of rounds that are proved to be published, and the beginning of their block hashes
@@ -151,7 +151,6 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     An interrupted run continues when the command is repeated. With --pins, what the network agreed
     on is taken from its file.
     """
-    from assay import poc
     from assay.poc.launch import Proving, open_prover, usual_preset
     from assay.poc.network_pins import asked
     from assay.poc.protocol.commitments import Commitment, check_spread
@@ -186,7 +185,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
             click.echo(f"warning: {warning}", err=True)
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})
-        proof = poc.prove(
+        proof = assay.poc.prove(
             loaded[0], task.round, task.nonces, engine=loaded[1], progress=pace.update, **to
         )
     resumed, first, rate = pace.summary()
@@ -218,7 +217,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         say_next(_verifying(chosen, proof, task.proving.model))
 
 
-def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
+def _verifying(chosen: ProveSettings, proof: "assay.poc.Proof", model: str) -> str:
     """Return the command that judges a proof which was just made, of the values of its command."""
     round = proof.round
     words = ["assay", "poc", "verify", str(chosen.output), "--model", model]
@@ -260,7 +259,6 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     whole life.
     """
     from assay.poc.audit import Auditor
-    from assay.poc.protocol.pins import Pins
 
     names = {
         "block_hash",
@@ -272,7 +270,7 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
         "node_id",
         "node_count",
     }
-    stated = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
+    stated = assay.poc.Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
         auditor = Auditor(
             **auditor_values(chosen),
@@ -302,14 +300,12 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     drawn, and what centres and scales the states. Publish it, and pin it: assay poc pins new
     --frame frame.safetensors.
     """
-    from assay import poc
-    from assay.files.storage import check_new_file
     from assay.poc.launch import load
 
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     model = load(chosen.model, chosen.dtype, chosen.device)
     with progress_bar("measuring", "sequences") as progress:
-        measured = poc.measure_frame(model, progress=progress)
+        measured = assay.poc.measure_frame(model, progress=progress)
     measured.save(chosen.output)
     counts = {
         "coordinates": len(measured.mean),
@@ -393,7 +389,7 @@ def in_column(text: str) -> str:
     return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
 
 
-def _print_verdict(verdict: "ProofVerdict", standing: "Standing | None") -> None:
+def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None") -> None:
     noise = verdict.noise
     sequential = verdict.sequential
     count = verdict.count
@@ -443,7 +439,7 @@ def _print_verdict(verdict: "ProofVerdict", standing: "Standing | None") -> None
     table(("", "result"), rows)
 
 
-def _sentence(verdict: "ProofVerdict") -> str:
+def _sentence(verdict: "assay.poc.ProofVerdict") -> str:
     """Return what a verdict comes to, for a reader who knows no statistics."""
     checked = f"of {verdict.proved} nonces {verdict.checked} were recomputed"
     meanings = {
@@ -497,14 +493,12 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     The proofs say which checkpoint ran on which engine. They hold no host name, no path, no prompt,
     and no key of yours.
     """
-    from assay import poc
-    from assay.files.storage import check_folder
     from assay.poc.launch import Proving, open_prover
 
-    poc.Round(
+    assay.poc.Round(
         block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len
     )
-    if poc.get_pipeline(chosen.preset).steps:
+    if assay.poc.get_pipeline(chosen.preset).steps:
         raise UsageError(
             f"preset {chosen.preset}, whose tokens part after the first that differs",
             wanted="one whose values are compared nonce by nonce",
@@ -520,11 +514,13 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
             "model": model.digest,
         }
         for number in range(1, chosen.blocks + 1):
-            round = poc.Round(block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape)
+            round = assay.poc.Round(
+                block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape
+            )
             path = chosen.output / f"{round.block_hash}.jsonl"
             if not path.exists():
-                poc.prove(model, round, range(chosen.nonces), engine=engine, output=path)
-            header = poc.Proof.load(path).header
+                assay.poc.prove(model, round, range(chosen.nonces), engine=engine, output=path)
+            header = assay.poc.Proof.load(path).header
             if (header.round, header.fingerprint, header.count) != (
                 round,
                 engine.fingerprint,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+import assay
 from assay.cli.flags import (
     ARGUMENT,
     RECEIPTS,
@@ -189,13 +190,14 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     the whole life.
     """
     from assay.poc.audit import Auditor
-    from assay.poc.protocol.pins import Pins
 
     with noting_new(chosen.ledger), progress_bar("replaying", "responses") as progress:
         auditor = Auditor(**auditor_values(chosen), progress=progress)
         outcome = auditor.audit_receipts(
             chosen.receipts,
-            given=Pins(**chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"})),
+            given=assay.poc.Pins(
+                **chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"})
+            ),
             **chosen.model_dump(include={"requests", "evidence", "lora", "batch_size"}),
         )
     if as_json:

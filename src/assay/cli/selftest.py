@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+import assay
 from assay.cli.flags import CalibrationFile, FrameFile, LaunchSettings, Positions
 from assay.cli.poc import PresetName, in_column, poc
 from assay.errors import UsageError
@@ -65,12 +66,9 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
     change and no law says whether it matters, or bad input.
     """
     from assay.poc.launch import Launch, usual_preset
-    from assay.poc.protocol.pipelines import get_pipeline
-    from assay.poc.protocol.round import Round
-    from assay.poc.verdict.calibration_file import Calibration
 
     preset = chosen.preset or usual_preset(chosen.model)
-    round = Round(
+    round = assay.poc.Round(
         block_hash=BLOCK,
         public_key=BLOCK,
         model=chosen.model,
@@ -81,15 +79,15 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
     path = chosen.calibration
     options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
     if chosen.url is None:
-        launch.check_engine(get_pipeline(preset))
+        launch.check_engine(assay.poc.get_pipeline(preset))
     else:
         _check_remote(chosen)
-    calibration = None if path is None else Calibration.load(path)
+    calibration = None if path is None else assay.poc.Calibration.load(path)
     from assay.poc.selftest import check_round, run_remote_selftest, run_selftest
 
     check_round(round)
     if chosen.url is None:
-        launch.read_frame(get_pipeline(preset))
+        launch.read_frame(assay.poc.get_pipeline(preset))
         launch.check_loadable()
         with progress_bar("testing", "engines") as progress:
             result = run_selftest(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 from pydantic import Field
 
+import assay
 from assay.cli.flags import ARGUMENT, FOLDER, KernelName, Limit, ModelSettings
 from assay.cli.poc import poc
 from assay.errors import UsageError
@@ -17,7 +18,6 @@ from assay.settings import Flag, Settings
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
     from assay.poc.net.server_settings import ListenerSettings, ServerSettings
-    from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.service.service_settings import ServiceSettings
     from assay.poc.validator.validator_settings import ValidatorSettings
 
@@ -69,7 +69,9 @@ class RunSettings(ListenSettings, ModelSettings):
         for dtype in dtypes:
             check_loadable(self.model, dtype, self.device)
 
-    def deploy(self, pins: "NetworkPins | None", dtype: str | None = None) -> "Deployment":
+    def deploy(
+        self, pins: "assay.poc.NetworkPins | None", dtype: str | None = None
+    ) -> "Deployment":
         """Load the model with the frame that the network agreed on, and return it with its
         kernels.
         """
@@ -130,7 +132,6 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     A restart continues where the service was stopped. Keys and callback secrets come from files or
     from the variables ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
-    from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration_file import account_alpha
     from assay.poc.verdict.ledger import check_ledger
 
@@ -140,14 +141,13 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
             service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta
         )
     chosen.check_address(service)
-    from assay.models.catalogue import model_info
     from assay.poc.engines.hf.shapes import check_shape
     from assay.poc.service.service_api import serve
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here
     # must fit.
-    info = model_info(chosen.model)
-    if service.seq_len != Round.seq_len:
+    info = assay.models.model_info(chosen.model)
+    if service.seq_len != assay.poc.Round.seq_len:
         check_shape(info, batch_size=1, seq_len=service.seq_len)
     chosen.check_loadable(chosen.dtype)
     serve(lambda: chosen.deploy(service.pins), service, host=chosen.host, port=chosen.port)
@@ -235,24 +235,22 @@ def validator(
     are on disk.
     """
     from assay.poc.network_pins import pinned_format
-    from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.registry import Registry
     from assay.poc.verdict.ledger import check_ledger
 
     check_folder(server.data_dir)  # first what needs no torch
     registry = Registry.load(settings.pins, settings.nodes, server, model=chosen.model)
     chosen.check_address(server)
-    from assay.models.catalogue import model_info
     from assay.poc.validator.validator_api import validate
     from assay.poc.validator.validator_controller import LEDGER
 
-    registry.check_length(model_info(chosen.model))  # before there is a database
+    registry.check_length(assay.models.model_info(chosen.model))  # before there is a database
     dtype = chosen.dtype or pinned_format(settings.pins, chosen.model)
     chosen.check_loadable(dtype, *settings.controls)
     check_ledger(server.data_dir / LEDGER, alpha=registry.alpha, beta=server.beta)
 
     def load() -> "Deployment":
-        pins = NetworkPins.load(settings.pins)
+        pins = assay.poc.NetworkPins.load(settings.pins)
         deployed = chosen.deploy(pins, dtype)
         again = (
             chosen.model_copy(update={"dtype": name}).deploy(pins) for name in settings.controls

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
+import assay
 from assay.cli.flags import (
     ARGUMENT,
     DTYPE,
@@ -20,16 +21,15 @@ from assay.cli.flags import (
     Unsandboxed,
 )
 from assay.errors import AssayError, DataError, UsageError
-from assay.files.storage import check_folder
+from assay.files.jsonl import dumps, read_json, read_jsonl
+from assay.files.storage import check_folder, write_atomic
 from assay.framework.commands import Group, extension
 from assay.framework.output import emit_document, progress_bar, show_tables, show_values, table
 from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
-    from assay.models.model import Model
     from assay.vhack.detectors.comparison import Comparison
-    from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.training.settings import TrainSettings
 
 
@@ -163,8 +163,6 @@ class TrainCommand(FolderSettings):
 )
 def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
-    from assay import vhack
-    from assay.files.storage import check_folder
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import fewest_groups, select_pairs
 
@@ -184,12 +182,12 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
 
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
-        basis = vhack.extract(
+        basis = assay.vhack.extract(
             pairs,
             loaded,
             **chosen.model_dump(include=_PASSED),
             cache=None if chosen.no_cache else user_cache(loaded, chosen.cache),
-            min_coverage=0.0 if chosen.allow_partial else vhack.MIN_COVERAGE,
+            min_coverage=0.0 if chosen.allow_partial else assay.vhack.MIN_COVERAGE,
             progress=progress,
         )
     basis.save(chosen.output)
@@ -225,32 +223,31 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
 
     Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
     """
-    from assay.vhack import checks
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import check_groups
 
     all_pairs = find_pairs(chosen.pairs)  # before torch is imported
     grouping = [pair.group for pair in all_pairs], chosen.method, chosen.seed, chosen.alpha
     few = None if chosen.basis else check_groups(*grouping)
-    from assay.vhack.directions.basis.basis import Basis
     from assay.vhack.directions.checks.check_page import make_page
-    from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 
-    rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
-    read = Basis.load(chosen.basis) if chosen.basis else None
+    rules = assay.vhack.checks.CheckSettings(
+        **chosen.model_dump(include={"k_use", "alpha", "seed", "method"})
+    )
+    read = assay.vhack.Basis.load(chosen.basis) if chosen.basis else None
     few = check_groups(*grouping, read.origin.groups) if read else few
     if few:
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:
-        Basis.load(chosen.basis, loaded)  # of these weights
+        assay.vhack.Basis.load(chosen.basis, loaded)  # of these weights
     with progress_bar("decompositions and gradients", "steps") as progress:
-        result = checks.check(
+        result = assay.vhack.checks.check(
             all_pairs,
             loaded,
             basis=read,
             settings=rules,
-            min_coverage=0.0 if chosen.allow_partial else MIN_COVERAGE,
+            min_coverage=0.0 if chosen.allow_partial else assay.vhack.MIN_COVERAGE,
             progress=progress,
         )
     if chosen.html:
@@ -280,14 +277,14 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean)
     )
     check_apart(hack, clean)  # before torch is imported
-    from assay.vhack import checks
-    from assay.vhack.directions.basis.basis import Basis
 
-    rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
-    basis = Basis.load(chosen.basis)
+    rules = assay.vhack.checks.CheckSettings(
+        **chosen.model_dump(include={"k_use", "alpha", "seed"})
+    )
+    basis = assay.vhack.Basis.load(chosen.basis)
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
-        result = checks.check_two_pools(
+        result = assay.vhack.checks.check_two_pools(
             hack,
             clean,
             loaded,
@@ -322,7 +319,6 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     """
     first, *more = chosen.results
     command = f"assay vhack report {first}"
-    from assay.files.jsonl import read_json, read_jsonl
 
     logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
     if first.is_dir() and not any(logs):  # before torch, as the next one
@@ -356,7 +352,6 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
                 do="name another file",
             )
     from assay.vhack.directions.checks.check_page import make_page
-    from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.training.page import training_page
 
     try:
@@ -374,7 +369,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         )
     values = {"path": str(chosen.output)}
     if page is None:
-        read = CheckReport.from_dict(parsed)
+        read = assay.vhack.checks.CheckReport.from_dict(parsed)
         page = make_page(read, command=command)
         values["verdict"] = read.verdict
     page.write(chosen.output)
@@ -441,9 +436,6 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
 
 def keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> bool:
     """Write a result into its file, and print it where JSON is wanted; return whether it was."""
-    from assay.files.jsonl import dumps
-    from assay.files.storage import write_atomic
-
     if path:
         write_atomic(path, dumps(result) + "\n")
     if as_json:
@@ -451,19 +443,15 @@ def keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> boo
     return as_json
 
 
-def _load(chosen: WeightSettings) -> "Model":
+def _load(chosen: WeightSettings) -> "assay.models.Model":
     """Load the model of a command about texts."""
-    from assay.models.load import load_model
-
     check_tokenizer(chosen.model)
-    return load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
+    return assay.models.load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
 
 
 def check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
-    from assay.models.load import load_tokenizer
-
-    if load_tokenizer(model) is None:
+    if assay.models.load_tokenizer(model) is None:
         raise UsageError(
             f"--model {model} has no tokenizer",
             wanted="a model that reads texts",
@@ -471,7 +459,7 @@ def check_tokenizer(model: str) -> None:
         )
 
 
-def print_checks(result: "CheckReport", *, title: str) -> None:
+def print_checks(result: "assay.vhack.checks.CheckReport", *, title: str) -> None:
     """Print the table of checks with their largest null p-values, and why failed ones failed."""
     rows: list[tuple[str, ...]] = []
     for outcome in result.checks:

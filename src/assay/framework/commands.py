@@ -33,6 +33,7 @@ from assay.errors import (
     how_to_install,
 )
 from assay.files.references import check_reference
+from assay.files.storage import check_new_file, storage_error
 from assay.files.toml import read_toml
 from assay.framework.output import loading_bar
 from assay.framework.variables import unknown
@@ -388,8 +389,6 @@ class Command(click.Command):
 
     def check_files(self, instances: Sequence[Settings], values: Mapping[str, Any]) -> None:
         """Refuse results that cannot be written and files that cannot be read, before torch."""
-        from assay.files.storage import check_new_file
-
         may_replace = "overwrite" not in self.settings
         for name in (name for name in values if self.settings[name].flag.file):
             check_new_file(values[name], overwrite=bool(values.get("overwrite", may_replace)))
@@ -631,8 +630,6 @@ def _nearest(word: str, choices: Iterable[str], else_do: str) -> str:
 
 def in_assay_words(error: OSError) -> StorageError:
     """Return an error of the operating system in the three parts of every error."""
-    from assay.files.storage import storage_error
-
     return storage_error(Path(str(error.filename or "output")), error)
 
 
@@ -649,7 +646,7 @@ def in_three_parts(error: click.ClickException) -> UsageError:
         )
         command = context.command if context else None
         key = command.key_of(error.option_name) if isinstance(command, Command) else None
-        if key:
+        if key and isinstance(command, Command):
             words = ".".join(name.split()[1:])
             on_the_line = "" if command.settings[key].flag.secret else f"--set {key}=…, or "
             do = f"write {on_the_line}`{key} = …` under [{words}] in a file for --config"
