@@ -1,5 +1,6 @@
 """Fixtures and markers that tests and research share: small real checkpoints, made on the spot."""
 
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -7,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests import programs
+from tests import programs, usual
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Workers share the cores: torch threads that wait busily for each other would slow all of them
 # down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# transformers and TRL each ask for the packages of every file that is installed, for seconds.
+importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
+
+REFERENCES = ("reference:qwen3", "reference:llama")
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -31,21 +36,47 @@ FOLDERS = {"tests/docs": "pages", "tests/vllm": "vllm", "research/tests": "resea
 """Markers of whole folders; `make test` leaves out what they mark."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of a folder, and put files of long tests first: one met at the end would run
-    alone.
+LONGEST = (
+    "tests/vhack/training/test_run.py",
+    "tests/poc/responses/test_replay.py",
+    "tests/poc/test_verifier.py",
+    "tests/cli/test_replay.py",
+    "tests/cli/test_app.py",
+    "tests/cli/test_calibrate.py",
+    "tests/cli/test_mistakes.py",
+    "tests/cli/test_poc.py",
+    "tests/models/test_stored.py",
+    "tests/chain/test_calls.py",
+    "tests/end_to_end/test_service_process.py",
+    "tests/poc/service/test_openapi.py",
+)
+"""Files whose usual tests take longest, which begin first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have properties tried on fewer examples where slow tests are left out."""
+    chosen = config.getoption("markexpr")
+    usual.choice["slow"] = not chosen.startswith("not") or "slow" not in chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark the tests of a folder; of those that were asked for, put files of long tests first: one
+    met at the end would run alone.
     """
     root = Path(__file__).parent
-    longest: dict[Path, float] = {}
     for item in items:
         for folder, marker in FOLDERS.items():
             if item.path.is_relative_to(root / folder):
                 item.add_marker(marker)
+    yield
+    seconds: dict[Path, float] = {root / path: 1000.0 - n for n, path in enumerate(LONGEST)}
+    for item in items:
         limit = item.get_closest_marker("timeout")
         slow = item.get_closest_marker("slow")
-        seconds = float(limit.args[0]) if limit else 60.0 if slow else 0.0
-        longest[item.path] = max(seconds, longest.get(item.path, 0.0))
-    items.sort(key=lambda item: -longest[item.path])
+        longest = float(limit.args[0]) if limit else 60.0 if slow else 0.0
+        seconds[item.path] = max(longest, seconds.get(item.path, 0.0))
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @cache
@@ -152,7 +183,9 @@ def small_model(small_checkpoint: Path):
     return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
-@pytest.fixture(scope="session", params=["reference:qwen3", "reference:llama"])
+@pytest.fixture(
+    scope="session", params=usual.usual(("reference:qwen3", "reference:llama"), "reference:qwen3")
+)
 def reference_model(request: pytest.FixtureRequest):
     """Each bundled model, loaded on the CPU in bfloat16."""
     from assay.models import load_model

@@ -15,17 +15,12 @@ from assay.poc.prover import prove
 from tests.chain.client import Failed, Node, Stage, Validator, callback_url, start
 from tests.chain.mlnode import MLNode
 from tests.chain.services import Machine, Participant
+from tests.usual import usual
 from tests.waiting import until
 
 SEQ_LEN = 4
 OWN = "02own"
-MACHINES = [
-    (1, False),
-    (2, False),
-    pytest.param((8, False), marks=pytest.mark.slow),
-    (1, True),
-    pytest.param((2, True), marks=pytest.mark.slow),
-]
+MACHINES = usual([(1, False), (2, False), (8, False), (1, True), (2, True)], (2, False), (1, True))
 """Machines of an operator, and whether they are servers of one MLNode."""
 
 

@@ -258,6 +258,7 @@ WITHOUT_TORCH = (
 FORKS = """
 import json, os, sys, tempfile, traceback
 import assay.cli.app, assay.cli.calibrate, assay.cli.foundation, assay.cli.poc, assay.cli.vhack
+import assay.poc.audit, assay.poc.launch, assay.poc.network_pins, assay.poc.verdict.ledger
 from assay.cli import run
 for line in sys.stdin:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

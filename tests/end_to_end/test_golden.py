@@ -1,11 +1,8 @@
-"""What the first version made comes out of today's code byte for byte, and what it left on disk
-still opens.
-"""
+"""What the first version made comes out of today's code byte for byte."""
 
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +13,6 @@ import pytest
 from assay.models import load_model
 from assay.models.frame import Frame
 from assay.poc import measure_frame
-from tests.end_to_end.server import Server
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 GOLDEN = json.loads((VECTORS / "golden_sha256.json").read_text(encoding="utf-8"))
@@ -73,26 +69,3 @@ def test_nonces_of_tokens_are_those_of_the_known_answers():
         np.testing.assert_allclose(
             getattr(measured, name), getattr(Frame.load(frame), name), rtol=1e-3, atol=1e-4
         )
-
-
-def test_a_database_of_the_first_version_opens(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir(mode=0o700)
-    shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", data)
-    before = json.loads((VECTORS / "first" / "service" / "status.json").read_text(encoding="utf-8"))
-    server = Server(tmp_path, "--seq-len", "8", model="reference:qwen3", fork=False)
-    server.start()
-    try:
-        server.wait_for()
-        now = server.status()
-        for field in (
-            "state",
-            "valid_nonces",
-            "valid_distances",
-            "total_checked",
-            "total_valid",
-            "config",
-        ):
-            assert now[field] == before[field], field
-    finally:
-        server.close()

@@ -16,7 +16,8 @@ from assay.poc.responses import replay, respond
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
 from assay.vhack import Sample, per_sample_gradients
 from assay.vhack.training.sampling import sample_batches
-from tests.models.zoo import LIMIT, ZOO, random_model, rotary
+from tests.models.zoo import LIMIT, USUAL, ZOO, random_model, rotary
+from tests.usual import usual
 from tests.vhack.adapter import made
 from tests.vhack.conftest import bytewise
 from tests.wordings import refuses
@@ -24,7 +25,7 @@ from tests.wordings import refuses
 CLOSE = 1e-4  # of float32, for sums in another order; a row by other factors is 0.1 to 2 away
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=usual(ZOO, *USUAL))
 def model(request):
     return random_model(request.param)
 

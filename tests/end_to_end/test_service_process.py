@@ -1,6 +1,8 @@
-"""The process: signals, locks, addresses, many readers, a full disk."""
+"""The process: signals, locks, addresses, many readers, a full disk, an old database."""
 
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +17,7 @@ from tests.end_to_end.server import Server
 from tests.poc.service.conftest import ROUND as SERVICE_ROUND
 from tests.waiting import until
 
+VECTORS = Path(__file__).parents[1] / "vectors"
 ROUND = SERVICE_ROUND | {
     "block_hash": "block_gamma",
     "block_height": 1,
@@ -144,3 +147,26 @@ def test_a_second_signal_is_not_needed_while_streams_are_open(launch):
         assert server.wait(15) == 0
     finally:
         stream.close()
+
+
+def test_a_database_of_the_first_version_opens(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir(mode=0o700)
+    shutil.copy(VECTORS / "first" / "service" / "service.sqlite3", data)
+    before = json.loads((VECTORS / "first" / "service" / "status.json").read_text(encoding="utf-8"))
+    server = Server(tmp_path, "--seq-len", "8", model="reference:qwen3")
+    server.start()
+    try:
+        server.wait_for()
+        now = server.status()
+        for field in (
+            "state",
+            "valid_nonces",
+            "valid_distances",
+            "total_checked",
+            "total_valid",
+            "config",
+        ):
+            assert now[field] == before[field], field
+    finally:
+        server.close()

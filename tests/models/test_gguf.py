@@ -218,7 +218,7 @@ import resource, sys
 from assay.errors import BadWeights
 from assay.models import gguf_file
 
-gguf_file.MOST_READS = 2**16
+gguf_file.MOST_READS = 2**13
 used = resource.getrusage(resource.RUSAGE_SELF)
 seconds = int(used.ru_utime + used.ru_stime) + 30
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

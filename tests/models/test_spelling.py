@@ -13,6 +13,7 @@ from assay.models.spelling import (
 )
 from assay.models.token_text import decode_tokens
 from tests.models.families import EXACT, FAMILIES, family
+from tests.usual import examples
 
 PIECES = [
     "def", " solve", "(x)", ":", "\n", "    ", " ", "\t", "return", "x", "1", " + ", ".", " ,",
@@ -30,7 +31,7 @@ def decoded(tokenizer, ids):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(prompt=TEXTS, completion=TEXTS)
 def test_tokens_spell_the_text_and_its_prompt(name, prompt, completion):
     tokenizer = family(name)

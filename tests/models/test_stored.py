@@ -26,6 +26,7 @@ from tests.models.storing import (
     rewrite,
     store,
 )
+from tests.usual import usual
 from tests.wordings import refuses
 
 NAMES = dict.fromkeys(FORMATS, "float8") | {
@@ -51,7 +52,7 @@ def written(small_checkpoint, tmp_path_factory):
     return write
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=usual(NAMES, "channel", "block", "int8", "packed", "gptq"))
 def stored(request, written):
     """A small checkpoint in each format, and the name of the format."""
     return written(request.param), NAMES[request.param]
@@ -63,7 +64,7 @@ def mixture_checkpoint(tmp_path_factory):
     return make_mixture("qwen3-moe", tmp_path_factory.mktemp("checkpoint") / "mixture")
 
 
-@pytest.mark.parametrize("stored", FORMATS, indirect=True)
+@pytest.mark.parametrize("stored", usual(FORMATS, "channel", "block", "int8"), indirect=True)
 def test_a_layer_multiplies_by_what_is_stored(stored):
     path, name = stored
     model = load_model(path, device="cpu")
@@ -78,7 +79,7 @@ def test_a_layer_multiplies_by_what_is_stored(stored):
     assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("form", ["channel", "block", "int8"])
+@pytest.mark.parametrize("form", usual(("channel", "block", "int8"), "block"))
 def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint, tmp_path, form):
     path = store(mixture_checkpoint, tmp_path / "model", form)
     model = load_model(path, device="cpu")
@@ -120,7 +121,7 @@ def entry(tensors, form, row, column):
     return (number - zero) * float(tensors[f"{LAYER}.weight_scale"][row, group])
 
 
-@pytest.mark.parametrize("form", FOUR_BITS)
+@pytest.mark.parametrize("form", usual(FOUR_BITS, "packed", "gptq"))
 def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint):
     path = written(form)
     model = load_model(path, device="cpu", dtype="float32")
@@ -139,7 +140,7 @@ def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint):
     assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("form", FOUR_BITS)
+@pytest.mark.parametrize("form", usual(FOUR_BITS, "packed", "gptq"))
 def test_a_weight_in_another_dtype_is_rounded_once_and_its_scale_first(written, form):
     path = written(form)
     weight = load_model(path, device="cpu", dtype="bfloat16").module.get_submodule(LAYER).weight

@@ -79,8 +79,9 @@ LARGE = [
 @pytest.mark.parametrize(
     ("template", "bound"),
     [
-        *((one, {"CPU_SECONDS": 0.2}) for one in SLOW),
-        *((one, {"MEMORY_BYTES": 2**27}) for one in LARGE),
+        pytest.param(template, bound, marks=[pytest.mark.slow] if number % 3 else [])
+        for templates, bound in ((SLOW, {"CPU_SECONDS": 0.2}), (LARGE, {"MEMORY_BYTES": 2**27}))
+        for number, template in enumerate(templates)
     ],
 )
 def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(

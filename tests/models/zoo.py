@@ -104,6 +104,18 @@ ZOO: dict[str, dict[str, Any]] = {
 says.
 """
 
+USUAL = (
+    "Llama",
+    "Llama longrope",
+    "Qwen3",
+    "Gemma3",
+    "GptOss",
+    "Qwen3Moe",
+    "DeepseekV3",
+    "FalconH1",
+)
+"""Those of which `make test` takes every test: one of each way to build a decoder."""
+
 PASSES_ONLY: dict[str, dict[str, Any]] = {
     # Each layer runs several times in a pass.
     "HrmText": {"num_layers_per_stack": 2},

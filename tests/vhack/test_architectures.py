@@ -12,14 +12,15 @@ from assay.errors import ModelError
 from assay.vhack import Basis, Coverage, extract, target_modules, weight_svd
 from assay.vhack.directions.delta import DeltaS
 from assay.vhack.directions.gradients.targets import coverage
-from tests.models.zoo import OPT, PASSES_ONLY, ZOO, random_model
+from tests.models.zoo import OPT, PASSES_ONLY, USUAL, ZOO, random_model
+from tests.usual import usual
 from tests.vhack.adapter import made, of_weights, sequential_gradients, worst_error
 from tests.wordings import refuses
 
 MATRICES = {"Granite": 14, "Qwen2": 14, "Phi3 longrope": 8, "OPT": 6, "FalconH1": 14}
 
 
-@pytest.mark.parametrize("name", [*ZOO, *PASSES_ONLY])
+@pytest.mark.parametrize("name", usual((*ZOO, *PASSES_ONLY), *USUAL))
 def test_gradients_are_those_of_the_weights(name, gradients_of, samples, byte_tokenizer):
     module = random_model(name).module
     svd = weight_svd(module, min_coverage=0.0)

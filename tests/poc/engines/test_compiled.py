@@ -21,6 +21,7 @@ from assay.poc import verifier as _verifier
 from assay.poc.engines.hf import compiled_forward
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import be_deterministic, is_compiled
+from tests.usual import usual
 from tests.wordings import refuses
 
 
@@ -52,7 +53,7 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, unhooked_model, round_: 
 
 @pytest.mark.parametrize("kernels", ["compiled", "eager"])
 @pytest.mark.parametrize("node", ["hf", "vllm"])
-@pytest.mark.parametrize("batch_size", [4, 8])
+@pytest.mark.parametrize("batch_size", usual((4, 8), 4))
 def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
     node: str,
     kernels: str,
@@ -124,6 +125,7 @@ def test_the_fingerprint_names_it(unhooked_model, uncompiled):
     assert not is_compiled(replace(compiled, engine="vllm"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script_method.*:DeprecationWarning"
 )  # torch's, of its own compiler

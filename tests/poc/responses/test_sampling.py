@@ -15,6 +15,7 @@ from assay.poc.responses import ResponseSeed, Sampling
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.vectors import scores
+from tests.usual import usual
 from tests.wordings import refuses
 
 NEEDS_CUDA = [
@@ -182,7 +183,8 @@ def p_value(drawn: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["temperature", "hot", "top-p", "min-p", "penalties", "everything"]
+    "name",
+    usual(("temperature", "hot", "top-p", "min-p", "penalties", "everything"), "hot", "everything"),
 )
 def test_a_million_draws_are_those_of_ordinary_sampling(name: str):
     drawn, raw = draws(SETTINGS[name])

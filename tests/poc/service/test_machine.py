@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from assay.poc.service import ServiceSettings, State
 from assay.poc.service.states import NEEDS_ROUND, TRANSITIONS
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Rig, Service
+from tests.usual import examples
 from tests.waiting import until
 
 BLOCKS = st.sampled_from(["block_a", "block_b", "block_c"])
@@ -172,6 +173,6 @@ def _settings(max_examples: int) -> settings:
 
 
 TestService = _Few.TestCase
-TestService.settings = _settings(10)
+TestService.settings = _settings(examples(10))
 TestServiceLonger = pytest.mark.slow(ServiceMachine.TestCase)
 TestServiceLonger.settings = _settings(50)

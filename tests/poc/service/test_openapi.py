@@ -13,6 +13,7 @@ from assay.poc.service import ServiceSettings, create_app
 from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import Rig
 from tests.poc.service.listening import listening
+from tests.usual import examples
 
 EVENTS = "/events"  # the end of the path of the stream, which has no end
 
@@ -78,7 +79,7 @@ def test_no_request_is_answered_with_a_server_error(path, method, mode, schema, 
 
     @hypothesis.given(case=requests)
     @hypothesis.settings(
-        max_examples=30,
+        max_examples=examples(30),
         deadline=None,
         derandomize=True,
         suppress_health_check=list(hypothesis.HealthCheck),

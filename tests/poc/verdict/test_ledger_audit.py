@@ -17,6 +17,7 @@ from assay.files.jsonl import dumps
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict.entries import Entry, sha256
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
+from tests.usual import examples
 from tests.wordings import refuses
 
 COLUMNS = {
@@ -66,7 +67,9 @@ def test_an_untouched_ledger_is_clean(clean: Path):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(place=st.sampled_from(PLACES), row=st.integers(0, 8), value=VALUES)
 def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, value):
@@ -91,7 +94,9 @@ def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, 
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_an_edited_character_of_the_evidence_is_found(clean: Path, tmp_path: Path, data):
@@ -418,7 +423,9 @@ def test_a_line_that_is_missing_or_doubled_is_found(lines: list[str], tmp_path: 
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     number=st.integers(0, 12),

@@ -67,6 +67,7 @@ def test_the_interval_holds_the_closed_form_in_honest_blocks(honest_blocks):
     assert given >= 0.9 * BLOCKS
 
 
+@pytest.mark.slow
 def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
     distances, factors = honest_blocks
     widths = np.array(
@@ -83,6 +84,7 @@ def test_the_factor_of_a_block_is_predicted_from_its_head(honest_blocks):
     assert 15 < factors[0].effective_dimension < 50
 
 
+@pytest.mark.slow
 def test_more_blocks_say_more(honest_blocks):
     distances, factors = honest_blocks
     known = factors[0].effective_dimension

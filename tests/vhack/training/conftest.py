@@ -46,6 +46,12 @@ def model(checkpoint):
     return load_model(str(checkpoint), dtype="float32", device="cpu")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages of runs without drawings, which take longer than the run; test_page.py draws them."""
+    monkeypatch.setattr("assay.pages.report.to_svg", lambda *_, **__: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def tasks():
     """Four tasks that are graded by an exit code."""

@@ -22,7 +22,10 @@ from assay.vhack.training import run as _run
 from assay.vhack.training.log import read_records, read_steps
 from assay.vhack.training.outcomes import Outcomes
 from assay.vhack.training.prepared import PreparedRun
+from tests.usual import usual
 from tests.wordings import refuses
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def lines(folder):
@@ -113,7 +116,11 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
 
 @pytest.mark.needs("sandbox")
 @pytest.mark.parametrize(
-    "arm", [*ARMS, "box", "advantage-modification", "displaced-0.4+erase-update-two-sided"]
+    "arm",
+    usual(
+        (*ARMS, "box", "advantage-modification", "displaced-0.4+erase-update-two-sided"),
+        *("none", "filter", "absorb", "penalty", "displaced-0.4+erase-update-two-sided"),
+    ),
 )
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
     judged = {"detector": "labels"} if arm in ARMS and ARMS[arm].flagged else {}
