@@ -90,16 +90,20 @@ def measured(reference, dtype, verifier, count, device):
 
 def answered(reference, dtype, verifier, count, device):
     """Return the same of answers to messages, the first ``count`` of 24, each up to its end
-    token.
+    token. A model without a chat template goes on with the text.
     """
     scene = Scene(reference, dtype, device)
     checker = open_model(reference, verifier, device)
     texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
+    is_chat = checker.tokenizer.chat_template is not None
     chats = [
         render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer)
         for text in texts
+        if is_chat
     ]
-    prompts_BT = torch.tensor(checker.tokenizer(chats, add_special_tokens=False)["input_ids"])
+    prompts_BT = torch.tensor(
+        checker.tokenizer(chats or texts, add_special_tokens=not is_chat)["input_ids"]
+    )
     replays = {}
     cheat = {}
     for setting, sampling in CHAT_WAYS.items():
