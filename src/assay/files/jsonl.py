@@ -8,6 +8,7 @@ bytes.
 import json
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ FORMATS = (
 """First bytes of files in other formats, their names, and how to turn them into JSON Lines."""
 
 
+@cache  # json.dumps would make one for each line
+def _encoder() -> json.JSONEncoder:
+    return json.JSONEncoder(
+        ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number
+    )
+
+
 def dumps(value: object) -> str:
     """Return a value as one line of canonical JSON.
 
@@ -59,13 +67,7 @@ def dumps(value: object) -> str:
     cannot hold is a UsageError.
     """
     try:
-        text = json.dumps(
-            value,
-            ensure_ascii=False,
-            allow_nan=False,
-            separators=(",", ":"),
-            default=_python_number,
-        )
+        text = _encoder().encode(value)
         # A lone surrogate has no UTF-8 form.
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,14 +144,14 @@ class Pipeline:
         """Whether anything is drawn for the block: the target, the random head, or a layer step."""
         return self.output == "distance" or self.head == "random" or self.layers != "none"
 
-    @property
+    @cached_property
     def vector_size(self) -> int:
         """Length of a published vector; 0 where a distance or points are published."""
         if self.output == "points":
             return 0
         return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
 
-    @property
+    @cached_property
     def vector_count(self) -> int:
         """Number of published vectors of a nonce: a sketch of every 32nd token, or one."""
         return len(sketch_steps(self.steps)) or 1

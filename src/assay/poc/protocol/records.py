@@ -10,6 +10,7 @@ import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -321,9 +322,15 @@ def encode_vector(vector: NDArray[Any], dtype: str = "<f2") -> str:
 
 def decode_vector(text: object, size: int, dtype: str = "<f2") -> NDArray[Any]:
     """Return the finite numbers of base64, float16 or ids in ``<u4``; else a ProofFormatError."""
+    length, wanted = _encoded(size, dtype)
+    return _numbers(_decode(text, length, wanted), dtype)
+
+
+@lru_cache(maxsize=2**8)  # naming a dtype takes numpy as long as reading the JSON of a record
+def _encoded(size: int, dtype: str) -> tuple[int, str]:
+    """Return the length of numbers in bytes, and what is wanted of their base64."""
     kind = np.dtype(dtype)
-    wanted = f"base64 of {size} finite little-endian {kind.name} values"
-    return _numbers(_decode(text, size * kind.itemsize, wanted), dtype)
+    return size * kind.itemsize, f"base64 of {size} finite little-endian {kind.name} values"
 
 
 def _decode(text: object, size: int, wanted: str) -> bytes:
@@ -341,10 +348,9 @@ def _decode(text: object, size: int, wanted: str) -> bytes:
 
 def _numbers(raw: bytes, dtype: str) -> NDArray[Any]:
     """Return the finite numbers of little-endian bytes, in the order of this machine."""
-    kind = np.dtype(dtype)
-    vector = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
-    if kind.kind == "f" and not np.isfinite(vector).all():
-        raise format_error("a vector that is NaN or infinity", f"finite {kind.name} values")
+    vector = np.frombuffer(raw, dtype).astype(dtype.removeprefix("<"))
+    if vector.dtype.kind == "f" and not np.isfinite(vector).all():
+        raise format_error("a vector that is NaN or infinity", f"finite {vector.dtype.name} values")
     return vector
 
 
