@@ -9,7 +9,7 @@ docs/configuration.md is generated from it::
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -140,6 +140,11 @@ class Settings(BaseSettings):
         if settings_cls.model_config.get("env_prefix"):
             return init_settings, Variables(settings_cls)
         return (init_settings,)
+
+    def values_for(self, kind: type) -> dict[str, Any]:
+        """Return the values that a dataclass has fields for, by name."""
+        names = type(self).model_fields.keys() & {field.name for field in fields(kind)}
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def flag(cls, field: str) -> Flag:

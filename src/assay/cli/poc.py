@@ -37,7 +37,7 @@ from assay.errors import UsageError
 from assay.files.storage import check_folder, check_new_file
 from assay.framework.commands import Group
 from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
-from assay.settings import Flag, Settings, Spelling
+from assay.settings import Flag, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.verdict.entries import Standing
@@ -155,25 +155,16 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     from assay.poc.network_pins import asked
     from assay.poc.protocol.commitments import Commitment, check_spread
 
-    names = (
-        "model",
-        "engine",
-        "dtype",
-        "device",
-        "batch_size",
-        "kernels",
-        "deterministic",
-        "frame",
-    )
-    options = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
+    model = chosen.model or ""
+    usual = {
+        "model": model,
+        "preset": chosen.preset or usual_preset(model),
+        "seq_len": chosen.seq_len or POSITIONS,
+    }
     stated = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     task = asked(
         chosen.pins,
-        Proving(
-            **options,
-            preset=chosen.preset or usual_preset(options["model"]),
-            seq_len=chosen.seq_len or POSITIONS,
-        ),
+        Proving(**chosen.values_for(Proving) | usual),
         stated,
         chosen.nonces if "nonces" in stated else None,
     )
@@ -260,26 +251,14 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     """
     from assay.poc.audit import Auditor
 
-    names = {
-        "block_hash",
-        "public_key",
-        "preset",
-        "seq_len",
-        "strength",
-        "r_target",
-        "node_id",
-        "node_count",
-    }
-    stated = assay.poc.Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
+    stated = chosen.values_for(assay.poc.Pins) | {"model": None, "nonces": None}
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
         auditor = Auditor(
-            **auditor_values(chosen),
-            commitments=chosen.commitment,
-            frame=chosen.frame,
-            control=chosen.control,
-            progress=progress,
+            **chosen.values_for(Auditor), commitments=chosen.commitment, progress=progress
         )
-        outcome = auditor.audit_proof(chosen.proof, given=stated, positions=chosen.nonces)
+        outcome = auditor.audit_proof(
+            chosen.proof, given=assay.poc.Pins(**stated), positions=chosen.nonces
+        )
     if as_json:
         emit_document(outcome.as_dict())
     else:
@@ -328,23 +307,6 @@ def noting_new(ledger: Path | None) -> Iterator[None]:
     yield
     if is_new:
         click.echo(f"new ledger {ledger}", err=True)
-
-
-def auditor_values(chosen: Settings) -> dict[str, Any]:
-    """Return the values of settings that say how a validator recomputes."""
-    names = (
-        "model",
-        "pins",
-        "calibration",
-        "engine",
-        "dtype",
-        "device",
-        "sample",
-        "seed",
-        "alpha",
-        "ledger",
-    )
-    return {name: getattr(chosen, name) for name in names}
 
 
 class _Pace:

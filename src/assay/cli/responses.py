@@ -16,7 +16,7 @@ from assay.cli.flags import (
     ModelSettings,
     NewFileSettings,
 )
-from assay.cli.poc import auditor_values, life_rows, noting_new, poc
+from assay.cli.poc import life_rows, noting_new, poc
 from assay.framework.output import emit_document, progress_bar, show_values, table
 from assay.settings import Flag
 
@@ -192,12 +192,10 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     from assay.poc.audit import Auditor
 
     with noting_new(chosen.ledger), progress_bar("replaying", "responses") as progress:
-        auditor = Auditor(**auditor_values(chosen), progress=progress)
+        auditor = Auditor(**chosen.values_for(Auditor), progress=progress)
         outcome = auditor.audit_receipts(
             chosen.receipts,
-            given=assay.poc.Pins(
-                **chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"})
-            ),
+            given=assay.poc.Pins(**chosen.values_for(assay.poc.Pins) | {"model": None}),
             **chosen.model_dump(include={"requests", "evidence", "lora", "batch_size"}),
         )
     if as_json:
