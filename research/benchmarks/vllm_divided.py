@@ -2,12 +2,14 @@
 
 Every case is a process with an engine of its own. All start at once, prove the same nonces of two
 blocks, answer chat beside a round, and wait for each other, and for other programs on the devices;
-then they take turns at the speed. In one case a worker is killed inside a round, which must end
+then they take turns at the speed. So that they fit beside each other each is told the size of its
+cache, and then passes are of few nonces and no CUDA graphs: what an engine can do is seen with
+`--alone`, one case after the other. In one case a worker is killed inside a round, which must end
 with an error that says so; started again, the engine proves the same nonces.
 
 - Residuals are to transformers, and to one device. The law of `tokens-1` is that of `calibrate`
   between one device and transformers, on another block. That of chain-decode comes with the bundled
-  model; its mixture has residuals alone. The cheat is the model in four bits, on transformers.
+  model. The cheat is the model in four bits, on transformers.
 - `bare` is the divided forward pass by itself: vLLM's own dummy passes over as many sequences of as
   many positions, in every worker, without inputs, sampling or scheduler. Stages compute at once and
   send nothing. `prefill` is what the same engine makes of the same prompts as requests for one
@@ -102,9 +104,6 @@ CASES = {
     "chain, tp 2": Case(TENSOR, "bundled", chain=True),
     "chain, tp 4": Case({"tensor_parallel_size": 4}, "bundled", chain=True),
     "chain, dp 2": Case(ENGINES, "bundled", chain=True),
-    "chain, mixture, one": Case({}, "mixture", chain=True),
-    "chain, mixture, tp 2": Case(TENSOR, "mixture", chain=True),
-    "chain, mixture, tp 2, experts dealt": Case(TENSOR | EXPERTS, "mixture", chain=True),
 }
 
 
@@ -171,7 +170,9 @@ class Measured:
         length = chosen.seq_len + steps + 2
         options = {"max_model_len": length, "max_num_seqs": BATCH, **self.case.options}
         options["max_num_batched_tokens"] = max(length, BATCH * chosen.seq_len)
-        if chosen.device == "cuda":
+        if chosen.device == "cuda" and chosen.alone:
+            options["gpu_memory_utilization"] = 0.5
+        elif chosen.device == "cuda":
             cache = (1 if self.case.weights == "bundled" else 3) * 2**30
             options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}
         if self.case.chain or self.case.killed or chosen.device == "cpu":
@@ -402,7 +403,8 @@ def wait_for_idle(chosen, deadline):
 def run_cases(chosen):
     """Run the processes of all cases, and give each its turn."""
     deadline = time.monotonic() + chosen.limit
-    groups = [chosen.cases] if chosen.device == "cuda" else [[name] for name in chosen.cases]
+    one_by_one = chosen.alone or chosen.device == "cpu"
+    groups = [[name] for name in chosen.cases] if one_by_one else [chosen.cases]
     for names in groups:
         processes = {name: start(name, chosen) for name in names}
         ready = [
@@ -508,6 +510,9 @@ def main():
     options_parser.add_argument("--steps", type=int, default=64, help="steps of the chain")
     options_parser.add_argument("--nonces", type=int, default=128)
     options_parser.add_argument("--speed", type=int, default=1024, help="nonces of a turn")
+    options_parser.add_argument(
+        "--alone", action="store_true", help="one case after the other, with all memory"
+    )
     options_parser.add_argument("--limit", type=float, default=900.0, help="seconds of all cases")
     options_parser.add_argument("--folder", type=Path, help="of checkpoints, proofs and logs")
     options_parser.add_argument("--child", help="the case that this process measures")

@@ -13,7 +13,6 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.vllm.vllm_engine import VLLMEngine
-from tests.models.storing import make_mixture
 from tests.vllm.conftest import ONE_GPU, SMALL_ENGINE, make_round
 from tests.wordings import refuses
 
@@ -71,18 +70,11 @@ def test_points_are_those_of_transformers(engine, theirs):
 
 @pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
-def test_two_workers_of_a_mixture_find_the_points_of_transformers(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-):
+def test_two_workers_find_the_points_of_transformers(theirs, monkeypatch: pytest.MonkeyPatch):
     # One core each, as the CPU build of vLLM wants to be told.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    # GPUs have no kernels for heads of 32.
-    path = str(make_mixture("qwen3-moe", tmp_path / "mixture", hidden_size=256, head_dim=64))
-    whole = load_model(path, dtype="float32", device="cpu")
-    theirs = poc.prove(whole, make_round(PRESET, seq_len=PROMPT), range(24), batch_size=8)
-    with VLLMEngine(
-        path, dtype="float32", enforce_eager=True, tensor_parallel_size=2, **SHAPE, **OPTIONS
-    ) as made:
+    options = OPTIONS | {"tensor_parallel_size": 2, "enforce_eager": True}
+    with VLLMEngine("reference:qwen3", dtype="float32", **SHAPE, **options) as made:
         check_points(made, theirs)
 
 

@@ -94,6 +94,7 @@ def hooks_on(runner, **changed) -> Hooks:
         "model.get_vocab_size": lambda: 40,
         "model.enforce_eager": True,
         "model.enable_prompt_embeds": True,
+        "model.is_moe": False,
         "model.hf_text_config": SimpleNamespace(num_hidden_layers=2),
         "parallel.pipeline_parallel_size": 1,
         "speculative_config": None,
@@ -201,6 +202,7 @@ def test_a_replay_follows_the_claim_in_one_prompt_or_in_parts(cut: int):
         ({"model.enforce_eager": False}, "enforce-eager"),
         ({"model.enable_prompt_embeds": False}, "enable-prompt-embeds"),
         ({"parallel.pipeline_parallel_size": 2}, "stages"),
+        ({"model.is_moe": True}, "mixture"),
     ],
 )
 def test_an_engine_that_cannot_reflect_rows_is_refused(changed, words: str):

@@ -8,7 +8,7 @@ points seed.
 Layers that are compiled take no hooks, so the engine must run eagerly, with the V1 runner. Under
 tensor parallelism every worker of a group has the same states, for their sums are the same bits
 everywhere, and so each makes the same points by itself. Stages would have to send the points back
-to the first one.
+to the first one, and a mixture has routers that the round seeds, which only transformers does.
 
 Legend of shapes: N rows of a step, T positions of a nonce, D hidden size, Q points.
 """
@@ -45,6 +45,7 @@ def chain_blocker(runner: Any, config: Any) -> str | None:
         (not model.enable_prompt_embeds, "chain-decode without --enable-prompt-embeds"),
         (runner_kind(runner) == "v2", "chain-decode on the V2 model runner"),
         (parallel.pipeline_parallel_size > 1, "chain-decode in pipeline stages"),
+        (model.is_moe, "chain-decode on a mixture of experts"),
         (config.speculative_config is not None, "chain-decode beside speculative decoding"),
     )
     return next((reason for blocks, reason in checks if blocks), None)
@@ -71,7 +72,7 @@ class Chains:
         if reason := chain_blocker(runner, config):
             raise UsageError(
                 reason,
-                wanted="layers in eager torch, prompt embeddings, one stage, the V1 runner",
+                wanted="a dense model in eager torch, prompt embeddings, one stage, the V1 runner",
                 do="serve with --enforce-eager --enable-prompt-embeds, or prove with --engine hf",
             )
         self._runner = runner
