@@ -295,6 +295,8 @@ def test_an_interruption_promises_only_what_is_true(arguments, said, assay, monk
     assert result.err.endswith(said)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_both_instruments_are_there_after_a_plain_import():
     done = subprocess.run(
         [sys.executable, "-c", "import assay; assay.vhack.extract, assay.poc.prove"], check=False

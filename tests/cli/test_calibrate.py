@@ -109,6 +109,7 @@ def measured(small_checkpoint, tmp_path_factory):
     return calibration, pins
 
 
+@pytest.mark.slow
 def test_one_machine_measures_a_law_for_every_pair_of_formats(
     measured, small_model, small_checkpoint
 ):

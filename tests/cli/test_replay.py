@@ -189,6 +189,7 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(
     assay, refused, prompts, tmp_path, monkeypatch
 ):

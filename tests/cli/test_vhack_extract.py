@@ -40,6 +40,7 @@ def test_a_basis_is_written_and_described(told, refused, tmp_path):
     assert "exists" in refused(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", path)
 
 
+@pytest.mark.slow
 def test_a_table_without_json_and_no_cache(assay, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", authored_pairs()[:2])
     asked = ["--n-heldout", "0", "--no-cache", "--rank", "8", "--method", "svd"]

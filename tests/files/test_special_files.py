@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from assay.files.sqlite import Database
 
 REFERENCE = Path(__file__).parents[2] / "src" / "assay" / "models" / "reference" / "qwen3"
@@ -57,6 +59,7 @@ def run_code(code: str, folder: Path) -> list[str]:
     return ended.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_pipe_in_a_folder_of_a_model_makes_nobody_wait(tmp_path: Path):
     """It is refused, or left out like a file that is not there."""
     folder = tmp_path / "folders" / "beside adaption"

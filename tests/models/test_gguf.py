@@ -233,6 +233,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used.ru_maxrss < 2**2
 """
 
 
+@pytest.mark.slow
 def test_a_hostile_header_takes_bounded_time_and_memory(write, tmp_path):
     """A count of the file is a claim: without a bound, the longest would be read for years."""
     data = write(more={"a.long.text": "x" * 64}).read_bytes()

@@ -184,6 +184,7 @@ def test_proofs_are_not_compared_with_each_other(proof: Proof):
         calibrate(proof, proof)
 
 
+@pytest.mark.slow
 def test_every_cheat_is_caught_on_both_bundled_models(bundled: tuple[Model, Proof]):
     model, honest = bundled
     expect = honest.round

@@ -336,6 +336,7 @@ def served(engines: dict[str, Model]) -> dict[str, Receipts]:
     return {name: respond(node, requests, **common) for name, node in nodes.items()}
 
 
+@pytest.mark.slow
 def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
     served: dict[str, Receipts], engines: dict[str, Model]
 ):

@@ -101,6 +101,7 @@ def test_the_first_nonces_come_before_the_law_of_their_block(rig, serving, llama
         service.post("/stop")
 
 
+@pytest.mark.slow
 def test_a_calibration_says_how_wide_the_error_is(rig, measured, llama, monkeypatch):
     """As on engines whose states cannot be read: the head is known, and the calibration has the
     effective dimension.
@@ -114,6 +115,7 @@ def test_a_calibration_says_how_wide_the_error_is(rig, measured, llama, monkeypa
     assert not fires(text)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_off_its_law_raises_the_alert(measured, monkeypatch):
     """Distances of another target: the block says nothing about them."""
     compute = _prover.compute

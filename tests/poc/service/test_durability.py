@@ -88,6 +88,7 @@ def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatc
     until(lambda: service.controller.rounds.current()[0] == "STOPPED")
 
 
+@pytest.mark.slow
 def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announced(service):
     service.generate(1, {"callback_url": "http://127.0.0.1:9/"})
     service.sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")

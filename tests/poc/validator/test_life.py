@@ -76,6 +76,7 @@ def test_blocks_with_laws_of_their_own_are_one_test(
     assert last.outcome.tests == 1
 
 
+@pytest.mark.slow
 def test_residuals_count_over_the_control_that_a_validator_computes(
     validating, small_model, small_checkpoint, tmp_path
 ):

@@ -103,6 +103,7 @@ def test_rows_of_many_nodes_are_replayed_together(small_model):
         assert residuals(proof.records, records).max() < 2e-3
 
 
+@pytest.mark.slow
 def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
     with validating(preset=PRESET) as running:
         honest = proof_of(small_model, "node_A", range(40), preset=PRESET)
@@ -125,6 +126,7 @@ def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
         running.send(wrong, status=422)
 
 
+@pytest.mark.slow
 def test_files_of_a_frame_lead_from_a_service_to_a_verdict(
     validating, small_checkpoint, small_model, tmp_path
 ):

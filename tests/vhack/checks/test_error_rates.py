@@ -40,6 +40,7 @@ def test_noise_passes_no_check_more_often_than_stated(gradients, quick, options)
     assert all(count <= most for count in counts.values()), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strength", "low", "high"), [(1.0, 0.0, 0.5), (4.0, 0.95, 1.0)])
 def test_planted_axes_pass_when_they_are_strong_enough(gradients, quick, strength, low, high):
     seeds = 40

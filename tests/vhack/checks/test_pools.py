@@ -173,6 +173,7 @@ def test_a_sample_in_both_pools_and_another_model_are_refused(
         scored(pools, small_model, other, byte_tokenizer, svd=small_svd)
 
 
+@pytest.mark.slow
 def test_a_truncated_basis_is_scored_and_checked_in_its_own_coordinates(
     small_model, byte_tokenizer, pools
 ):

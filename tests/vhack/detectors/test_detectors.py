@@ -24,6 +24,7 @@ from assay.vhack.detectors.rollout_judge import fit_scorer
 from assay.vhack.detectors.threshold import choose_threshold
 from assay.vhack.directions.gradients import per_sample
 from assay.vhack.names import DETECTORS
+from tests.usual import usual
 
 
 def evidence(n, told, shift=0.0, seed=0, texts=None):
@@ -107,7 +108,7 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
 
 
 @pytest.mark.parametrize("promised", [None, 0.1, 0.3])
-@pytest.mark.parametrize("groups", [4, 8, 19, 64])
+@pytest.mark.parametrize("groups", usual([4, 8, 19, 64], 8, 19))
 def test_a_new_group_loses_no_more_than_promised_on_average(groups, promised):
     """Groups of unequal sizes, whose scores are alike: by the first versions, 0.08 of 8 groups."""
     if promised is not None and promised < 1 / (groups + 1):
