@@ -8,6 +8,7 @@ docs/configuration.md is generated from it::
         blocks: Names = Field(("a", "b"), description="Block hashes.")          # --blocks a,b
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -221,9 +222,8 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     expected = IN_WORDS.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
     expected = expected.removeprefix("Value error, ")
-    near = get_close_matches(
-        str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR
-    )
+    words = words_of(field.annotation) or re.findall(r"'([^']+)'", expected)
+    near = get_close_matches(str(fault["input"]).lower(), map(str, words), cutoff=NEAR)
     shown = fault["input"] if isinstance(fault["input"], str) else repr(fault["input"])
     correct = f"correct {flag}{f' or {variable}' if variable else ''}"
     return UsageError(

@@ -1,9 +1,18 @@
 """The flags of ``assay poc prove`` that say how the engine runs."""
 
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 
+from assay.errors import UsageError
+from assay.models import load_model
 from assay.poc import Proof
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.names import ENGINES
+from assay.poc.launch import Launch, open_prefill
 
 CACHED = "bfloat16+fp8_e4m3-cache"
 
@@ -163,3 +172,56 @@ def test_what_cannot_be_judged_begins_no_ledger(
         "poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags
     )
     assert not ledger.exists()
+
+
+class OwnEngine(HFEngine):
+    """An engine that calls itself by a name of its own."""
+
+    @property
+    def fingerprint(self):
+        return replace(super().fingerprint, engine="own")
+
+
+batches = []
+
+
+@contextmanager
+def start_own(launch, dtype, *, batch_size, seq_len, frame):
+    """What a file of an engine of one's own has beside the engine."""
+    batches.append(batch_size)
+    model = load_model(launch.model, dtype=dtype, device="cpu").with_frame(frame)
+    yield model, OwnEngine(model, batch_size=batch_size, seq_len=seq_len)
+
+
+def test_an_engine_of_ones_own_is_a_file_and_a_line(
+    told, assay, refused, command, small_checkpoint, tmp_path, monkeypatch
+):
+    own = ("--engine", "own")
+    assert "wanted: 'hf' or 'vllm'" in refused(*command(*own))
+    monkeypatch.setitem(ENGINES, "own", f"{__name__}:start_own")
+    batches.clear()
+    told(*command(*own))
+    proof = tmp_path / "proof.jsonl"
+    assert Proof.load(proof).header.fingerprint.engine == "own"
+    model = ("--model", small_checkpoint)
+    round = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 16)
+    preset = ("--preset", "poc-2.0")
+    verdict = told("poc", "verify", proof, *model, *round, *preset, *own)
+    assert verdict["verdict"] == "honest"
+    few = ("--seq-len", 16, "--nonces", 8, "--batch-size", 8)
+    found = assay("poc", "selftest", *model, "--preset", "artifact", *few, *own, "--json")
+    assert json.loads(found.out)["comparisons"][-1]["setting"] == "batches of 2"
+    assert batches == [8, 8, 8, 2], "by prover, judge and self-test"
+    assert "`kernels` eager with --engine own" in refused(*command(*own, "--kernels", "eager"))
+    monkeypatch.delitem(ENGINES, "own")
+    assert "wanted: 'hf' or 'vllm'" in refused(*command(*own))
+
+
+def test_an_engine_of_ones_own_refuses_receipts_by_its_name(monkeypatch):
+    monkeypatch.setitem(ENGINES, "own", f"{__name__}:start_own")
+    launch = Launch(model="small", engine="own", dtype="float32")
+    with pytest.raises(UsageError, match="responses with --engine own"):
+        open_prefill(launch, []).__enter__()
+    monkeypatch.delitem(ENGINES, "own")
+    with pytest.raises(ValueError, match="'hf' or 'vllm'"):
+        launch.start()

@@ -129,7 +129,7 @@ def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch
             raise UsageError("vLLM with speculation", wanted="none", do="leave it out")
         yield small_model, HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
 
-    monkeypatch.setattr("assay.poc.selftest.vllm_engine", stand_in)
+    monkeypatch.setattr("assay.poc.launch.vllm_engine", stand_in)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     launch = Launch(model="small", engine="vllm")
     result = run_selftest(launch, ROUND, batch_size=8, nonces=8)
@@ -152,6 +152,6 @@ def test_an_engine_that_does_not_start_in_its_usual_setting_is_an_error(monkeypa
     def refuse(*_, **__):
         raise ModelError("vLLM does not start", wanted="an engine", do="see its log")
 
-    monkeypatch.setattr("assay.poc.selftest.vllm_engine", refuse)
+    monkeypatch.setattr("assay.poc.launch.vllm_engine", refuse)
     with pytest.raises(ModelError):
         run_selftest(Launch(model="small", engine="vllm"), ROUND)

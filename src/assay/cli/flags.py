@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from assay.devices import Device
-from assay.settings import Flag, Settings
+from assay.poc.engines.names import ENGINES, known_engine
+from assay.settings import Flag, Settings, Spelling
 
 ARGUMENT = Flag(argument=True)
 OUTPUT = Flag(("-o", "--output"), file=True)
@@ -16,6 +17,7 @@ MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
 PINS = Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")
 PROOF = Flag(reads="assay.poc.protocol.proof:Proof.load")
+ENGINE = Spelling(known_engine, str, "|".join(ENGINES))
 RECEIPTS = Flag(reads="assay.poc.responses.receipts:Receipts.load")
 
 KernelName = Annotated[
@@ -88,7 +90,7 @@ class ModelSettings(LoadSettings):
 class EngineSettings(LoadSettings):
     """How a model is loaded, where, and which engine runs it."""
 
-    engine: Literal["hf", "vllm"] = Field("hf", description="Engine that runs the model.")
+    engine: Annotated[str, ENGINE] = Field("hf", description="Engine that runs the model.")
 
 
 class LaunchSettings(EngineSettings, ModelSettings):

@@ -5,17 +5,18 @@
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import MappingProxyType
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
 from assay.files.references import CATALOGUE, find_path, stated_positions
 from assay.models.frame import Frame
+from assay.poc.engines.names import ENGINES, known_engine
 from assay.poc.protocol.checks import check_batch_size, check_positions
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import of_weights
@@ -37,21 +38,16 @@ if TYPE_CHECKING:
     from assay.poc.responses.adapters import Lora
     from assay.poc.responses.prefill import Prefill
 
-EngineName = Literal["hf", "vllm"]
 Kernels = Literal["auto", "compiled", "eager"]
 ARGUMENTS = "ASSAY_VLLM_ARGS"
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 DO_INSTEAD = {
     "model": "pass it to the command",
     "dtype": "pass it to the command",
     "revision": "download that revision, and pass its directory to --model",
     "worker_extension_cls": "leave it out: assay has the workers use its own",
 }
-"""Engine arguments that are not the operator's, and what to do instead: a proof names the model and
-the format that the command was given."""
-
-
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""Engine arguments that are not the operator's, as a proof names them, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ class Launch:
 
     Args:
         model: Reference of the model.
-        engine: Engine that runs it.
+        engine: Name of the engine that runs it, in ``ENGINES``.
         dtype: Number format of the weights. When None, the stored one for a prover, and that of the
             prover, which agrees best, for who judges.
         device: Device of the model; by default cuda where there is one.
@@ -68,7 +64,7 @@ class Launch:
     """
 
     model: str
-    engine: EngineName = "hf"
+    engine: str = "hf"
     dtype: str | None = None
     device: str | None = None
     frame: Path | None = None
@@ -83,8 +79,14 @@ class Launch:
         if self.engine == "hf":
             check_loadable(self.model, self.dtype or dtype, self.device)
 
+    @property
+    def start(self) -> Callable[..., AbstractContextManager[tuple["Model", "Engine"]]]:
+        """The function that starts the engine."""
+        function: Callable[..., Any] = resolve_name(ENGINES[known_engine(self.engine)])
+        return function
+
     def check_engine(self, pipeline: Pipeline | None = None) -> None:
-        """Refuse vLLM for a pipeline that it does not run, or where it is missing, before torch."""
+        """Refuse vLLM for a pipeline that it does not run, or where it is missing."""
         if self.engine == "vllm":
             _refuse_for_vllm(None, self.device, pipeline)
 
@@ -107,22 +109,6 @@ class Proving(Launch):
     kernels: Kernels = "auto"
     deterministic: bool = False
 
-    def shape(self, model: "Model", pipeline: Pipeline) -> dict[str, Any]:
-        """Return the arguments of an hf engine for a loaded model."""
-        from assay.poc.engines.hf.shapes import auto_batch
-
-        size = (
-            auto_batch(model, self.seq_len + pipeline.steps)
-            if self.batch_size == "auto"
-            else self.batch_size
-        )
-        compiled = compiles(model, self.kernels)
-        return {
-            "batch_size": size,
-            "seq_len": self.seq_len,
-            "compiled": compiled and not pipeline.steps,
-        }
-
     def check(self, pipeline: Pipeline) -> None:
         """Refuse options that the engine has no use for, which vLLM needs half a minute to say."""
         check_batch_size(1 if self.batch_size == "auto" else self.batch_size)
@@ -142,7 +128,7 @@ class Proving(Launch):
         }
         if unusable := [flag for flag, is_given in of_hf.items() if is_given]:
             raise UsageError(
-                f"{unusable[0]} with --engine vllm",
+                f"{unusable[0]} with --engine {self.engine}",
                 wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
                 do=f"leave {unusable[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
             )
@@ -154,7 +140,7 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     """Load a model and its engine; yield both.
 
     Raises:
-        UsageError: The engine has no use for an option.
+        UsageError: The engine has no use for an option, or cannot run the preset.
         BackendUnavailable: What the engine needs is not installed.
         ModelError: The model cannot be loaded.
     """
@@ -166,13 +152,13 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=pipeline.steps)
     from assay.models.catalogue import model_info
     from assay.poc.engines.hf.engine import HFEngine, be_deterministic
-    from assay.poc.engines.hf.shapes import check_shape
+    from assay.poc.engines.hf.shapes import auto_batch, check_shape
 
     check_shape(
         model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps
     )
-    if chosen.engine == "vllm":
-        with vllm_engine(
+    if chosen.engine != "hf":
+        with chosen.start(
             chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame
         ) as opened:
             yield opened
@@ -180,7 +166,15 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     if chosen.deterministic:
         be_deterministic()
     model = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
-    yield model, HFEngine(model, **chosen.shape(model, pipeline))
+    if chosen.batch_size == "auto":
+        size = auto_batch(model, chosen.seq_len + pipeline.steps)
+    engine = HFEngine(
+        model,
+        batch_size=size,
+        seq_len=chosen.seq_len,
+        compiled=compiles(model, chosen.kernels) and not pipeline.steps,
+    )
+    yield model, engine
 
 
 def check_judge(chosen: Launch, header: Header, calibration: Calibration | None) -> None:
@@ -213,8 +207,7 @@ def _check_positions(model: str, max_positions: int, header: Header) -> None:
         raise ProofMismatch(
             f"a proof of {positions} positions",
             wanted=f"at most the {max_positions} of {model}",
-            do="pass the model of the round with --model, or ask the node for its proof of this "
-            "round",
+            do="pass the round's model with --model, or ask the node for its proof of this round",
         )
 
 
@@ -227,23 +220,21 @@ def open_judge(
     The calibration that will judge the proof says the batch that it was measured with.
 
     Raises:
-        UsageError: The engine has no use for an option, or cannot run the preset of the proof.
-        BackendUnavailable: vLLM is not installed, or not in a version that was tested.
         CalibrationError: The calibration is of another model, preset or build than the proof.
-        ModelError: The model cannot be loaded.
+        AssayError: As of :func:`open_prover`.
     """
     dtype = chosen.dtype or of_weights(header.fingerprint.dtype)
     frame = chosen.read_frame(header.pipeline)
     if chosen.engine == "hf":
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
-    # vLLM reads these formats from the checkpoint, and has no option for them.
+    # Other engines read these formats from the checkpoint, and have no option for them.
     stored = dtype in NUMBER_FORMATS
     chosen.check_engine(header.pipeline)
     from assay.poc.verifier import judging_batch
 
-    size = judging_batch(header, engine="vllm", calibration=calibration)
-    with vllm_engine(
+    size = judging_batch(header, engine=chosen.engine, calibration=calibration)
+    with chosen.start(
         chosen,
         None if stored else dtype,
         frame=frame,
@@ -253,7 +244,7 @@ def open_judge(
         checkpoint_dtype = of_weights(opened[1].fingerprint.dtype)
         if stored and checkpoint_dtype != dtype:
             raise UsageError(
-                f"{dtype} on vLLM, of a checkpoint in {checkpoint_dtype}",
+                f"{dtype} with --engine {chosen.engine}, of a checkpoint in {checkpoint_dtype}",
                 wanted="the format of the checkpoint",
                 do="use --engine hf for it",
             )
@@ -270,13 +261,10 @@ def open_prefill(
 ) -> Iterator[tuple["Model", "Prefill"]]:
     """Yield the model and the engine that replay at most ``batch_size`` responses at once.
 
-    The first node's number format is taken where none is chosen. ``adapter`` is that of receipts
-    that name one.
+    Without a number format, the first node's is taken; ``adapter`` is that of the receipts.
 
     Raises:
-        UsageError: The engine has no use for an option.
-        BackendUnavailable: vLLM is not installed, or not in a version that was tested.
-        ModelError: The model cannot be loaded.
+        AssayError: As of :func:`open_prover`.
     """
     dtype = chosen.dtype or of_weights(files[0].header.fingerprint.dtype)
     if chosen.engine == "hf":
@@ -285,6 +273,10 @@ def open_prefill(
         loaded = load(chosen.model, dtype, chosen.device)
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
+    if chosen.engine != "vllm":
+        raise UsageError(
+            f"responses with --engine {chosen.engine}", wanted="hf or vllm", do="use --engine hf"
+        )
     _refuse_for_vllm(dtype, chosen.device)
     from assay.poc.vllm.vllm_engine import VLLMPrefill, refuse_adapter
 
@@ -309,8 +301,7 @@ def usual_preset(reference: str) -> str:
     path = find_path(reference)
     if path is None or path.is_file() or any(path.glob("*.[gG][gG][uU][fF]")):
         return "tokens-1"
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
-    return "tokens-1" if has_tokenizer else "poc-2.0"
+    return "tokens-1" if any((path / name).is_file() for name in TOKENIZERS) else "poc-2.0"
 
 
 def load(model: str, dtype: str | None, device: str | None) -> "Model":
@@ -342,13 +333,10 @@ def vllm_engine(
     batch_size: int,
     seq_len: int,
     frame: Frame | None = None,
-    options: Mapping[str, Any] = NO_OPTIONS,
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple["Model", "Engine"]]:
-    """Start vLLM with a model; yield the model's identity and the engine.
-
-    ``options`` are further arguments of the engine, beside those of the operator.
-    """
-    arguments = _prepare_vllm(chosen.device) | dict(options)
+    """Start vLLM, with ``options`` beside those of the operator; yield its model and engine."""
+    arguments = _prepare_vllm(chosen.device) | dict(options or {})
     from assay.poc.vllm.vllm_engine import VLLMEngine
 
     with VLLMEngine(
@@ -401,9 +389,7 @@ def vllm_options(text: str) -> dict[str, Any]:
 def _refuse_for_vllm(
     dtype: str | None, device: str | None, pipeline: Pipeline | None = None
 ) -> None:
-    """Refuse what vLLM is not given or does not run, and a vLLM that is not there or was not
-    tested.
-    """
+    """Refuse what vLLM is not given or does not run, and a vLLM that was not tested."""
     if pipeline is not None and not runs_on_vllm(pipeline):
         raise unsupported(pipeline, "vllm", runs_on_vllm)
     if dtype in NUMBER_FORMATS:

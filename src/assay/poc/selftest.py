@@ -20,7 +20,7 @@ from assay.errors import BackendUnavailable, CalibrationError, ModelError, Usage
 from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
-from assay.poc.launch import Launch, load, vllm_engine
+from assay.poc.launch import Launch, load
 from assay.poc.one_machine import engine_variant
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pipelines import get_pipeline
@@ -165,10 +165,8 @@ def run_selftest(
         ModelError: The model cannot be loaded, or not run in its usual setting.
     """
     check_round(round)
-    if launch.engine == "vllm":
-        variants = _vllm_variants(launch, round, batch_size)
-    else:
-        variants = _hf_variants(launch, round, batch_size)
+    settings = _hf_variants if launch.engine == "hf" else _started_variants
+    variants = settings(launch, round, batch_size)
     chosen = range(0, 2 * nonces, 2)  # so that others have a place between them
     rows: list[SettingResult] = []
     with variants[0].open() as (model, engine):
@@ -314,13 +312,12 @@ def _hf_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant
     return variants
 
 
-def _vllm_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant]:
-    """Return the settings of vLLM, whose engine is started for each of them.
+def _started_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant]:
+    """Return the settings of an engine that is started for each: batches, and switches of vLLM.
 
     Whole batches run inside the workers, beside vLLM's scheduler, so a switch of the scheduler
     shows only where nonces are requests.
     """
-    frame = launch.read_frame(get_pipeline(round.preset))
     smaller = max(1, batch_size // 4)
     uncut = max(FEWEST_TOKENS, batch_size * round.seq_len)  # tokens of a pass that cuts no nonce
     chunk = max(smaller, round.seq_len // 2 + 1)
@@ -328,19 +325,15 @@ def _vllm_variants(launch: Launch, round: Round, batch_size: int) -> list[_Varia
     requests = usual | {"path": "requests"}
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": chunk}
 
+    shape = {"frame": launch.read_frame(get_pipeline(round.preset)), "seq_len": round.seq_len}
+    opened = partial(launch.start, launch, launch.dtype, **shape)
+
     def variant(name: str, size: int = batch_size, **options: Any) -> _Variant:
-        def opened() -> AbstractContextManager[tuple[Model, Engine]]:
-            return vllm_engine(
-                launch,
-                launch.dtype,
-                frame=frame,
-                options=options,
-                batch_size=size,
-                seq_len=round.seq_len,
-            )
+        more = {"options": options} if options else {}
+        return _Variant(name, partial(opened, batch_size=size, **more))
 
-        return _Variant(name, opened)
-
+    if launch.engine != "vllm":
+        return [variant("usual"), variant(f"batches of {smaller}", smaller)]
     return [
         variant("usual", **usual),
         variant(f"batches of {smaller}", smaller, **usual),
