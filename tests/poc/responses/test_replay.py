@@ -282,6 +282,7 @@ def test_what_is_taken_on_the_nodes_word_is_listed(responses: Receipts):
     assert replace(pins, evidence="tokens").unpinned(bare) == ()
 
 
+@pytest.mark.slow
 def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model: Model):
     """Of the answers that are shown each is honest; of those that are not shown nothing is
     known.
@@ -356,6 +357,7 @@ def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
     assert len(cheat.updates()) == 8
 
 
+@pytest.mark.slow
 def test_a_calibration_is_measured_written_and_held_to_its_engines(
     served: dict[str, Receipts], engines: dict[str, Model], tmp_path
 ):
@@ -383,6 +385,7 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
         ResponseCalibration.load(tmp_path / "responses.json")
 
 
+@pytest.mark.slow
 def test_a_machine_of_a_calibration_is_a_public_key(
     served: dict[str, Receipts], engines: dict[str, Model]
 ):
@@ -445,6 +448,7 @@ def test_what_is_no_sample_is_refused(clusters: list[np.ndarray]):
         fit_token_noise(clusters)
 
 
+@pytest.mark.slow
 def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[str, Receipts]):
     def files(kept: int, **changes):
         receipts = served["honest"].receipts

@@ -51,6 +51,7 @@ def test_vectors(validating, small_model, preset):
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
 
 
+@pytest.mark.slow
 def test_blocks_with_laws_of_their_own_are_one_test(
     validating, small_model, small_checkpoint, tmp_path
 ):

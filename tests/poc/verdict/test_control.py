@@ -29,6 +29,10 @@ ROUND = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact")
 AGREED = {"expect": replace(Pins.of(ROUND), prover_dtype="float16"), "seed": 1}
 
 
+# A control is a rarer setting, whose proofs take half a minute.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A bundled model in three formats, its law as read from a file, and the honest proof of a node

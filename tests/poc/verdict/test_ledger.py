@@ -142,6 +142,7 @@ def test_sixty_blocks_with_scales_of_their_own_are_one_test(ledger, path):
     assert audit_ledger(path).clean
 
 
+@pytest.mark.slow
 def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(
     ledger, small_model, small_checkpoint
 ):

@@ -187,6 +187,7 @@ def half_off(body: dict) -> dict:
     return body | {"dist": [d - 0.004 * off for d, off in zip(body["dist"], is_off, strict=True)]}
 
 
+@pytest.mark.slow
 def test_every_reply_of_a_validator_calls_it_faulty(validating, small_model):  # noqa: F811
     pins = pins_text(small_model).replace('batch_size = "*"', "batch_size = 8")
     with validating(pins=pins) as running:
