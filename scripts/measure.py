@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 30_010, "lines88": 72_170},
+    "src": {"statements": 30_005, "lines88": 72_170},
     "research": {"statements": 11_480, "lines88": 27_800},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are

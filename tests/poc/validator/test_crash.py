@@ -13,7 +13,7 @@ from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
-from assay.poc.validator.recomputer import Recomputer, recompute
+from assay.poc.validator.recomputer import Budget, Recomputer, recompute
 from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
@@ -29,10 +29,10 @@ class Killed(BaseException):
 def stopped(validating, small_model, monkeypatch):
     """A validator with one message, whose worker a test runs by hand."""
     monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
+    monkeypatch.setattr(Budget, "left", lambda self: 1000)
     with validating(sample=16) as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
         until(lambda: running.controller.deployment)
-        running.controller.worker._budget._left = 1000
         yield running
 
 
@@ -40,7 +40,6 @@ def _steps(running: Running) -> None:
     """Run the worker until nothing is left to draw."""
     controller = running.controller
     for _ in range(100):
-        controller.worker._budget._left = 1000
         controller.worker.step(controller.loaded.result())
     assert not controller.inbox.unfinished(10)
 
@@ -172,14 +171,14 @@ def test_standings_can_be_read_while_others_take_their_place(stopped, small_mode
 
 
 def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(
-    stopped, small_model, tmp_path
+    stopped, small_model, tmp_path, monkeypatch
 ):
     """Pins that change while a pass runs: what it finds is of the build that its claims were read
     under.
     """
     controller = stopped.controller
     pins = tmp_path / "pins.toml"
-    real = controller.worker._ledger.append
+    real = controller.ledger.append
 
     def append(updates):
         found = list(updates)
@@ -187,7 +186,7 @@ def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(
         controller.registry = controller._read()
         return real(found)
 
-    controller.worker._ledger.append = append
+    monkeypatch.setattr(controller.ledger, "append", append)
     controller.worker.step(controller.loaded.result())
     assert [account.build for account in controller.ledger.accounts()] == ["cpu"]
     assert controller.worker.standings == {}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,9 +102,17 @@ def test_a_disk_that_is_full_at_the_end_of_an_epoch_delays_only_that_end(inbox, 
     inbox.roll()
     later = time.monotonic() + 3601
     monkeypatch.setattr("assay.poc.validator.inbox.time.monotonic", lambda: later)
-    with suppress(OSError), inbox.database.write() as connection:
-        inbox._roll(connection, time.time())
-        raise OSError("the disk is full")
+    real = inbox.database.write
+
+    @contextmanager
+    def write():
+        with real() as connection:
+            yield connection
+            raise OSError("the disk is full")
+
+    with monkeypatch.context() as full, suppress(OSError):
+        full.setattr(inbox.database, "write", write)
+        inbox.roll()
     inbox.roll()
     assert inbox.epochs(10)[-1]["ends"] is not None
 
@@ -172,10 +180,6 @@ def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened
 def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monkeypatch):
     """A bound of 4 GiB a node bounds nothing on a disk that has less."""
     disk = 24 * 2**20
-
-    def used() -> int:
-        return sum(inbox._kept.values())
-
     usage = SimpleNamespace(total=disk, free=disk)
     monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: usage)
     sent = dict.fromkeys("ABC", 0)
@@ -184,7 +188,7 @@ def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monk
             if not inbox.is_full(key, 2**19):
                 inbox.add([_message(f"{key}{i}", key, body=bytes(2**19))])
                 sent[key] += 1
-            usage.free = disk - used()
+            usage.free = disk - 2**19 * sum(sent.values())
             inbox.roll()
     assert min(sent.values()) == max(sent.values()) > 0
     assert usage.free > disk // 4

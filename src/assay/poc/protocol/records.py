@@ -222,10 +222,6 @@ def _margins(again: Record, most: float) -> NDArray[np.float64]:
     return np.minimum(margins_N, most)
 
 
-def _vector_residual(received: Record, again: Record) -> float:
-    return float(np.linalg.norm(_difference(received.vector, again.vector)))
-
-
 def _token_residual(received: Record, again: Record) -> float:
     """Return √(mean ‖u − v‖² + mean d).
 
@@ -257,7 +253,8 @@ FORMS: Mapping[str, PublishedForm] = {
         lambda received, again: received.distance - again.distance,
     ),
     "vector": PublishedForm(
-        (Column("vector", "<f2", lambda pipeline: (pipeline.vector_size,)),), _vector_residual
+        (Column("vector", "<f2", lambda pipeline: (pipeline.vector_size,)),),
+        lambda received, again: float(np.linalg.norm(_difference(received.vector, again.vector))),
     ),
     # Tokens and points are replayed as they are claimed, and not decoded again.
     "tokens": PublishedForm(
