@@ -85,7 +85,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
     refused, monkeypatch, tmp_path, arguments, message
 ):
     monkeypatch.setattr(
-        "assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+        "assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded")
     )
     monkeypatch.chdir(tmp_path)
     assert message in refused("vhack", "check", "--model", "reference:llama", *arguments)

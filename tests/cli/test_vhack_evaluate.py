@@ -156,7 +156,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+        "assay.models.load_model", lambda *_, **__: pytest.fail("a model was loaded")
     )
     needed = ["-o", "samples.jsonl"] if command == "sample" else []
     assert seen in refused(

@@ -64,7 +64,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     refused, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.setattr(
-        "assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+        "assay.models.load_model", lambda *_, **__: pytest.fail("the model was loaded")
     )
     assert message in refused(*EXTRACT, "-o", tmp_path / "basis", *arguments)
     assert not (tmp_path / "basis").exists()

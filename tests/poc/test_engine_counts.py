@@ -19,6 +19,7 @@ class Engine:
         self.vllm_config = CONFIG
         self.calls = 0
         self.failing = False
+        self.errored = False
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[int]:
         self.calls += 1

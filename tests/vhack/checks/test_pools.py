@@ -248,7 +248,7 @@ def test_the_command_scores_two_files(
     monkeypatch, tmp_path, small_model, byte_tokenizer, basis, pools
 ):
     monkeypatch.setattr(
-        "assay.models.load.load_model",
+        "assay.models.load_model",
         lambda *_, **__: replace(small_model, tokenizer=byte_tokenizer),
     )
     basis.save(tmp_path / "basis.safetensors")
