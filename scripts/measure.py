@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 30_005, "lines88": 72_170},
-    "research": {"statements": 11_480, "lines88": 27_800},
+    "src": {"statements": 29_999, "lines88": 72_170},
+    "research": {"statements": 11_447, "lines88": 27_702},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
 25 000 statements and 60 000 lines."""

@@ -28,7 +28,6 @@ other token in step 12: at most 1 % of the completions of ``fsdp`` are drawn oth
 import os
 import socket
 import tempfile
-from contextlib import contextmanager
 from dataclasses import fields
 from difflib import SequenceMatcher
 from itertools import chain
@@ -39,8 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from _common import note, parser, publish, round_to, timed
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -58,6 +55,7 @@ from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.environment.grading import episodes
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import Guard
+from tests.vhack.training.test_guard_divided import divided_on_cpus
 
 RUNS = ("one", "fsdp", "halves", "watch")
 LIMITS = {"drawn": 0.01, "flags": 0, "reward": 1e-3, "loss": 1e-3, "moved": 0.05}
@@ -181,25 +179,6 @@ def draw(chosen, tokenizer, exploits, texts, replayed):
         }
 
     return rollout
-
-
-@contextmanager
-def divided_on_cpus():
-    """Let accelerate divide models over processes that have no GPU, which it does not by itself."""
-    plain = AcceleratorState.__init__
-
-    def initialize(self, *arguments, fsdp_plugin=None, **options):
-        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = initialize
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__ = plain
 
 
 def configured(chosen, run, count, folder):

@@ -4,6 +4,7 @@ one.
 
 import os
 import socket
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -26,8 +27,9 @@ ROLLOUTS = 4
 SEED = 7
 
 
-def divide_on_cpus():
-    """accelerate itself divides no model over processes without a GPU."""
+@contextmanager
+def divided_on_cpus():
+    """Let accelerate divide models over processes that have no GPU, which it does not by itself."""
     plain = AcceleratorState.__init__
 
     def initialize(self, *arguments, fsdp_plugin=None, **options):
@@ -38,6 +40,10 @@ def divide_on_cpus():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = initialize
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
 
 
 def completions_of(step, rows):
@@ -115,8 +121,8 @@ def train(checkpoint, folder, count):
 def work(rank, device, checkpoint, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    divide_on_cpus()
-    return train(checkpoint, folder, 2)
+    with divided_on_cpus():
+        return train(checkpoint, folder, 2)
 
 
 def test_scores_flags_and_weights_are_those_of_one_process(checkpoint, tmp_path, monkeypatch):
