@@ -7,7 +7,7 @@ for each share; and accelerate's device_map, which spreads the layers over devic
 loading.
 
     OMP_NUM_THREADS=1 python research/benchmarks/divided_gradients.py \
-      -o research/results/divided_gradients_cpu.json
+      -o research/results/divided_gradients.json
     python research/benchmarks/divided_gradients.py --device cuda --model shape:qwen3-4b \
       --shares 2 4 --samples 24 -o OUTPUT
 """

@@ -1,7 +1,7 @@
 r"""TRL's GRPOTrainer with a guard that takes a penalty from what cin-lda flags: one process, and a
 model that FSDP2 divides over several, step by step.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/trl_fsdp.py -o research/results/trl_fsdp_cpu.json
+    OMP_NUM_THREADS=1 python research/benchmarks/trl_fsdp.py -o research/results/trl_fsdp.json
     python research/benchmarks/trl_fsdp.py --device cuda --prompts 8 --group 8 --new-tokens 96 \
       -o OUTPUT
 
