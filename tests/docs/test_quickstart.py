@@ -21,8 +21,9 @@ PAGE, CALIBRATION = (
 MINE, SCRIPT, FILTER = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 (BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
-MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
-"""Number formats in place of machines: this one would repeat itself bit by bit."""
+MACHINES = (("bfloat16", 16), ("bfloat16", 8), ("float16", 16), ("float32", 16), ("bfloat16", 16))
+"""Number formats and sizes of batches in place of machines: this one would repeat itself bit by
+bit, and in the same millisecond its second proof is a copy of its first."""
 
 
 @pytest.mark.slow
@@ -71,13 +72,14 @@ def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, mon
     blocks = re.findall(r"^```sh\n(.*?)^```$", several, flags=re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("MODEL", "reference:qwen3").splitlines()
     prove, calibrate, verify, export = (shlex.split(line)[1:] for line in lines)
-    small = ("--nonces", "0:32", "--seq-len", "8", "--batch-size", "16")
-    for number, dtype in enumerate(MACHINES, start=1):
+    small = ("--nonces", "0:32", "--seq-len", "8")
+    for number, (dtype, size) in enumerate(MACHINES, start=1):
         changed = [
             part.replace("machine-1", f"machine-{number}").replace("0:1000", "0:32")
             for part in prove
         ]
-        assert run([*changed, *small, "--dtype", dtype]) == 0
+        own = ("--dtype", dtype, "--batch-size", str(size))
+        assert run([*changed, *small, *own]) == 0
     assert run(calibrate) == 0
     answer = " ".join(capsys.readouterr().out.split())
     rows = re.findall(r"^\| `([\w ]+)` \|", CALIBRATION.split("## Read it")[1], flags=re.MULTILINE)
