@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from assay.poc.net.refusals import Refusal
@@ -90,6 +91,7 @@ def room_of(client: str | None, most: int, held: int, own: int) -> int:
     return most - held if client is None else min(most - held, fair_share(most, held - own) - own)
 
 
+@lru_cache(maxsize=2**12)
 def client_of(address: str) -> str | None:
     """Return the identity of an address for rate limits; None for this machine.
 

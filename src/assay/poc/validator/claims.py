@@ -6,7 +6,7 @@ computed anything else has other values.
 """
 
 import base64
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -90,9 +90,7 @@ class Claim:
         The round is JSON on a line; nonces have eight bytes each, then distances eight bytes each,
         or texts of one length.
         """
-        head = (
-            dumps(self.round.as_dict()).encode() + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
-        )
+        head = _head_of(self.round) + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
         if isinstance(self.values[0], str):
             return head + "".join(map(str, self.values)).encode()
         return head + np.asarray(self.values, "<f8").tobytes()
@@ -111,15 +109,6 @@ class Claim:
             round, nonces, [text[size * place : size * (place + 1)] for place in range(count)]
         )
 
-    def restricted(self, nonces: Collection[int]) -> "Claim":
-        """Return the claim of those of its nonces that are among some."""
-        places = [place for place, nonce in enumerate(self.nonces) if nonce in nonces]
-        return Claim(
-            self.round,
-            [self.nonces[place] for place in places],
-            [self.values[place] for place in places],
-        )
-
 
 def _split_claim(encoded: bytes, count: int) -> tuple[bytes, npt.NDArray[np.int64], bytes]:
     """Return head, nonces [N] and values of what `Claim.encode` made."""
@@ -127,12 +116,19 @@ def _split_claim(encoded: bytes, count: int) -> tuple[bytes, npt.NDArray[np.int6
     return head, np.frombuffer(numbers, "<i8", count), numbers[8 * count :]
 
 
-def named_nonces(encoded: bytes, count: int) -> tuple[str, str, list[int]]:
+def named_nonces(encoded: bytes | None, count: int) -> tuple[str, str, list[int]]:
     """Return the round's identity, its block and the nonces of what `Claim.encode` made."""
+    if not encoded or not count:
+        return "", "", []
     if len(encoded.partition(b"\n")[2]) < 8 * count:  # in another form, equal ones are copies
         return encoded.hex(), "", [*range(count)]
     head, nonces_N, _ = _split_claim(encoded, count)
     return (*_round_of(head), nonces_N.tolist())
+
+
+@lru_cache(maxsize=2**10)
+def _head_of(round: Round) -> bytes:
+    return dumps(round.as_dict()).encode()
 
 
 @lru_cache(maxsize=2**10)
@@ -141,8 +137,12 @@ def _round_of(head: bytes) -> tuple[str, str]:
     return round_identity(round), round.block_hash
 
 
-def restrict_claim(encoded: bytes, count: int, places: Sequence[int]) -> bytes:
-    """Return what `Claim.encode` makes of some of ``count`` nonces, by their places."""
+def restrict_claim(encoded: bytes | None, count: int, places: Sequence[int]) -> bytes | None:
+    """Return what `Claim.encode` makes of some of ``count`` nonces, by their places; None of
+    none.
+    """
+    if not encoded or not places:
+        return None
     if len(places) == count:
         return encoded
     head, nonces_N, values = _split_claim(encoded, count)

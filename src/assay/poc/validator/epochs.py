@@ -41,9 +41,13 @@ class Epoch:
         """Return what anyone may know: the secret only once no message can be drawn with it any
         more.
         """
-        revealed = self.secret.hex() if self.ends is not None else None
-        about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
-        return {**about, "commitment": commitment(self.secret, self.number), "secret": revealed}
+        return {
+            "epoch": self.number,
+            "begins": self.begins,
+            "ends": self.ends,
+            "commitment": commitment(self.secret, self.number),
+            "secret": self.secret.hex() if self.ends is not None else None,
+        }
 
 
 def commitment(secret: bytes, epoch: int) -> str:

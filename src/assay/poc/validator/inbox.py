@@ -11,9 +11,9 @@ nonces are recomputed. Its ``turn`` says when it is drawn from:
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any
@@ -149,6 +149,16 @@ class Draw:
         return f"{owner}/{self.id}/{self.seed}/{self.drawn}"
 
 
+@dataclass(frozen=True)
+class NamedNonces:
+    """The nonces that a message names."""
+
+    sender: int  # number of the node that sent it
+    round: str  # identity of the round
+    block: str  # hash of the block of that round
+    nonces: Sequence[int]
+
+
 class Inbox:
     """Reads and writes the database of a validator.
 
@@ -210,66 +220,58 @@ class Inbox:
                     "INSERT INTO senders VALUES (NULL, ?, ?, ?, 0, 0, 0) RETURNING id",
                     (key, now, now),
                 ).scalar_one()
-            query = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(messages))})"
-            rows = connection.exec_driver_sql(query, tuple(message.id for message in messages))
-            stored = {(sender, name) for sender, name in rows}
+            ids = tuple(message.id for message in messages)
+            query = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(ids))})"
+            stored = {tuple(row) for row in connection.exec_driver_sql(query, ids)}
             fresh: list[bool] = []
-            sizes: list[int] = []
+            named: list[NamedNonces] = []
+            for message in messages:
+                owner = (senders[message.public_key], message.id)
+                fresh.append(owner not in stored)
+                stored.add(owner)
+                claimed = named_nonces(message.claim, message.nonces if fresh[-1] else 0)
+                named.append(NamedNonces(owner[0], *claimed))
             added: list[tuple[Any, ...]] = []
             changes: list[tuple[float, int, int, int, int]] = []
-            for message in messages:
+            grown = Counter[int]()
+            new_places = _add_nonces(connection, named, now)
+            for message, new, places in zip(messages, fresh, new_places, strict=True):
                 sender = senders[message.public_key]
-                new = (sender, message.id) not in stored
-                nonces = 0
-                size = 0
+                named_first = len(places) if message.claim else message.nonces
+                nonces = named_first if new else 0
+                changes.append((now, int(new), nonces, int(not new), sender))
                 if new:
-                    stored.add((sender, message.id))
-                    nonces, claim = self._name(connection, sender, message, now)
+                    claim = restrict_claim(message.claim, message.nonces, places)
                     digest = hashlib.sha256(message.body).digest()
                     seed = message_seed(epoch.secret, message.public_key, message.id, digest)
-                    about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
+                    arrival = (sender, message.id, message.kind, now, epoch.number, seed, digest)
                     turn = first_turn(seed, nonces, self._sample)
-                    added.append((*about, nonces, turn, message.body, claim, message.pins))
-                    size = len(message.body)
-                    size += len(claim) + NONCE_BYTES * nonces if claim else 0
-                fresh.append(new)
-                sizes.append(size)
-                changes.append((now, int(new), nonces, int(not new), sender))
+                    added.append((*arrival, nonces, turn, message.body, claim, message.pins))
+                    grown[sender] += len(message.body) + len(claim or b"") + NONCE_BYTES * nonces
             if added:
-                columns = (
-                    "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
-                )
                 connection.exec_driver_sql(
-                    f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added
+                    "INSERT INTO inbox (sender, id, kind, at, epoch, seed, digest, nonces, turn, "
+                    "body, claim, pins) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                    added,
                 )
-            counts = "messages=messages+?, nonces=nonces+?, repeated=repeated+?"
             connection.exec_driver_sql(
-                f"UPDATE senders SET last_at=?, {counts} WHERE id=?", changes
+                "UPDATE senders SET last_at=?, messages=messages+?, nonces=nonces+?, "
+                "repeated=repeated+? WHERE id=?",
+                changes,
             )
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
-                keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
-                connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
+                connection.exec_driver_sql(
+                    "INSERT INTO pulls VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)",
+                    pulls,
+                )
         self._senders, self._epoch, self._free = (
             senders,
             epoch,
             disk_room(self.database.path.parent),
         )
-        for message, size in zip(messages, sizes, strict=True):
-            self._kept[senders[message.public_key]] += size
+        self._kept.update(grown)
         return fresh
-
-    def _name(
-        self, connection: sa.Connection, sender: int, message: Message, now: float
-    ) -> tuple[int, bytes | None]:
-        """Return how many nonces of a message are new in its round, and what it claims of them."""
-        if message.claim is None:
-            return message.nonces, None
-        round, block, nonces = named_nonces(message.claim, message.nonces)
-        new = _add_nonces(connection, (sender, round, block, now), nonces)
-        places = [place for place, nonce in enumerate(nonces) if nonce in new]
-        if not places:
-            return 0, None
-        return len(places), restrict_claim(message.claim, len(nonces), places)
 
     def _name_stored(self, connection: sa.Connection) -> None:
         """Give every nonce of an older inbox to the message that drew it, or that named it first.
@@ -280,21 +282,20 @@ class Inbox:
             return
         columns = "seq, sender, at, seed, nonces, planned, drawn, claim"
         query = f"SELECT {columns} FROM inbox WHERE seq = ?"
-        waiting = "SELECT seq FROM inbox WHERE claim IS NOT NULL AND nonces > 0"
-        numbers = [row.seq for row in connection.exec_driver_sql(f"{waiting} ORDER BY seq")]
+        waiting = "SELECT seq FROM inbox WHERE claim IS NOT NULL AND nonces > 0 ORDER BY seq"
+        numbers = connection.exec_driver_sql(waiting).scalars().all()
         for first in (True, False):
             for number in numbers:
                 row = connection.exec_driver_sql(query, (number,)).one()
-                round, block, nonces = named_nonces(row.claim, row.nonces)
-                about = (row.sender, round, block, row.at)
-                planned = draw(row.seed, nonces, 0, row.planned)
+                named = NamedNonces(row.sender, *named_nonces(row.claim, row.nonces))
+                planned = draw(row.seed, named.nonces, 0, row.planned)
                 if first:  # a copy may have drawn a nonce before the message that named it
-                    _add_nonces(connection, about, [nonces[place] for place in planned])
+                    drawn = [named.nonces[place] for place in planned]
+                    _add_nonces(connection, [replace(named, nonces=drawn)], row.at)
                     continue
-                new = _add_nonces(connection, about, nonces)
-                places = {place for place, nonce in enumerate(nonces) if nonce in new}
-                places |= set(planned)
-                claim = restrict_claim(row.claim, len(nonces), sorted(places)) if places else None
+                (new,) = _add_nonces(connection, [named], row.at)
+                places = sorted({*new, *planned})
+                claim = restrict_claim(row.claim, row.nonces, places)
                 turn = first_turn(row.seed, len(places), self._sample)
                 turn += row.drawn / max(1, len(places))
                 connection.exec_driver_sql(
@@ -357,28 +358,25 @@ class Inbox:
 
     def epochs(self, limit: int) -> list[JsonObject]:
         """Return what anyone may know of the latest epochs, the newest first."""
-        rows = self._rows(
-            "SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?", limit
-        )
-        return [Epoch(**row._mapping).public() for row in rows]
+        return [
+            Epoch(**row._mapping).public()
+            for row in self._rows(
+                "SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?",
+                limit,
+            )
+        ]
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block; return whether it is new."""
-        row = (block_hash, block_height, time.time())
+        insert = "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING"
         with self.database.write() as connection:
-            return (
-                connection.exec_driver_sql(
-                    "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING", row
-                ).rowcount
-                == 1
-            )
+            rows = connection.exec_driver_sql(insert, (block_hash, block_height, time.time()))
+            return rows.rowcount == 1
 
     def blocks(self, limit: int) -> dict[str, int]:
         """Return the heights of the latest blocks, by hash."""
-        rows = self._rows(
-            "SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?", limit
-        )
-        return {row.block_hash: row.block_height for row in rows}
+        query = "SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?"
+        return {row.block_hash: row.block_height for row in self._rows(query, limit)}
 
     def unfinished(self, limit: int) -> list[Draw]:
         """Return draws whose evidence may not be in the ledger yet, the oldest first."""
@@ -387,13 +385,11 @@ class Inbox:
 
     def waiting(self) -> list[str]:
         """Return the keys of the nodes of which nonces may be drawn."""
-        exists = (
-            "EXISTS (SELECT 1 FROM inbox WHERE sender = senders.id AND drawn < nonces AND planned "
-            "= drawn)"
+        query = (
+            "SELECT public_key FROM senders WHERE EXISTS (SELECT 1 FROM inbox "
+            "WHERE sender = senders.id AND drawn < nonces AND planned = drawn)"
         )
-        return [
-            row.public_key for row in self._rows(f"SELECT public_key FROM senders WHERE {exists}")
-        ]
+        return [row.public_key for row in self._rows(query)]
 
     def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
         """Draw up to ``most`` nonces, a sample of each node, in one transaction; return the draws.
@@ -450,9 +446,10 @@ class Inbox:
                 connection.exec_driver_sql("INSERT INTO ledger_heads VALUES (?, ?)", head)
             rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
             if rows:
-                turn = "turn = turn + (? - drawn) * 1.0 / nonces"
                 connection.exec_driver_sql(
-                    f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows
+                    "UPDATE inbox SET turn = turn + (? - drawn) * 1.0 / nonces, drawn = ?, "
+                    "planned = ? WHERE seq = ?",
+                    rows,
                 )
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
@@ -483,8 +480,8 @@ class Inbox:
 
     def latest_verdicts(self) -> dict[str, str]:
         """Return the latest verdict of every account that ever had one."""
-        latest = "SELECT max(id) FROM verdicts GROUP BY account"
-        rows = self._rows(f"SELECT account, verdict FROM verdicts WHERE id IN ({latest})")
+        latest = "id IN (SELECT max(id) FROM verdicts GROUP BY account)"
+        rows = self._rows(f"SELECT account, verdict FROM verdicts WHERE {latest}")
         return {row.account: row.verdict for row in rows}
 
     def counts(self) -> dict[str, int]:
@@ -525,20 +522,45 @@ class Inbox:
 
 
 def _add_nonces(
-    connection: sa.Connection, about: tuple[int, str, str, float], nonces: Sequence[int]
-) -> set[int]:
-    """Keep nonces of a round of a node, (sender, round, block, time); return those that are new."""
-    later = "ON CONFLICT (sender, round) DO UPDATE SET at = max(at, excluded.at)"
-    insert = "INSERT INTO node_rounds (sender, round, block_hash, at) VALUES (?, ?, ?, ?)"
-    number = connection.exec_driver_sql(f"{insert} {later} RETURNING id", about).scalar_one()
-    # One statement for all: the writer takes thousands of messages a second.
-    insert = "INSERT OR IGNORE INTO round_nonces SELECT ?, value FROM json_each(?) RETURNING nonce"
-    rows = connection.exec_driver_sql(insert, (number, dumps(nonces))).all()
-    if rows:
+    connection: sa.Connection, named: Sequence[NamedNonces], at: float
+) -> list[list[int]]:
+    """Keep the nonces that messages name; return for each the places of those that are new.
+
+    Of several messages that name a nonce, the first has it.
+    """
+    # One statement for all rounds and one for all nonces: the writer takes thousands of messages a
+    # second.
+    rounds = {(entry.sender, entry.round): entry.block for entry in named if entry.nonces}
+    rows = connection.exec_driver_sql(
+        "INSERT INTO node_rounds (sender, round, block_hash, at) "
+        "SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), "
+        "json_extract(value, '$[2]'), ? FROM json_each(?) "
+        "WHERE true "  # without it, ON would begin the condition of a join
+        "ON CONFLICT (sender, round) DO UPDATE SET at = max(at, excluded.at) "
+        "RETURNING sender, round, id",
+        (at, dumps([(*key, block) for key, block in rounds.items()])),
+    )
+    numbers = {(sender, round): number for sender, round, number in rows}
+    each = [(numbers.get((entry.sender, entry.round), 0), entry.nonces) for entry in named]
+    rows = connection.exec_driver_sql(
+        "INSERT OR IGNORE INTO round_nonces SELECT json_extract(message.value, '$[0]'), "
+        "nonces.value FROM json_each(?) AS message, json_each(message.value, '$[1]') AS nonces "
+        "RETURNING node_round, nonce",
+        (dumps(each),),
+    )
+    new = defaultdict[int, set[int]](set)
+    for number, nonce in rows.all():
+        new[number].add(nonce)
+    if new:
         connection.exec_driver_sql(
-            "UPDATE node_rounds SET nonces = nonces + ? WHERE id = ?", (len(rows), number)
+            "UPDATE node_rounds SET nonces = nonces + ? WHERE id = ?",
+            [(len(nonces), number) for number, nonces in new.items()],
         )
-    return {row.nonce for row in rows}
+    places: list[list[int]] = []
+    for number, nonces in each:
+        places.append([place for place, nonce in enumerate(nonces) if nonce in new[number]])
+        new[number].difference_update(nonces)  # of a later message they are copies
+    return places
 
 
 def _forget_nonces(connection: sa.Connection, number: int) -> int:
@@ -547,8 +569,9 @@ def _forget_nonces(connection: sa.Connection, number: int) -> int:
     count = connection.exec_driver_sql(
         f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({oldest})", (number, number)
     ).rowcount
-    change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
     if count < FORGOTTEN:
-        change = "DELETE FROM node_rounds WHERE ? >= 0 AND id = ?"
-    connection.exec_driver_sql(change, (count, number))
+        connection.exec_driver_sql("DELETE FROM node_rounds WHERE id = ?", (number,))
+    else:
+        change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
+        connection.exec_driver_sql(change, (count, number))
     return count

@@ -145,9 +145,5 @@ def claimed_message(
 
 def _name(refusal: Refusal) -> str:
     """Return the name under which a refusal is counted."""
-    names = refusal.fields.get("fields")
-    if names:
-        return str(names[0])
-    return {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}.get(
-        refusal.status, "other"
-    )
+    statuses = {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}
+    return str((refusal.fields.get("fields") or [statuses.get(refusal.status, "other")])[0])

@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
@@ -44,7 +44,7 @@ from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Input, Round, group_inputs
-from assay.poc.validator.claims import Claim, Reader, named_nonces, read_claim
+from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.registry import Registry
@@ -391,12 +391,12 @@ class Recomputer(EngineThread):
         """Return what a message claims; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            if source.claim is not None and source.pins == reader.pins:
-                return Claim.decode(source.claim, source.nonces, registry.pipeline)
-            claim = read_claim(source.kind, source.body, reader)
             if source.claim is None:  # an older version kept it
-                return claim
-            return claim.restricted(set(named_nonces(source.claim, source.nonces)[2]))
+                return read_claim(source.kind, source.body, reader)
+            is_checked = source.pins == reader.pins
+            again = None if is_checked else read_claim(source.kind, source.body, reader)
+            claim = Claim.decode(source.claim, source.nonces, registry.pipeline)
+            return replace(claim, round=again.round) if again else claim
         except AssayError as error:
             log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
             self._metrics.dropped.inc()
