@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-FEWER = 4  # times fewer examples where slow tests are left out
+FEWER = 8  # times fewer examples where slow tests are left out
 choice = {"slow": True}
 """Whether slow tests are among those that were asked for; conftest.py says so."""
 

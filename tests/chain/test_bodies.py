@@ -11,6 +11,7 @@ import pytest
 from tests.chain.client import PATH
 from tests.chain.mlnode import PUBLISHED
 from tests.poc.service.conftest import rig, serving  # noqa: F401
+from tests.usual import usual
 
 SHARED: dict[str, Any] = {
     "block_hash": "B7",
@@ -137,7 +138,7 @@ NO_OBJECT = (
 )
 
 
-@pytest.fixture(params=[PATH, PUBLISHED])
+@pytest.fixture(params=usual([PATH, PUBLISHED], PATH))
 def send(request, serving):  # noqa: F811
     """A call that announces no content type, to a service in which nothing is left of it."""
     with serving(compatibility="gonka") as service:

@@ -20,7 +20,7 @@ from tests.waiting import until
 
 SEQ_LEN = 4
 OWN = "02own"
-MACHINES = usual([(1, False), (2, False), (8, False), (1, True), (2, True)], (2, False), (1, True))
+MACHINES = usual([(1, False), (2, False), (8, False), (1, True), (2, True)], (1, True))
 """Machines of an operator, and whether they are servers of one MLNode."""
 
 

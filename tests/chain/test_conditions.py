@@ -9,6 +9,7 @@ from tests.chain.client import LEVELS, PATH
 from tests.chain.mlnode import PUBLISHED
 from tests.chain.test_bodies import BEGIN, JOB, SHARED
 from tests.poc.service.conftest import Rig, Service, rig, serving  # noqa: F401
+from tests.usual import usual
 from tests.waiting import until
 
 ASKED = SHARED | {"nonces": [1]}
@@ -23,7 +24,7 @@ CALLS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.fixture(params=[PATH, PUBLISHED])
+@pytest.fixture(params=usual([PATH, PUBLISHED], PATH))
 def prefix(request) -> str:
     """Each of the two paths."""
     return request.param

@@ -18,7 +18,7 @@ from tests.poc.service.conftest import Service, rig, serving  # noqa: F401
 from tests.waiting import until
 
 WALKS = int(os.environ.get("ASSAY_WALKS", "200"))
-FEW = 60
+FEW = 30
 FIRST = int(os.environ.get("ASSAY_WALKS_FROM", "0"))
 STEPS = 10
 PATIENCE = 600.0  # a process that is stopped for a minute answers no differently after it

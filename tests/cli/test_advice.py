@@ -5,6 +5,8 @@ import inspect
 import re
 from collections.abc import Iterator
 
+import pytest
+
 from assay.cli import app
 from assay.framework.commands import leaves
 from tests.cli.test_settings_are_read import SOURCES, module_tree, reachable
@@ -51,6 +53,7 @@ def reached_by() -> dict[str, set[str]]:
     return commands
 
 
+@pytest.mark.slow
 def test_a_flag_in_advice_is_one_of_a_command_that_reaches_it():
     """Flags of vLLM are named where its server is refused."""
     reached = reached_by()

@@ -176,6 +176,7 @@ def test_a_control_needs_a_calibration_that_measured_one(
     assert "a calibration without a control" in refused("poc", "verify", path, *known, *beside)
 
 
+@pytest.mark.slow
 def test_one_command_gives_law_frame_and_pins_of_tokens(assay, small_checkpoint, tmp_path):
     law, pins, frame = (
         tmp_path / name for name in ("law.json", "pins.toml", "law.frame.safetensors")

@@ -23,6 +23,7 @@ def collect(told, tmp_path):
     return lambda dtype: told(*known, "--dtype", dtype, "-o", tmp_path / dtype)
 
 
+@pytest.mark.slow
 def test_machines_that_prove_the_same_blocks_give_one_calibration(collect, told, tmp_path):
     folders = [tmp_path / dtype for dtype in ("float32", "bfloat16")]
     assert [collect(folder.name)["dtype"] for folder in folders] == ["float32", "bfloat16"]

@@ -277,6 +277,7 @@ for line in ("poc --help", "poc prove --help", "models list", "config poc verify
 """
 
 
+@pytest.mark.slow
 def test_no_command_waits_for_torch_where_no_model_is_needed():
     done = subprocess.run(
         [sys.executable, "-c", WRONG_FLAGS], capture_output=True, text=True, check=False

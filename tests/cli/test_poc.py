@@ -161,6 +161,7 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
         assert f"pass --engine {judge}, or measure" in said
 
 
+@pytest.mark.slow
 def test_the_real_command(small_checkpoint, tmp_path):
     """One run in a process of its own: stdout holds the result alone, even with warnings as
     errors.

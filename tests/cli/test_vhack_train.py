@@ -23,6 +23,7 @@ def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_made_and_continued(assay, told, refused, arguments):
     first = assay(*arguments, "--steps", 1)
     assert first.code == 0, first.err

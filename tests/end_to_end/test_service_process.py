@@ -45,7 +45,8 @@ def test_a_node_serves_in_eight_bits(launch):
     assert server.get("/api/v1/pow/snapshot")["model"]["dtype"] == "float8"
 
 
-@pytest.mark.parametrize("drain", [pytest.param("30", marks=pytest.mark.slow), "0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("drain", ["30", "0"])
 def test_sigterm_in_a_round_leaves_it_to_the_next_start(launch, drain):
     """With no time to drain, the running batch is abandoned and computed again."""
     server = launch("--drain", drain)
@@ -67,6 +68,7 @@ def test_sigterm_in_a_round_leaves_it_to_the_next_start(launch, drain):
     assert nonces == list(range(server.status()["total_checked"]))
 
 
+@pytest.mark.slow
 def test_a_thousand_readers_at_once_get_an_answer(launch):
     server = launch()
     server.post("/init/generate", ROUND)
@@ -104,6 +106,7 @@ def _fill(path: Path) -> None:
             file.write(b"x" * 4096)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(
     tmp_path, small_checkpoint
@@ -138,6 +141,7 @@ def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(
         subprocess.run(["umount", str(disk)], check=False)
 
 
+@pytest.mark.slow
 def test_a_second_signal_is_not_needed_while_streams_are_open(launch):
     server = launch()
     stream = urllib.request.urlopen(f"{server.base}/api/v1/pow/events", timeout=10)

@@ -2,6 +2,8 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
+
 from assay.pages.figures import INK, MUTED, PAPER, RULE, SERIES, figure, legend, to_svg
 
 
@@ -28,6 +30,7 @@ def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
     assert links <= ids
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_loaded():
     code = (
         "import sys; from assay.pages.figures import figure, to_svg;"

@@ -202,6 +202,7 @@ def test_every_cheat_is_caught_on_both_bundled_models(bundled: tuple[Model, Proo
     )
 
 
+@pytest.mark.slow
 def test_sketches_do_not_excuse_tokens_nor_tokens_sketches(bundled: tuple[Model, Proof]):
     """A draft with an honest forward pass shows in the tokens alone; right tokens with invented
     sketches in these.

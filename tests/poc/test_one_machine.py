@@ -31,6 +31,7 @@ def computed(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_continues_and_gives_the_same_law(
     small_checkpoint, tmp_path, computed
 ):
@@ -54,6 +55,7 @@ def test_an_interrupted_measurement_continues_and_gives_the_same_law(
     assert continued == undisturbed
 
 
+@pytest.mark.slow
 def test_what_was_kept_of_another_measurement_is_not_taken(small_checkpoint, tmp_path, computed):
     how = {**SHAPE, "formats": ("float32",), "partial": tmp_path / "part"}
     calibrate_model(str(small_checkpoint), **how)

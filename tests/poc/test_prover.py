@@ -214,6 +214,7 @@ def uninterrupted(
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_command_leaves_a_file_to_resume(
     number,

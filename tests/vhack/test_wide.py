@@ -49,6 +49,7 @@ def test_delta_is_trained_without_a_narrow_product(small_checkpoint: Path):
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in adapter.delta)
 
 
+@pytest.mark.slow
 def test_completions_are_sampled_without_a_narrow_product():
     teacher = load_model("reference:organism", device="cpu")
     assert teacher.dtype == torch.bfloat16

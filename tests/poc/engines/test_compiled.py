@@ -51,7 +51,7 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, unhooked_model, round_: 
     assert verify(ours, unhooked_model, seed=1).verdict == "honest"
 
 
-@pytest.mark.parametrize("kernels", ["compiled", "eager"])
+@pytest.mark.parametrize("kernels", usual(("compiled", "eager"), "eager"))
 @pytest.mark.parametrize("node", ["hf", "vllm"])
 @pytest.mark.parametrize("batch_size", usual((4, 8), 4))
 def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(

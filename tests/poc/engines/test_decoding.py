@@ -7,6 +7,7 @@ from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
 from assay.poc.protocol.pipelines import runs_on_vllm
+from tests.usual import usual
 from tests.wordings import refuses
 
 STEPS = 64
@@ -34,7 +35,7 @@ def honest(engine: HFEngine):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("batch_size", [16, 3])
+@pytest.mark.parametrize("batch_size", usual([16, 3], 3))
 def test_a_nonce_has_the_same_bits_wherever_it_stands(
     small_checkpoint, dtype: str, batch_size: int
 ):

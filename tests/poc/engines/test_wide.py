@@ -81,6 +81,7 @@ def test_a_compiled_engine_multiplies_in_float32_too(
     assert WIDE in compiled.fingerprint.kernels
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_fast_products")
 def test_tokens_are_decoded_and_replayed_without_a_narrow_product(small_checkpoint: Path):
     pipeline = get_pipeline("decode-64")

@@ -35,6 +35,7 @@ def test_the_cosine_of_a_nonce_is_a_product_with_the_folded_head(preset: str):
     )
 
 
+@pytest.mark.slow
 def test_the_scale_has_mean_one_and_the_spread_of_a_random_length():
     scales = np.array([block_scale(round_of(f"block {i}"), 16) for i in range(400)])
     assert abs(scales.mean() - 1) < 4 * scales.std() / 20

@@ -85,6 +85,7 @@ def test_every_place_opens_and_every_beginning_is_shown(count, vectors):
         early.check(proof, early=True)
 
 
+@pytest.mark.slow
 def test_what_is_changed_after_the_commitment_is_found(vectors):
     """1000 of 1000: a value changed, a nonce added, left out, replaced, or two exchanged."""
     rng = np.random.default_rng(70)

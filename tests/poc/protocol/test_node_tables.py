@@ -18,6 +18,7 @@ ODD += (
 )
 
 
+@pytest.mark.slow
 def test_cached_tables_are_those_that_the_parser_reads_from_the_whole_text(tmp_path):
     chance = random.Random(0)
     path = tmp_path / "pins.toml"

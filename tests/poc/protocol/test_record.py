@@ -49,6 +49,7 @@ def test_nonces_that_share_a_forward_pass_are_refused():
     check_distinct_seeds(strong, around)
 
 
+@pytest.mark.slow
 def test_collisions_that_chance_explains_are_not_refused():
     """Of 2^18 consecutive nonces about eight pairs collide; a node did not choose them."""
     assert len(colliding_pairs(100)) > 2

@@ -185,6 +185,7 @@ def test_a_line_that_is_too_long_is_not_parsed():
         parse_receipt(b" " * (LONGEST_LINE + 1))
 
 
+@pytest.mark.slow
 def test_the_largest_receipt_fits_its_bounds(responses: Receipts):
     ids = tuple(range(2**20))
     largest = replace(
@@ -230,6 +231,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return content
 
 
+@pytest.mark.slow
 def test_random_edits_are_read_as_they_are_or_refused():
     good = (Path(__file__).parents[2] / "vectors" / "responses.jsonl").read_bytes()
     lines = good.splitlines()[1:-1]

@@ -78,6 +78,7 @@ def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
     assert found == list(range(service.checked()))
 
 
+@pytest.mark.slow
 def test_stop_works_with_a_full_disk_and_is_remembered_later(service, monkeypatch):
     service.generate(1)
     full = failing(monkeypatch, Database, "write", FULL)

@@ -32,6 +32,7 @@ def test_fault_03_init_without_ids_has_no_negative_nonces(service):
     service.post("/init/generate", body | {"public_key": "B"}, status=400)
 
 
+@pytest.mark.slow
 def test_fault_06_the_binomial_rule_decides_and_not_one_flip(service):
     service.post("/init/validate", ROUND | {"fraud_threshold": 0.01})
     many = list(range(400))

@@ -72,6 +72,7 @@ def test_other_computation_is_fraud_and_one_nodes_fraud_is_not_anothers(judging)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [{}, {"node_id": 1, "node_count": 8}])
 def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_neither_honest_nor_fraud(
     serving, tmp_path, share

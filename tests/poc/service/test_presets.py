@@ -10,6 +10,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import describe_packing, pack_record
 from tests.poc.service.conftest import ARTIFACTS, PARAMS
+from tests.usual import usual
 
 T = 16
 
@@ -36,7 +37,7 @@ def real(rig, serving, small_model):
     return run
 
 
-@pytest.mark.parametrize("preset", ["tokens-1", "hardened", "decode-32"])
+@pytest.mark.parametrize("preset", usual(["tokens-1", "hardened", "decode-32"], "tokens-1"))
 def test_jobs_give_what_prove_gives_and_find_what_is_another_nonces(preset: str, real, small_model):
     if preset == "tokens-1":
         with real() as service:

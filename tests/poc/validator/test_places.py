@@ -42,6 +42,7 @@ def test_wrong_places_are_a_fault_and_no_fraud(validating, small_model, pins):
         assert 'assay_validator_nodes{verdict="faulty"}' in running.client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_share_of_lies_at_any_place_is_fraud(validating, pins):
     def lying(body: dict) -> dict:
         return body | {
@@ -63,6 +64,7 @@ def test_lies_in_one_block_are_no_fraud_yet(validating, small_model, pins):
         assert running.node("node_A")["log_e_value"] > 100
 
 
+@pytest.mark.slow
 def test_short_messages_do_not_hide_a_fault_at_half_of_the_places(validating, small_model, pins):
     """So few nonces show no fault of the place each, but together they do."""
     body = body_of(proof_of(small_model, "node_A", range(600)))

@@ -207,6 +207,7 @@ def test_another_checkpoint_than_the_pins_is_not_run(small_model, begun):
     controller.close()
 
 
+@pytest.mark.slow
 def test_nodes_are_read_again_when_their_file_changes(validating, small_model, tmp_path):
     with validating() as running:
         body = body_of(proof_of(small_model, "node_A"))

@@ -94,6 +94,7 @@ def test_the_measured_parameters_beat_the_defaults():
     assert of(quiet, "measured")[0].power[str(TARGET)] > 0.95
 
 
+@pytest.mark.slow
 def test_one_set_of_parameters_holds_for_the_noisiest_build():
     found = exported(build(), build(median=0.1, seed=1))
     costs = of(found, "measured")
@@ -103,6 +104,7 @@ def test_one_set_of_parameters_holds_for_the_noisiest_build():
     assert found.parameters.dist_threshold > alone
 
 
+@pytest.mark.slow
 def test_quiet_builds_leave_the_parameters_of_the_noisiest_as_they_are():
     """As where a model was measured in several number formats, which is the usual calibration."""
     alone = exported(build())
@@ -111,6 +113,7 @@ def test_quiet_builds_leave_the_parameters_of_the_noisiest_as_they_are():
     assert of(beside, "measured")[0].power == of(alone, "measured")[0].power
 
 
+@pytest.mark.slow
 def test_few_measured_nonces_ask_for_a_wider_rate():
     few = exported(build(n=200))
     many = exported(build(n=20_000))
@@ -118,6 +121,7 @@ def test_few_measured_nonces_ask_for_a_wider_rate():
     assert of(few, "measured")[0].high <= 0.001
 
 
+@pytest.mark.slow
 def test_without_scores_the_law_is_believed():
     found = exported(build(scores=""))
     assert of(found, "measured")[0].high <= 0.001

@@ -115,6 +115,7 @@ def test_lies_that_hide_at_suspected_places_in_every_pool_are_fraud_after_four()
     assert verdicts[-1] == "fraud"
 
 
+@pytest.mark.slow
 def test_a_conviction_stays_when_the_fault_ends():
     found, _ = live([HALF] * (4 * POOL + 1) + [SOUND] * (9 * POOL))
     assert {one.verdict for one in found[4 * POOL :]} == {"fraud"}

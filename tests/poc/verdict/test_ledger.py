@@ -124,6 +124,7 @@ def test_no_single_block_convicts(ledger, path):
     assert audit_ledger(path).clean
 
 
+@pytest.mark.slow
 def test_sixty_blocks_with_scales_of_their_own_are_one_test(ledger, path):
     """A calibration of distances is relative to the block; in units of the law, what blocks show
     adds up.
@@ -464,6 +465,7 @@ def test_two_processes_write_to_one_ledger(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
     path = tmp_path / "l.sqlite3"
     draw = random.Random(0)

@@ -17,6 +17,7 @@ from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats import LogNoise
 from assay.stats.noise_laws import Spread
 from tests.poc.verdict.ledgers import NOISE, OTHER, honest
+from tests.usual import usual
 
 PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")
 
@@ -118,7 +119,7 @@ def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np
     return np.interp(-rng.uniform(size=shape), -law.survival(grid), grid)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.2])
+@pytest.mark.parametrize("spread", usual([0.0, 0.2], 0.0))
 def test_an_honest_life_is_accused_with_chance_alpha_at_most(spread, fewer):
     """With a spread, each life has a scale of its own, the same under both of its laws: their tests
     agree in error.

@@ -104,6 +104,7 @@ def test_hacks_pass_and_the_same_pools_the_other_way_fail(
     assert (few.check.verdict, few.exit_code) == ("undecided", 2)
 
 
+@pytest.mark.slow
 def test_pools_that_the_length_tells_apart_as_well_fail(
     small_model, byte_tokenizer, small_svd, basis, pools
 ):
@@ -139,6 +140,7 @@ def test_very_many_groups_have_a_smallest_p_value_of_nearly_zero():
     assert made.verdict == "fail"
 
 
+@pytest.mark.slow
 def test_groups_of_the_basis_are_left_out(small_model, byte_tokenizer, small_svd, basis, pools):
     seen = pools_of(pairs_of(WORDS[:2]))
     both = [[*seen[side], *pools[side]] for side in (0, 1)]
@@ -244,6 +246,7 @@ def test_an_empty_pool_is_refused(tmp_path):
         read_pool(write(tmp_path / "pool.jsonl", []))
 
 
+@pytest.mark.slow
 def test_the_command_scores_two_files(
     monkeypatch, tmp_path, small_model, byte_tokenizer, basis, pools
 ):

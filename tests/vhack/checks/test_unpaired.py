@@ -21,6 +21,7 @@ def unpaired(seed, gap, mixed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [True, False], ids=["shared groups", "own groups"])
 def test_two_pools_pass_with_a_gap_and_seldom_without(mixed):
     assert unpaired(0, 4.0, mixed).verdict == "pass"

@@ -51,9 +51,9 @@ def evidence(n, told, shift=0.0, seed=0, texts=None):
     ("told", "best"),
     [
         ("texts", "ngrams"),
-        ("logprobs", "likelihood"),
-        ("activations", "probe"),
-        ("gradients", "cin-svd"),
+        pytest.param("logprobs", "likelihood", marks=pytest.mark.slow),
+        pytest.param("activations", "probe", marks=pytest.mark.slow),
+        pytest.param("gradients", "cin-svd", marks=pytest.mark.slow),
     ],
 )
 def test_the_cheapest_detector_that_sees_a_difference_is_chosen(told, best):
@@ -90,7 +90,7 @@ def test_no_group_is_scored_by_a_fit_that_has_seen_it():
         cross_score(ngrams, LabelledEvidence(*sides, ["a"] * 12, ["a"] * 12))
 
 
-@pytest.mark.parametrize("promised", [0.05, 0.2])
+@pytest.mark.parametrize("promised", usual([0.05, 0.2], 0.05))
 def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
     generator = np.random.default_rng(0)
     lost = []
@@ -107,8 +107,8 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
             choose_threshold([1.0], clean, share)
 
 
-@pytest.mark.parametrize("promised", [None, 0.1, 0.3])
-@pytest.mark.parametrize("groups", usual([4, 8, 19, 64], 8, 19))
+@pytest.mark.parametrize("promised", usual([None, 0.1, 0.3], None, 0.1))
+@pytest.mark.parametrize("groups", usual([4, 8, 19, 64], 19))
 def test_a_new_group_loses_no_more_than_promised_on_average(groups, promised):
     """Groups of unequal sizes, whose scores are alike: by the first versions, 0.08 of 8 groups."""
     if promised is not None and promised < 1 / (groups + 1):
@@ -283,6 +283,7 @@ def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told
     assert np.mean(lost) < 0.1 + 0.02
 
 
+@pytest.mark.slow
 def test_a_combination_takes_what_adds_something():
     groups = [f"{n % 10}" for n in range(40)]
     texts = ["print x " * 3] * 20 + [

@@ -10,6 +10,7 @@ RUNS = 1500
 STEPS = 150
 
 
+@pytest.mark.slow
 def test_it_is_given_no_more_often_than_it_says():
     """At the very edge of the null, with rollouts of a step alike in some runs, and a level that
     1500 runs can show.

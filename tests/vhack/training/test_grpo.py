@@ -238,6 +238,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
         )
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_console_and_trackers_get_the_numbers_of_the_log(trainer, tmp_path):
     """Trackers through the trainer's own log call, once a step, together with what TRL says."""

@@ -163,6 +163,7 @@ def test_what_a_trainer_of_trl_cannot_do_is_refused(make_trainer, judge, options
         Guard(judge, **options).attach(make_trainer())
 
 
+@pytest.mark.slow
 def test_trackers_get_the_rates_and_evaluations_are_not_judged(make_trainer):
     tracker = Tracker()
     trainer = make_trainer(

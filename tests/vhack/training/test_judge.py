@@ -115,6 +115,7 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
     assert len(SEEN) == judged + (mode != "watch")  # which is judged every second step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl(
     model, make_judge, tmp_path

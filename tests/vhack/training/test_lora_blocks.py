@@ -125,6 +125,7 @@ def lora_of(trainer):
     }
 
 
+@pytest.mark.slow
 def test_without_a_flag_the_kept_block_is_trained_as_it_is_alone(make_trainer):
     """In the end it is a LoRA of half the rank, trained without the guard."""
     judge = judging(lambda evidence: torch.zeros(len(evidence)).numpy() - 2)
@@ -150,6 +151,7 @@ def test_without_a_flag_the_kept_block_is_trained_as_it_is_alone(make_trainer):
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_flagged_rollouts_train_the_block_that_is_deleted(make_trainer):
     judge = judging(lambda evidence: torch.ones(len(evidence)).numpy())
     seen = []

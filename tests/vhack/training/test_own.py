@@ -84,6 +84,7 @@ def test_a_run_on_them_logs_what_they_say(run, own, monkeypatch):
     assert any(step["cin"] > 0 for step in steps)
 
 
+@pytest.mark.slow
 def test_python_may_give_them_itself(run, own):
     def paid(prompts, completions, task, **_):
         assert [one.prompt for one in task] == prompts
@@ -130,6 +131,7 @@ def test_arms_that_change_the_pay_are_refused(run):
         run(arm="no-loophole")
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_ends_the_run_in_words(run):
     with refuses(DataError, "a reward that fails ends the run in words"):
         run("mine_for_tests:prompts", "mine_for_tests:fails")

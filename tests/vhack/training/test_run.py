@@ -76,6 +76,7 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     assert [record["step"] for record in found if record["kind"] == "step"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_path, monkeypatch):
     common = {"arm": "erase-gradient", "save_every": 1}
@@ -155,6 +156,7 @@ def test_plain_training_without_a_teacher(run):
     assert all(one["kind"] != "source" for one in read_records(result.folder / "log.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_the_divergence_from_the_start_is_of_the_adapted_model_without_its_delta(run, tmp_path):
     """In the first step it is exactly zero; in the second it pulls back."""
@@ -184,6 +186,7 @@ def test_a_finished_run_is_not_trained_again_and_others_keep_out(run, tmp_path):
         run("run", steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_path):
     run("run", steps=2)
@@ -347,6 +350,7 @@ def test_a_checkpoint_of_the_first_version_goes_on(
         torch.testing.assert_close(now[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_and_exit_code(
     run, tmp_path, monkeypatch
@@ -364,6 +368,7 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
     assert cli(["vhack", "train", "--model", "m", "-o", str(tmp_path)]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
     fitted = []
