@@ -1042,13 +1042,13 @@ def tries_of_copies(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     redteam.write_network(folder, model, KEYS)
     registry = Registry.load(folder / "pins.toml", folder / "nodes.toml", ServiceSettings())
     reader = Reader(registry, lambda block, height: True, 2**22)
-    sender = registry.senders[KEYS[0]]
+    pins = reader.pins(KEYS[0])
     half = len(whole["nonces"]) // 2
 
     def message(name: str, first: int, end: int) -> Message:
         body = whole | {field: whole[field][first:end] for field in ("nonces", "dist")}
-        made = reader.claim(body, sender)
-        return Message(KEYS[0], name, "generated", end - first, b"x", made.encode(), reader.pins)
+        made = reader.claim(body, registry.senders[KEYS[0]])
+        return Message(KEYS[0], name, "generated", end - first, b"x", made.encode(), pins)
 
     for copies in (0, 1, 9, 99, 999):
         for order in ("copies last", "copies first", "copies cut", "an hour later"):

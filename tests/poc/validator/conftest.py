@@ -15,6 +15,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.records import describe_packing, pack_record
 from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, create_app
+from assay.poc.validator.recomputer import Budget, Recomputer
 from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.conftest import TestClient, signed
 from tests.waiting import until
@@ -233,3 +234,14 @@ def validating(small_model, tmp_path: Path) -> Callable[..., Any]:
             running.close()
 
     return run
+
+
+@pytest.fixture
+def stopped(validating, small_model, monkeypatch):
+    """A validator with one message, whose worker a test runs by hand."""
+    monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
+    monkeypatch.setattr(Budget, "left", lambda self: 1000)
+    with validating(sample=16) as running:
+        running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
+        until(lambda: running.controller.deployment)
+        yield running

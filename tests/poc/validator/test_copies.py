@@ -264,7 +264,7 @@ def test_a_message_that_is_read_again_under_other_pins_gives_only_its_own_nonces
         running.send(body, id="one")
         running.send(more, id="two")
         with inbox.database.write() as connection:
-            connection.exec_driver_sql("UPDATE inbox SET pins = 'others'")
+            connection.exec_driver_sql("UPDATE inbox SET pins = 'others' || pins")
         until(lambda: not inbox.waiting() and not inbox.unfinished(1))
         until(lambda: running.node("node_A")["recorded"] == len(more["nonces"]))
         assert running.node("node_A")["checked"] == len(more["nonces"])

@@ -13,7 +13,7 @@ from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
-from assay.poc.validator.recomputer import Budget, Recomputer, recompute
+from assay.poc.validator.recomputer import recompute
 from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
@@ -23,17 +23,6 @@ from tests.wordings import refuses
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing after it runs."""
-
-
-@pytest.fixture
-def stopped(validating, small_model, monkeypatch):
-    """A validator with one message, whose worker a test runs by hand."""
-    monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
-    monkeypatch.setattr(Budget, "left", lambda self: 1000)
-    with validating(sample=16) as running:
-        running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
-        until(lambda: running.controller.deployment)
-        yield running
 
 
 def _steps(running: Running) -> None:
@@ -150,11 +139,21 @@ def test_a_message_is_read_once_and_again_where_the_pins_have_changed(
     controller = stopped.controller
     controller.worker.step(controller.loaded.result())
     assert not read
-    with controller.inbox.database.write() as connection:  # as a message that an older version kept
-        connection.exec_driver_sql("UPDATE inbox SET claim = NULL, pins = NULL")
+    with controller.inbox.database.write() as connection:
+        connection.exec_driver_sql("UPDATE inbox SET pins = 'others' || pins")
     _steps(stopped)
     assert read
     assert _counted(stopped) == body_of(proof_of(small_model, "node_A", range(60)))["nonces"]
+
+
+@pytest.mark.parametrize("column", ["claim", "pins"])
+def test_a_message_of_which_an_older_version_did_not_keep_what_it_was_held_against_is_dropped(
+    stopped, column
+):
+    with stopped.controller.inbox.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE inbox SET {column} = NULL")
+    _steps(stopped)
+    assert _counted(stopped) == []
 
 
 def test_standings_can_be_read_while_others_take_their_place(stopped, small_model):

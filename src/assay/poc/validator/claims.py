@@ -185,10 +185,10 @@ class Reader:
     is_open: Callable[[str, int], bool]  # whether messages of a block at a height are accepted
     positions: int  # positions of a share that callbacks may name
 
-    @property
-    def pins(self) -> str:
-        """Hash of all that a claim is held against, the open blocks aside."""
-        return f"{self.registry.hash}/{self.positions}"
+    def pins(self, public_key: str) -> str:
+        """Return hashes of all that a node's claim is held against, and of what it computes."""
+        build = sender_of({"public_key": public_key}, self.registry).build
+        return f"{self.registry.hash}/{self.positions}/{self.registry.computed[build]}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
         """Return the claim of a ``generated`` body; 422 where it contradicts the pins."""

@@ -107,10 +107,8 @@ class Message:
     kind: str  # what it is: generated, validated, proof or pulled
     nonces: int  # number of nonces that it claims; 0 for a message that is no evidence
     body: bytes  # bytes as they were received
-    claim: bytes | None = (
-        None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
-    )
-    pins: str | None = None  # hash of the pins that the claim was held against
+    claim: bytes | None = None  # of ``Claim.encode``; None where it is no evidence
+    pins: str | None = None  # hashes of the pins that the claim was held against
     pulled: tuple[str, int, int] | None = (
         None  # block, machine and highest nonce, where it was pulled
     )
@@ -136,7 +134,7 @@ class Draw:
     body: bytes  # bytes as they were received
     nonces: int  # number of nonces that the message was the first to name
     claim: bytes | None  # what the message claims of these; None in a file of an older version
-    pins: str  # hash of the pins that the claim was held against
+    pins: str | None  # hashes of the pins that the claim was held against
 
     @property
     def name(self) -> str:

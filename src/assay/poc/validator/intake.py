@@ -96,7 +96,8 @@ class Intake:
 
         The signature of a proof is checked before more than its first line is read.
         """
-        registry = self._controller.registry
+        reader = self._controller.reader
+        registry = reader.registry
         if kind == "proof":
             try:
                 header = loads(body[: min(max(0, body.find(b"\n")), LONGEST_HEADER)], "line 1")
@@ -116,7 +117,6 @@ class Intake:
         if kind == "proof":
             del text
             async with self._turns[sender.public_key], self._parsing:
-                reader = self._controller.reader
                 claim = await asyncio.to_thread(read_claim, kind, body, reader)
                 return claimed_message(kind, known_as, body, claim, reader)
         # The path is not signed. The body is, and tells the two kinds apart.
@@ -124,7 +124,6 @@ class Intake:
             raise refused("body", "that of another callback", f"one of /{kind}")
         if kind == "validated":  # no evidence
             return Message(sender.public_key, known_as, kind, 0, body)
-        reader = self._controller.reader
         return claimed_message(kind, known_as, body, reader.claim(values, sender), reader)
 
 
@@ -137,10 +136,9 @@ def claimed_message(
     pulled: tuple[str, int, int] | None = None,
 ) -> Message:
     """Return a message as it is kept, with what it claims."""
-    count = len(claim.nonces)
-    return Message(
-        claim.round.public_key, known_as, kind, count, body, claim.encode(), reader.pins, pulled
-    )
+    key = claim.round.public_key
+    names = key, known_as, kind, len(claim.nonces)
+    return Message(*names, body, claim.encode(), reader.pins(key), pulled)
 
 
 def _name(refusal: Refusal) -> str:

@@ -44,7 +44,7 @@ from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Input, Round, group_inputs
-from assay.poc.validator.claims import Claim, Reader, read_claim
+from assay.poc.validator.claims import Claim, Reader, read_claim, refused
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.registry import Registry
@@ -164,8 +164,7 @@ class ClaimSample:
         """Return the evidence of the residuals, for the ledger."""
         round = self.round
         nonces = [nonce for _, nonce in self.inputs]
-        sizes = self.build.batch_size
-        size = sizes[0] if len(sizes) == 1 else None
+        size = self.build.batch_size[0] if len(self.build.batch_size) == 1 else None
         return LedgerUpdate(
             account=account,
             round=round_identity(round),
@@ -310,10 +309,8 @@ class Recomputer(EngineThread):
     def _draw(self, nonces: int) -> list[Draw]:
         """Write down what is recomputed next."""
         waiting = self._inbox.waiting()
-        alpha = self._ledger.genesis.alpha
-        beta = self._ledger.genesis.beta
+        genesis = self._ledger.genesis
         self.waiting = len(waiting)
-        turns = math.ceil(nonces / self._settings.sample)
         senders = self._registry().senders
         known = [
             key
@@ -323,10 +320,10 @@ class Recomputer(EngineThread):
         chosen = choose(
             known,
             self.standings,
-            turns,
+            math.ceil(nonces / self._settings.sample),
             minimum_share=self._settings.minimum_share,
-            alpha=alpha,
-            beta=beta,
+            alpha=genesis.alpha,
+            beta=genesis.beta,
         )
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
@@ -388,13 +385,14 @@ class Recomputer(EngineThread):
             )
 
     def _claimed(self, source: Draw, registry: Registry) -> Claim | None:
-        """Return what a message claims; None where the pins have changed since it was taken."""
+        """Return what a message claims; None where its pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            if source.claim is None:  # an older version kept it
-                return read_claim(source.kind, source.body, reader)
-            is_checked = source.pins == reader.pins
-            again = None if is_checked else read_claim(source.kind, source.body, reader)
+            pins = reader.pins(source.public_key)
+            again = None if source.pins == pins else read_claim(source.kind, source.body, reader)
+            # Callbacks do not state it: their values would be judged by what was agreed on later.
+            if source.claim is None or (source.pins or "")[-64:] != pins[-64:]:
+                raise refused("builds", "preset, length, model or build of before", "those of now")
             claim = Claim.decode(source.claim, source.nonces, registry.pipeline)
             return replace(claim, round=again.round) if again else claim
         except AssayError as error:

@@ -1,6 +1,5 @@
 """Allowed senders and their noise laws, from the pins and the file of nodes."""
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.verdict.calibration_file import account_alpha
+from assay.poc.verdict.entries import sha256
 
 if TYPE_CHECKING:
     from assay.models.catalogue import ModelInfo
@@ -121,10 +121,13 @@ class Registry:
             key: self._sender(entry, shared, settings) for key, entry in entries_of_nodes.items()
         }
         """Nodes that may send, by key."""
-        of = {build: str(place) for place, build in enumerate(self.model.builds)}
-        builds = [(key, of[sender.build]) for key, sender in self.senders.items()]
-        claimed = dumps([self.model.digest, network.model_dump_json(), builds])
-        self.hash = hashlib.sha256(claimed.encode()).hexdigest()
+        agreed = network.round.model_dump_json(include={"preset", "seq_len", "strength"})
+        agreed += self.model.model_dump_json(include={"digest", "weights", "frame"})
+        builds = self.model.builds
+        self.computed = {build: sha256(agreed + build.model_dump_json()) for build in builds}
+        """Hashes of what the nodes of a build compute, which their callbacks do not state."""
+        nodes = [(key, self.computed[sender.build]) for key, sender in self.senders.items()]
+        self.hash = sha256(dumps([network.model_dump_json(), nodes]))
         """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
             raise UsageError(

@@ -1,0 +1,67 @@
+"""Messages that wait while the pins change: no node is judged by what was agreed on later."""
+
+import re
+
+import pytest
+
+from tests.poc.validator.conftest import BLOCKS, body_of, pins_text, proof_of
+from tests.waiting import until
+
+
+@pytest.fixture
+def waiting(stopped, small_model):
+    """A validator with honest callbacks of two blocks, whose worker a test runs by hand."""
+    for block, height in BLOCKS.items():
+        stopped.announce(block, height)
+        about = {"block": block, "block_height": height}
+        stopped.send(body_of(proof_of(small_model, "node_A", range(150), **about)))
+    return stopped
+
+
+def recorded(running) -> int:
+    """Run the worker until nothing is left to draw; return the nonces of node_A in the ledger."""
+    while running.controller.inbox.waiting():
+        assert running.controller.worker.step(running.controller.loaded.result()) == 0.0
+    return running.node("node_A")["recorded"]
+
+
+@pytest.mark.parametrize("how", ["while it runs", "while it is stopped"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("seq_len = 8", "seq_len = 12"),
+        ("strength = 32", "strength = 256"),
+        ('preset = "poc-2.0"', 'preset = "permutation"'),
+        ('preset = "poc-2.0"', 'preset = "layer-signs"'),
+        ('attention = "*"', 'attention = "sdpa"'),
+    ],
+)
+def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
+    waiting, small_model, tmp_path, old, new, how
+):
+    """It states neither its length, seeds, preset nor build: it was fraud of an honest node."""
+    changed = pins_text(small_model).replace(old, new)
+    assert changed != pins_text(small_model)
+    (tmp_path / "pins.toml").write_text(changed)
+    if how == "while it runs":
+        waiting.controller.tend()
+    else:
+        waiting.restart()
+        until(lambda: waiting.controller.deployment)
+    assert recorded(waiting) == 0
+    assert waiting.verdict("node_A") == "undecided"
+    metrics = waiting.client.get("/metrics").text
+    assert float(re.search(r"assay_validator_dropped_draws_total (\d\S*)", metrics)[1]) > 0
+
+
+def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(waiting, small_model, tmp_path):
+    keys = ("node_A", "node_B", "node_C", "node_D")
+    (tmp_path / "pins.toml").write_text(
+        pins_text(small_model, keys=keys).replace("fewest_nonces = 8", "fewest_nonces = 9")
+    )
+    before = waiting.controller.registry.hash
+    waiting.controller.tend()
+    assert waiting.controller.registry.hash != before
+    claimed = waiting.node("node_A")["claimed"]
+    assert recorded(waiting) == claimed > 150
+    assert waiting.verdict("node_A") == "honest"
