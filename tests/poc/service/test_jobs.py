@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,24 @@ def test_a_job_that_another_version_stored_fails_by_name_and_the_next_one_runs(s
     service.post("/stop")
     assert ended(service, new)["status"] == "completed"
     assert "stored by another version" in finished(service, old["request_id"])["error"]
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_a_job_of_another_checkpoint_is_neither_computed_nor_judged(service, checks, monkeypatch):
+    """Honest vectors of that model are others than this model has: they were called fraud."""
+    artifacts = run(service, JOB)["artifacts"]
+    service.post("/init/generate", ROUND)  # jobs wait for it
+    body = JOB | ({"validation": {"artifacts": artifacts}} if checks else {})
+    queued = service.post("/generate", body)
+    service.close()
+    deployment = service.rig.deployment
+    monkeypatch.setattr(service.rig, "deployment", lambda: replace(deployment(), digest="1" * 64))
+    service.start()
+    until(lambda: service.controller.loaded.done())
+    service.post("/stop")
+    end = ended(service, queued)
+    assert (end["status"], end["error"]) == ("failed", "a job of the model 000000000000")
+    assert run(service, body)["status"] == "completed"
 
 
 def test_a_job_whose_engine_ends_with_the_service_is_done_again_after_the_next_start(service):

@@ -102,6 +102,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX receipts_client ON receipts (client, size) WHERE client IS NOT NULL",
     ),
     ("ALTER TABLE rounds ADD COLUMN under_pins INTEGER NOT NULL DEFAULT 0",),
+    ("ALTER TABLE jobs ADD COLUMN digest TEXT",),
 )
 
 RECEIVED: tuple[tuple[str, ...], ...] = (

@@ -66,8 +66,10 @@ class Jobs:
         interrupted = self._table.update().where(self._c.status == "running")
         database.change(interrupted.values(status="queued"))
 
-    def submit(self, request: GenerateRequest, client: str | None = None) -> JsonObject:
-        """Queue a job durably; 429 where the queue has no room for this client.
+    def submit(
+        self, request: GenerateRequest, client: str | None = None, *, digest: str
+    ) -> JsonObject:
+        """Queue a job of a checkpoint durably; 429 where the queue has no room for this client.
 
         A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine,
         which may fill the queue.
@@ -122,6 +124,7 @@ class Jobs:
                 "request": request.model_dump_json(),
                 "created_at": time.time(),
                 "client": client,
+                "digest": digest,
             }
             connection.execute(self._table.insert().values(row))
         return {
@@ -139,9 +142,7 @@ class Jobs:
         return future
 
     def state(self, job_id: str) -> JsonObject:
-        """Return status and result of a job; refuse with 404 one that is unknown or no longer
-        kept.
-        """
+        """Return status and result of a job; 404 for one that is unknown or not kept."""
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
         if not rows or (
             rows[0].finished_at
@@ -238,14 +239,12 @@ class Jobs:
             ]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         received = request.received()
-        errors = residuals(received, records)
-        counted = counted_distances(received, records)
         validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
         noise = self._noise.of(pipeline, validator, deployment.digest, round)
         return judge_vectors(
             request,
-            errors,
-            counted,
+            residuals(received, records),
+            counted_distances(received, records),
             noise,
             self._settings,
             missing=missing_law(deployment.reference, deployment.digest, round),
@@ -260,9 +259,13 @@ class Jobs:
         )
         while True:
             with self._db.write() as connection:
-                row = connection.execute(begin.returning(c.id, c.request)).first()
+                row = connection.execute(begin.returning(c.id, c.request, c.digest)).first()
             if row is None:
                 return None
+            # Honest vectors of that model are others than this model has: no verdict on them here.
+            if row.digest not in (None, deployment.digest):
+                self._finish(row.id, "failed", error=f"a job of the model {row.digest[:12]}")
+                continue
             try:
                 request = GenerateRequest.model_validate_json(row.request)
             except ValidationError as error:  # stored by a version that takes other requests
@@ -273,8 +276,7 @@ class Jobs:
                 continue
             round = request.round(deployment.reference)
             claimed = None if request.validation is None else request.received()
-            inputs = round.inputs(request.nonces)
-            batches = deployment.compute(inputs, request.batch_size, claimed)
+            batches = deployment.compute(round.inputs(request.nonces), request.batch_size, claimed)
             return _Running(row.id, request, batches, [])
 
     def _finish(

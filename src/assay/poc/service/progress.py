@@ -15,15 +15,9 @@ from assay.poc.service.rounds import RECENT, ComputedBatch, Rounds, StoredRound,
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 WINDOW = 30.0  # seconds over which the current rate is measured
-
-
 # Standard deviations of the chord law that the histogram shows on either side.
 SPREAD = 5.0
-
-
 BINS = 48
-
-
 EXPECTED = tuple(
     name + error
     for name in ("valid_rate", "expected_rate", "block_factor")

@@ -35,7 +35,6 @@ PREFIX = "/api/v1/pow"
 PREFIXES = (PREFIX, CHAIN_PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
 
-
 # The pages of the service need nothing from elsewhere and may not be framed.
 PAGE_HEADERS = SAFE_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "

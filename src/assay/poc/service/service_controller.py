@@ -199,8 +199,9 @@ class Controller(Runtime):
 
     def submit(self, request: requests.GenerateRequest, client: str | None = None) -> JsonObject:
         """Queue an artifact job of a client."""
-        requests.check_job(request, self.ready(), self.settings)
-        queued = self.jobs.submit(request, client)
+        deployment = self.ready()
+        requests.check_job(request, deployment, self.settings)
+        queued = self.jobs.submit(request, client, digest=deployment.digest)
         self.worker.wake()
         return queued
 

@@ -138,9 +138,7 @@ def _round_of(head: bytes) -> tuple[str, str]:
 
 
 def restrict_claim(encoded: bytes | None, count: int, places: Sequence[int]) -> bytes | None:
-    """Return what `Claim.encode` makes of some of ``count`` nonces, by their places; None of
-    none.
-    """
+    """Return what `Claim.encode` makes of the nonces at some places; None of none."""
     if not encoded or not places:
         return None
     if len(places) == count:

@@ -20,16 +20,9 @@ from assay.poc.validator.inbox import Message
 from assay.poc.validator.validator_controller import ValidatorController
 
 PREFIX = "/api/v1/validator"
-
-
-PROOFS_AT_ONCE = (
-    2  # proofs that are parsed at the same time; each takes many times its size in memory
-)
-
-
+# Proofs that are parsed at the same time; each takes many times its size in memory.
+PROOFS_AT_ONCE = 2
 LONGEST_HEADER = 2**16  # bytes of the first line of a proof
-
-
 _BODIES = {True: b'{"status":"OK","new":true}', False: b'{"status":"OK","new":false}'}
 
 
@@ -129,7 +122,7 @@ class Intake:
 
 def claimed_message(
     kind: str,
-    known_as: str,
+    name: str,
     body: bytes,
     claim: Claim,
     reader: Reader,
@@ -137,8 +130,9 @@ def claimed_message(
 ) -> Message:
     """Return a message as it is kept, with what it claims."""
     key = claim.round.public_key
-    names = key, known_as, kind, len(claim.nonces)
-    return Message(*names, body, claim.encode(), reader.pins(key), pulled)
+    return Message(
+        key, name, kind, len(claim.nonces), body, claim.encode(), reader.pins(key), pulled
+    )
 
 
 def _name(refusal: Refusal) -> str:

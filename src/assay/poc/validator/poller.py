@@ -23,11 +23,7 @@ from assay.poc.validator.validator_controller import ValidatorController
 log = structlog.get_logger("assay.validator")
 
 LONGEST_ANSWER = 2**20
-
-
 LIMIT = 1000  # nonces of one answer
-
-
 _SHARE = ("public_key", "block_hash", "block_height", "node_id")
 
 
