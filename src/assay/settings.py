@@ -34,7 +34,6 @@ rounded to ``float8``.
 NEAR = 0.72
 """Similarity from which on a word may be the one that was meant."""
 
-
 IN_WORDS = {
     "int_parsing": "a whole number such as 64",
     "int_from_float": "a whole number such as 64",

@@ -5,6 +5,7 @@ from fastapi import FastAPI
 
 from tests.chain.client import PATH
 from tests.chain.mlnode import PUBLISHED
+from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, ROUND, rig, serving  # noqa: F401
 from tests.waiting import until
 
@@ -93,6 +94,33 @@ def test_a_round_takes_another_share_and_goes_on_beyond_its_nonces(serving):  # 
         assert service.post("/init/generate", other, 409)["fields"] == ["strength"]
     with serving() as service:  # and in the published form, so is another share
         assert service.post("/init/generate", OF_CHAIN, 409)["fields"] == ["node_count", "node_id"]
+
+
+@pytest.mark.parametrize("most", [4, 10_000])
+def test_what_a_share_found_is_announced_under_its_number_and_not_the_next(serving, most):  # noqa: F811
+    """A receiver refuses nonces that are not of the node that a callback names."""
+    with (
+        FlakyReceiver(trouble=1) as receiver,
+        serving(compatibility="gonka", callback_interval=600.0, callback_nonces=most) as service,
+    ):
+        for number in (1, 3, 2):
+            body = OF_CHAIN | {"node_id": number, "node_count": 4, "url": receiver.url}
+            service.post("/init/generate", body)
+            before = service.controller.progress.checked
+            until(lambda before=before: service.controller.progress.checked >= before + 12)
+            service.post("/stop")
+        outbox = service.controller.outbox
+        receiver.trouble = 0
+        outbox.close_open(0.0)
+        outbox.retry_now()
+        outbox.notify()
+        until(lambda: outbox.counts()["pending"] == 0)
+    shares = {
+        (body["node_id"], artifact["nonce"] % 4)
+        for body in receiver.taken.values()
+        for artifact in body["artifacts"]
+    }
+    assert (shares, receiver.changed) == ({(1, 1), (3, 3), (2, 2)}, [])
 
 
 def test_a_body_without_a_type_is_read_for_the_chain_alone_and_not_from_another_page(serving):  # noqa: F811

@@ -12,11 +12,7 @@ from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.refusals import Refusal
 
 _SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
-
-
 LONGEST_ID = 128
-
-
 # Seconds for which a signature is valid, as in Standard Webhooks.
 TOLERANCE = 300.0
 

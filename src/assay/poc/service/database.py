@@ -103,6 +103,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("ALTER TABLE rounds ADD COLUMN under_pins INTEGER NOT NULL DEFAULT 0",),
     ("ALTER TABLE jobs ADD COLUMN digest TEXT",),
+    ("ALTER TABLE outbox ADD COLUMN node_id INTEGER",),
 )
 
 RECEIVED: tuple[tuple[str, ...], ...] = (
@@ -119,9 +120,6 @@ RECEIVED: tuple[tuple[str, ...], ...] = (
 )
 """The steps that lead to the file of a receiver."""
 
-
 FILE = "service.sqlite3"
-
-
 open_database = partial(Database, name=FILE, migrations=MIGRATIONS, secure_delete=True)
 """Opens the file of a service; :class:`assay.files.sqlite.Database` says how."""

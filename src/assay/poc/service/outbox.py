@@ -1,9 +1,9 @@
 """Callbacks in a transactional outbox, delivered at least once.
 
 A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the
-body is made from the records when it is sent; records never change, so a row always gives the same
-body under the same id. A row of kind ``receipts`` names a run of sequence numbers in the same way;
-receipts that were deleted are missing from its body.
+body is made from the records when it is sent; records never change, nor does the share that a row
+is of, so a row always gives the same body under the same id. A row of kind ``receipts`` names a run
+of sequence numbers in the same way; receipts that were deleted are missing from its body.
 """
 
 import asyncio
@@ -117,6 +117,14 @@ class Outbox:
         connection.execute(self._table.update().where(is_open).values(status="pending"))
         return self._insert(connection, round_id, kind, url, status="open", first_nonce=first)
 
+    def fix_share(self, connection: sa.Connection, round_id: int, node_id: int) -> None:
+        """Write down whose nonces the callbacks of a round have, and let no others join them."""
+        connection.exec_driver_sql(
+            "UPDATE outbox SET node_id = ?, status = iif(status = 'open', 'pending', status) "
+            "WHERE round_id = ? AND kind = 'generated' AND node_id IS NULL",
+            (node_id, round_id),
+        )
+
     def forget_receipts(self, connection: sa.Connection) -> None:
         """Owe no callback for receipts that were all deleted."""
         receipts = self._db["receipts"].c
@@ -208,15 +216,14 @@ class Outbox:
         records = self._db["records"]
         rounds = self._db["rounds"]
         round = connection.execute(sa.select(rounds).where(rounds.c.id == callback.round_id)).one()
-        run = records.c.nonce.between(callback.first_nonce, callback.last_nonce)
         query = sa.select(records).where(
-            records.c.round_id == callback.round_id, run, records.c.valid == 1
+            records.c.round_id == callback.round_id,
+            records.c.nonce.between(callback.first_nonce, callback.last_nonce),
+            records.c.valid == 1,
         )
         records_of_run = connection.execute(query.order_by(records.c.nonce)).all()
-        body = {
-            name: getattr(round, name)
-            for name in ("public_key", "block_hash", "block_height", "node_id")
-        }
+        body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height")}
+        body["node_id"] = round.node_id if callback.node_id is None else callback.node_id
         if records_of_run and records_of_run[0].vector is not None:
             pipeline = get_pipeline(round.preset)
             artifacts = [
@@ -224,9 +231,11 @@ class Outbox:
                 for row in records_of_run
             ]
             return body | {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
-        nonces = [r.nonce for r in records_of_run]
-        distances = [r.distance for r in records_of_run]
-        return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
+        return body | {
+            "nonces": [row.nonce for row in records_of_run],
+            "dist": [row.distance for row in records_of_run],
+            "r_target": round.r_target,
+        }
 
     def attempted(self, callback_id: str, error: str | None, *, retry_in: float | None) -> None:
         """Record an attempt: a delivery where ``error`` is None, otherwise a failure.

@@ -205,12 +205,12 @@ class Rounds:
         row = connection.execute(sa.select(rounds).where(of_values)).mappings().first()
         if row is None or all(row[name] == value for name, value in change.items()):
             return
-        largest = sa.select(sa.func.max(self._records.c.nonce)).where(
+        self._outbox.fix_share(connection, row["id"], row["node_id"])
+        largest = sa.select(sa.func.coalesce(sa.func.max(self._records.c.nonce), -1)).where(
             self._records.c.round_id == row["id"]
         )
-        last = connection.execute(largest).scalar_one()
         first, step = values.round.node_id, values.round.node_count
-        passed = 0 if last is None else max(0, (last - first) // step + 1)
+        passed = max(0, (connection.execute(largest).scalar_one() - first) // step + 1)
         change["next_nonce"] = first + passed * step
         connection.execute(rounds.update().where(of_values).values(change))
 

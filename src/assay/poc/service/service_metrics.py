@@ -6,8 +6,6 @@ STATES = ("IDLE", "GENERATING", "VALIDATING", "STOPPED")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
 OUTCOMES = ("delivered", "failed", "dead")
 PAUSES = ("storage", "callbacks")
-
-
 SHOWN = (
     Gauged(
         "state",

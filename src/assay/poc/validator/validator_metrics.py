@@ -6,8 +6,6 @@ from assay.poc.validator.claims import REASONS
 KINDS = ("generated", "validated", "proof", "pulled")
 OUTCOMES = ("taken", "empty", "refused", "failed")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
-
-
 SHOWN = (
     Gauged(
         "nodes",

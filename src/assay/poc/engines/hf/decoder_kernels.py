@@ -44,8 +44,6 @@ _NO_FRACTION = tl.constexpr(1.5 * 2**23)
 # rounded.
 _PLAIN = -1
 _ROW = 0
-
-
 _NUMBERS = 4096
 """Numbers in a tile that is not one long row; sizes of programs are measured on an H200."""
 
