@@ -185,6 +185,33 @@ def test_nonces_are_known_for_as_long_as_their_block_is_open(opened):
     assert len(flat(passes(inbox))) == len(HONEST)
 
 
+@pytest.mark.parametrize("forgotten", [7, 50_000])
+def test_as_many_rounds_are_forgotten_as_a_network_has(opened, monkeypatch, forgotten):
+    """One round of one node in five seconds was forgotten: a file of many nodes only grew."""
+    monkeypatch.setattr("assay.poc.validator.inbox.FORGOTTEN", forgotten)
+    inbox = opened(most=30_000)
+    keys = [f"node_{number}" for number in range(20)]
+    for block in ("block_beta", BLOCK):
+        inbox.add([message(block, CHEAP, key=key, block=block) for key in keys])
+
+    def remembered() -> list[tuple[str, int, int]]:
+        nonces = "SELECT count(*) FROM round_nonces WHERE node_round = node_rounds.id"
+        query = f"SELECT block_hash, nonces, ({nonces}) FROM node_rounds ORDER BY id"
+        with inbox.database.read() as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+    whole = [(BLOCK, len(CHEAP), len(CHEAP))] * len(keys)
+    least = min(forgotten, len(CHEAP) * len(keys))
+    for _ in range(math.ceil(len(CHEAP) * len(keys) / least)):
+        inbox.prune(-1, [BLOCK])
+        assert all(stated == there for _, stated, there in remembered())
+        assert remembered()[-len(keys) :] == whole
+    assert remembered() == whole
+    # The room of what is still remembered, 800 bytes, is all that a node has used.
+    assert not inbox.is_full(keys[0], 29_200)
+    assert inbox.is_full(keys[0], 29_201)
+
+
 def test_the_room_of_nonces_is_counted_and_given_back(opened):
     inbox = opened()
     inbox.add([message("one", range(0, 3000, 3))])

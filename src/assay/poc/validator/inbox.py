@@ -94,7 +94,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 NAME = "validator.sqlite3"
 SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
 NONCE_BYTES = 16  # of the disk, by which the nonces of a round are known again
-FORGOTTEN = 50_000  # nonces that are forgotten in one transaction, so that messages wait little
+# Nonces that are forgotten in one transaction, and rounds of nodes, so that messages wait little.
+FORGOTTEN = 50_000
+ROUNDS = 1000
 _SIZE = "length(body) + coalesce(length(claim), 0)"
 
 
@@ -507,13 +509,27 @@ class Inbox:
                 f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}", (now - keep,)
             ).all()
             freed = [(sender, size) for sender, size in gone]
-            for number, sender, block in connection.exec_driver_sql(
-                "SELECT id, sender, block_hash FROM node_rounds WHERE at < ?", (now - keep,)
-            ).all():
-                if block not in open_blocks:
-                    nonces = _forget_nonces(connection, number)
-                    freed.append((sender, NONCE_BYTES * nonces))
-                    break
+            closed = "at < ? AND block_hash NOT IN (SELECT value FROM json_each(?))"
+            rounds = connection.exec_driver_sql(
+                f"SELECT id, sender, nonces FROM node_rounds WHERE {closed} LIMIT {ROUNDS}",
+                (now - keep, dumps([*open_blocks])),
+            ).all()
+            room = FORGOTTEN
+            parts: list[tuple[int, int]] = []
+            for number, sender, nonces in rounds:
+                parts.append((min(nonces, room), number))
+                room -= parts[-1][0]
+                freed.append((sender, NONCE_BYTES * parts[-1][0]))
+            if parts:
+                connection.exec_driver_sql(
+                    "DELETE FROM round_nonces WHERE node_round = ?2 AND nonce IN "
+                    "(SELECT nonce FROM round_nonces WHERE node_round = ?2 LIMIT ?1)",
+                    parts,
+                )
+                connection.exec_driver_sql(
+                    "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?", parts
+                )
+                connection.exec_driver_sql("DELETE FROM node_rounds WHERE nonces = 0")
         for sender, size in freed:
             self._kept[sender] -= size
         return len(gone)
@@ -559,17 +575,3 @@ def _add_nonces(
         places.append([place for place, nonce in enumerate(nonces) if nonce in new[number]])
         new[number].difference_update(nonces)  # of a later message they are copies
     return places
-
-
-def _forget_nonces(connection: sa.Connection, number: int) -> int:
-    """Forget nonces of a round of a node, and the round with the last; return how many."""
-    oldest = f"SELECT nonce FROM round_nonces WHERE node_round = ? LIMIT {FORGOTTEN}"
-    count = connection.exec_driver_sql(
-        f"DELETE FROM round_nonces WHERE node_round = ? AND nonce IN ({oldest})", (number, number)
-    ).rowcount
-    if count < FORGOTTEN:
-        connection.exec_driver_sql("DELETE FROM node_rounds WHERE id = ?", (number,))
-    else:
-        change = "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?"
-        connection.exec_driver_sql(change, (count, number))
-    return count
