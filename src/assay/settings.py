@@ -110,10 +110,7 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        env_ignore_empty=True,
+        frozen=True, extra="forbid", allow_inf_nan=False, env_ignore_empty=True
     )
     has_flags: ClassVar[bool] = True
     """Whether a command line sets the fields; an error names their variables otherwise."""

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 # Blocks, each with the key of its honest node.
-BLOCKS = {
-    "block_alpha": "node_A",
-    "block_beta": "node_B",
-    "block_gamma": "node_C",
-}
+BLOCKS = {"block_alpha": "node_A", "block_beta": "node_B", "block_gamma": "node_C"}
 # Of 256 by default: a demonstration should be over before coffee.
 SEQ_LEN = 8
 NONCES = 56
@@ -57,15 +53,14 @@ class Case(NamedTuple):
 
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
-        mean = self.proof.distances.mean()
-        largest = np.abs(self.verdict.residuals).max()
-        values = (
-            f"{mean:.5f}",
+        return [
+            self.name,
+            f"{self.proof.distances.mean():.5f}",
             f"{self.proof.valid_rate:.1%}",
-            f"{largest:.2g}",
+            f"{np.abs(self.verdict.residuals).max():.2g}",
             str(self.verdict.checked),
-        )
-        return [self.name, *values, self.verdict.verdict]
+            self.verdict.verdict,
+        ]
 
 
 def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
@@ -215,9 +210,13 @@ def draw(
         color = SERIES[index % len(SERIES)]
         ax.semilogy(sorted(residuals), color=color, label=name, linewidth=1.6)
     if honest[0].verdict.sequential is not None:
-        bound = honest[0].verdict.sequential.gross_threshold
-        name = "honest noise, once in 10 000"
-        ax.axhline(bound, linestyle="--", linewidth=1.2, color=SERIES[0], label=name)
+        ax.axhline(
+            honest[0].verdict.sequential.gross_threshold,
+            linestyle="--",
+            linewidth=1.2,
+            color=SERIES[0],
+            label="honest noise, once in 10 000",
+        )
     ax.set_xlabel("checked nonces, sorted")
     ax.set_ylabel("|received − recomputed|")
     legend(ax, loc="center right", bbox_to_anchor=(1.0, 0.47))  # where no curve runs
@@ -295,9 +294,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         "others, and {lost} of {asked} clean ones".format(**flagged)
     )
     report = Report(
-        f"assay on {name}",
-        f"Proof of Compute and v_hack in {seconds:.0f} s",
-        command="assay demo",
+        f"assay on {name}", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo"
     )
     draw(report, model, honest, cheaters, compared, did)
     report.write(page)
@@ -318,9 +315,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         emit_json("assay.demo/2", values)
         return
     table(
-        COLUMNS,
-        [case.row() for case in (*honest, *cheaters)],
-        title=f"Proof of Compute on {name}",
+        COLUMNS, [case.row() for case in (*honest, *cheaters)], title=f"Proof of Compute on {name}"
     )
     if law is not None:
         click.echo(f"Honest noise was measured in this run, on this machine: {noise}")

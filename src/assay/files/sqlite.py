@@ -165,8 +165,7 @@ class Database:
             try:
                 cursor.execute(f"PRAGMA busy_timeout={CHECKPOINT_TIMEOUT_MS}")
                 cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                is_blocked = cursor.fetchall()[0][0]
-                return not is_blocked
+                return cursor.fetchall()[0][0] == 0  # whether a reader blocked it
             finally:
                 cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
                 cursor.close()
@@ -221,7 +220,13 @@ class Database:
         do = f"stop another service that runs there, or pass another {self._flag}"
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._check_local(data_dir)
+            if network := NETWORK_FILE_SYSTEMS.get(file_system(data_dir)):
+                raise StorageError(
+                    f"{data_dir} on {network}",
+                    wanted="a disk of this machine: SQLite's journal is shared memory, which no "
+                    "network keeps in step",
+                    do=f"pass another {self._flag}",
+                )
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -251,17 +256,6 @@ class Database:
                 f"{self.path}: {error.strerror}", wanted="a directory that can be written", do=do
             ) from None
         return descriptor
-
-    def _check_local(self, data_dir: Path) -> None:
-        if network := NETWORK_FILE_SYSTEMS.get(file_system(data_dir)):
-            raise StorageError(
-                f"{data_dir} on {network}",
-                wanted=(
-                    "a disk of this machine: SQLite's journal is shared memory, which no network "
-                    "keeps in step"
-                ),
-                do=f"pass another {self._flag}",
-            )
 
 
 def file_system(path: Path) -> int:

@@ -389,7 +389,7 @@ class CommitmentTree:
     @property
     def top(self) -> Label:
         """The top of the tree."""
-        return self._label(len(self._levels) - 1, 0)
+        return Label(*PACKED.unpack(self._levels[-1][0].tobytes()))
 
     def open(self, index: int) -> Opening:
         """Return the nonce of a place with its path; a UsageError where there is no such place."""
@@ -420,9 +420,6 @@ class CommitmentTree:
         labels["last"] = nonces
         labels["hash"] = _hash_rows(rows)
         return labels
-
-    def _label(self, level: int, place: int) -> Label:
-        return Label(*PACKED.unpack(self._levels[level][place].tobytes()))
 
     def _packed(self, start: int, size: int) -> bytes:
         level = (size - 1).bit_length()

@@ -62,11 +62,7 @@ Finish = Literal["stop", "length", "abort"]
 # Bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less.
 LONGEST_LINE = 2**25
 # How often a character may be in a line.
-MOST_PARTS = {
-    b",": 2 * MOST_TOKENS + 2**16,
-    b"[": 2**13,
-    b"{": 2**13,
-}
+MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}
 MOST_RECEIPTS = 2**20
 # Tokens of all prompts and outputs of a file: what a reader has to have room for.
 MOST_FILE_TOKENS = 2**24
@@ -407,10 +403,7 @@ class Tally:
     def add(self, receipt: Receipt, line: str) -> None:
         """Count a receipt; a UsageError for a second one, a wrong model, or too many."""
         # What sets its seed apart from others of this node and model.
-        seeded = (
-            receipt.name,
-            receipt.block_hash,
-        )
+        seeded = (receipt.name, receipt.block_hash)
         if seeded in self._seen:
             raise UsageError(
                 f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}",

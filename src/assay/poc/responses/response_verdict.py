@@ -140,10 +140,7 @@ def _check_request(
         }
     if receipt.chat_template is not None and request.chat_template is not None:
         # First, as it explains another prompt.
-        pairs["chat_template"] = (
-            receipt.chat_template,
-            request.chat_template,
-        )
+        pairs["chat_template"] = (receipt.chat_template, request.chat_template)
     if isinstance(request.prompt, tuple):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
     for name, (stated, agreed) in pairs.items():

@@ -21,12 +21,7 @@ INDIFFERENT = 0.5
 # tokens that a law adds, spread over all columns: what none of n tokens shows may be in 3/n of them
 UNSEEN = 3.0
 # Spreads of ln scale between clusters; not zero: no small sample has an odd response.
-BETWEEN = (
-    0.2,
-    0.4,
-    0.7,
-    1.1,
-)
+BETWEEN = (0.2, 0.4, 0.7, 1.1)
 FEWEST_TOKENS = 256  # fewest honest tokens that a law is fitted to
 # Largest error of ln scale: two engines that agree on every token say no more.
 _LARGEST_ERROR = 0.5

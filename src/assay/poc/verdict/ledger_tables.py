@@ -14,10 +14,7 @@ from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time
 # What errors call the file: commands that only read it have no flag.
-FLAG = {
-    False: "--ledger",
-    True: "ledger",
-}
+FLAG = {False: "--ledger", True: "ledger"}
 LEDGER, LAWS, ACCOUNTS, UPDATES = (
     sa.table(name, *map(sa.column, columns.split()))
     for name, columns in (

@@ -19,13 +19,7 @@ ALPHA = 1e-3
 # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
 BETA = 1e-2
 # Numbers of nonces among which a verifier chooses, where its caller does not choose.
-SAMPLES = (
-    32,
-    48,
-    64,
-    96,
-    128,
-)
+SAMPLES = (32, 48, 64, 96, 128)
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
 _TRIALS = 300

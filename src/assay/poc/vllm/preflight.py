@@ -117,10 +117,7 @@ def check_server() -> None:
         arguments.model = arguments.model_tag
     if serves and arguments.api_server_count is None and arguments.data_parallel_size > 1:
         # `vllm serve` by itself starts one for every engine.
-        sys.argv += [
-            "--api-server-count",
-            "1",
-        ]
+        sys.argv += ["--api-server-count", "1"]
     check_arguments(arguments, settings)
     multiply_exactly(arguments.dtype)
     try:

@@ -60,8 +60,7 @@ class NumberDetector(Detector):
     @override
     def fit(self, evidence: LabelledEvidence) -> Scorer:
         rises = auroc(self.measure(evidence.hack), self.measure(evidence.clean)) >= 0.5
-        sign = 1.0 if rises else -1.0
-        return lambda samples: sign * self.measure(samples)
+        return lambda samples: self.measure(samples) if rises else -self.measure(samples)
 
 
 def cross_score(detector: Detector, evidence: LabelledEvidence) -> tuple[FloatArray, FloatArray]:

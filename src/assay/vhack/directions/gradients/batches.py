@@ -215,9 +215,7 @@ def _as_text(sample: Sample, tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def find_chat_template(
-    samples: Iterable[Sample | Pair],
-    model: AnyModel,
-    tokenizer: AnyTokenizer,
+    samples: Iterable[Sample | Pair], model: AnyModel, tokenizer: AnyTokenizer
 ) -> str:
     """Return the digest of the template that renders samples; empty if none has messages."""
     chats = any(isinstance(sample.prompt, Chat) for sample in samples)

@@ -222,10 +222,7 @@ def coverage(model: AnyModel) -> Coverage:
         if parameter.ndim > 1 and not parameter_name.endswith("bias")
     }
     # A tensor of experts by any of them.
-    covered = {
-        *targets,
-        *(name.rpartition(".")[0] for name in targets),
-    }
+    covered = {*targets, *(name.rpartition(".")[0] for name in targets)}
     left_out = tuple(name for name in sizes if name not in covered)
     total = sum(sizes.values())
     return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
