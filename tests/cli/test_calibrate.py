@@ -3,6 +3,7 @@ blocks.
 """
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from assay.poc import (
     prove,
     verify,
 )
+from assay.stats import valid_rate
 from tests.cli.conftest import made
 from tests.settings_files import with_file
 from tests.wordings import refuses
@@ -239,6 +241,13 @@ def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
     assert 0.05 < found["block_rate_low"] < 0.1 < found["block_rate_high"] < 0.15
     assert "block_rate_low" not in told(*rate, "--dimension", 12)
     refused(*rate, "--model", "reference:llama", "--calibration", measured[0])
+
+
+def test_the_table_of_a_rate_has_an_r_target_of_that_rate(assay):
+    """Rounded to 1.4 it is that of a third as many nonces."""
+    shown = assay("poc", "calibrate", "--valid-rate", 0.1).out
+    target = float(re.search(r"r target +(\S+)", shown)[1])
+    assert valid_rate(target, 8192) == pytest.approx(0.1, rel=1e-2)
 
 
 def test_too_few_nonces_are_refused_before_a_model_is_loaded(refused, tmp_path):

@@ -1,5 +1,7 @@
 """Tables and progress on terminals and in pipes."""
 
+import pytest
+
 from assay.errors import UsageError
 from assay.framework import output as _output
 from assay.loading_progress import report_progress
@@ -11,6 +13,26 @@ def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].split() == [identity, "dead", "7"]
+
+
+def test_a_title_is_one_line_in_a_pipe_and_no_line_ends_with_spaces(capsys):
+    _output.table(("id", "status"), [(1, "dead"), (2, "ok")], "2 of 3 messages reached a node")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 3 messages reached a node"
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_shows_names_and_numbers_whole(width, capsys, monkeypatch):
+    """Rich alone cuts names that a reader copies, and words of the head, into pieces."""
+    monkeypatch.setattr(_output, "_is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    reason = "a reason of more words than the screen has columns, which is folded between words"
+    columns = ("model", "parameters", "layers", "hidden", "vocabulary", "why")
+    _output.table(columns, [("pretrained:smollm2", "134.5 M", 30, 576, 49152, reason)], "models")
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert all(word in shown for word in ("pretrained:smollm2", *columns, "134.5 M", "49152"))
 
 
 def test_what_others_wrote_does_not_steer_the_terminal(capsys):

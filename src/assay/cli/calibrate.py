@@ -10,13 +10,13 @@ from pydantic import Field
 
 import assay
 from assay.cli.flags import ARGUMENT, OUTPUT, BlockNonces, Blocks
-from assay.cli.poc import PresetName, in_column, poc
+from assay.cli.poc import PresetName, poc
 from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import check_new_file
 from assay.framework.commands import extension, resumable
-from assay.framework.output import emit_json, progress_bar, say_next, show_values, table
+from assay.framework.output import emit_json, in_column, progress_bar, say_next, show_values, table
 from assay.settings import Flag, Names, Settings
 
 
@@ -96,32 +96,28 @@ class CalibrateSettings(Settings):
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """Measure honest noise, or give an r_target.
 
-    The first use takes a model, and needs this machine alone. The model runs in each number format,
-    with other kernels and batches, and the file for `verify --calibration` has a law for every pair
-    of formats. --pins also writes a pins file that names it. tokens-1 reads the frame of the
-    checkpoint, by default from calibration.frame.safetensors; a missing file is measured first and
-    written. --quick measures float32 alone and marks the law. The time of the whole is estimated
-    first. A stopped measurement continues when the command is repeated.
+    With --model, the model runs on this machine in each number format, with other kernels and
+    batches. The file has a law for every pair of formats, and --pins writes a pins file that names
+    it. --quick measures float32 alone. tokens-1 reads the frame of the checkpoint; a missing one is
+    measured first, and written beside. The time is estimated first. A stopped measurement continues
+    when the command is repeated.
 
-    Example: assay poc calibrate --model reference:qwen3 --quick --preset tokens-1
-        -o calibration.json --pins pins.toml
+    Example: assay poc calibrate --model reference:qwen3 --quick --pins pins.toml -o law.json
 
-    The second use takes honest proofs of one checkpoint and preset, two or more of every round,
-    from several machines. Three machines and more also judge a machine that was not measured, and
-    the file says how often honest machines that are left out of the measurement are accused. Proofs
-    in the formats of `controls` are no machines: a validator computes them again on its own, for a
-    second law, of scores. --merge adds the builds of other files.
+    With honest proofs of one checkpoint and preset, two or more of every round, the file says how
+    their machines differ, and from three machines on how often one that was not measured is
+    accused. Proofs in the formats of `controls` are a validator's own, for a second law, of scores.
+    --merge adds the builds of other files.
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 
-    The third use gives the r_target of a share of valid nonces. Distances of a block are all wider
-    or narrower by one factor. How much blocks differ is only said by --model or --calibration, with
-    or without proofs.
+    With --valid-rate, the command prints the r_target of a share of valid nonces; with --model or
+    --calibration also how much blocks differ from it.
 
     Example: assay poc calibrate --valid-rate 0.1
 
-    The fourth use chooses the parameters of a chain's count test from a calibration, and says what
-    they cost honest and cheap nodes.
+    With --export, it prints the parameters of a chain's count test, and what they cost honest and
+    cheap nodes.
 
     Example: assay poc calibrate --export gonka --calibration calibration.json
     """
@@ -200,7 +196,14 @@ def _give_target(
 
     options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
     assert chosen.valid_rate is not None
-    show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **options), as_json)
+    values = target_for(chosen.valid_rate, proofs, **options)
+    if not as_json:
+        # With three digits, the r_target of one nonce in ten would be that of one in thirty.
+        values = {
+            name: f"{value:.6g}" if isinstance(value, float) else value
+            for name, value in values.items()
+        }
+    show_values("assay.poc.calibrate/1", values, as_json)
 
 
 def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -258,8 +261,13 @@ def _measure_model(chosen: CalibrateSettings) -> "assay.poc.Calibration":
         check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=steps)
 
     names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
-    options: dict[str, Any] = {name: getattr(chosen, name) for name in names}
-    options |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
+    options: dict[str, Any] = {
+        **{name: getattr(chosen, name) for name in names},
+        "preset": preset,
+        "quick": chosen.quick,
+        "device": chosen.device,
+        "frame": frame,
+    }
     partial = _partial_folder(chosen.output)
     with progress_bar("measuring") as progress, resumable():
         return assay.poc.calibrate_model(
@@ -306,8 +314,9 @@ def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_
     for build in measured.builds:
         values = {"path": str(chosen.output), **describe(build)}
         if not as_json:
-            texts = {name: value for name, value in values.items() if isinstance(value, str)}
-            values |= {name: in_column(text) for name, text in texts.items()}
+            values |= {
+                name: in_column(text) for name, text in values.items() if isinstance(text, str)
+            }
         show_values("assay.poc.calibrate/1", values, as_json, title="law")
     if chosen.pins is None or chosen.model is None:
         return
@@ -370,7 +379,10 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     ):
         for flag in (chosen.spelling(name) for name in names if applies and name in stated):
             raise UsageError(
-                f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out"
+                f"{flag} with {beside}",
+                wanted=f"no {flag}: {reason}",
+                do=f"leave {flag} out"
+                + ", or pass --model without proofs" * (beside == "no --model alone"),
             )
     if rate:
         return
@@ -382,9 +394,8 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         )
     if measures and not alone and len(chosen.proofs) < 2:
         raise UsageError(
-            f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} "
-            f"proof(s)",
-            wanted="a model or two honest proofs or more with -o, or another form of the command",
+            f"no --model, and {'one proof' if chosen.proofs else 'no proofs'}",
+            wanted="a model, or two honest proofs or more, or another form of the command",
             do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate "
             "--help`",
         )

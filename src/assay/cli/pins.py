@@ -121,8 +121,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         "path": str(chosen.pins),
         "pinned": list_pinned(network),
         "open": list_open(network),
+        "network": promise,
     }
-    values["network"] = promise
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
         header = assay.poc.Proof.load(chosen.proof).header
@@ -144,10 +144,12 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         else:
             noise = measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
-    shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
-    shown["network"] = "\n".join(
-        f"{name.replace('_', ' ')}: {value}" for name, value in promise.items()
-    )
+    stated = [
+        f"{name.replace('_', ' ')}: {'not stated' if value is None else value}"
+        for name, value in promise.items()
+    ]
+    lines = {"pinned": values["pinned"], "open": values["open"], "network": stated}
+    shown = values | {name: "\n".join(texts) or "nothing" for name, texts in lines.items()}
     if chosen.proof is not None:
         shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
     rows = [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()]

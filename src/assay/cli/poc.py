@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
@@ -36,7 +35,14 @@ from assay.cli.flags import (
 from assay.errors import UsageError
 from assay.files.storage import check_folder, check_new_file
 from assay.framework.commands import Group
-from assay.framework.output import emit_document, progress_bar, say_next, show_values, table
+from assay.framework.output import (
+    emit_document,
+    in_column,
+    progress_bar,
+    say_next,
+    show_values,
+    table,
+)
 from assay.settings import Flag, Spelling
 
 if TYPE_CHECKING:
@@ -50,7 +56,6 @@ POSITIONS = 256  # of a nonce of the published rounds
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.", elsewhere=("experiment",))
 CHEAT = "a tenth of the nonces at 5 times the honest noise"
-COLUMN = 90  # characters of a reason in a line
 
 
 def _positions(text: str) -> tuple[int, int]:
@@ -198,11 +203,14 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         commitment.save(chosen.commit)
         values["commitment"] = commitment.root
     if not as_json:
-        pipeline = proof.header.pipeline
-        empty = {"first_batch_seconds"}
-        empty |= set() if pipeline.output == "distance" else {"valid", "valid_rate"}
-        empty |= set() if resumed else {"resumed"}
-        values = {name: value for name, value in values.items() if name not in empty}
+        counts = proof.header.pipeline.output == "distance"
+        says = {
+            "valid": counts,
+            "valid_rate": counts,
+            "resumed": resumed > 0,
+            "first_batch_seconds": False,
+        }
+        values = {name: value for name, value in values.items() if says.get(name, True)}
     show_values("assay.poc.prove/1", values, as_json)
     if not as_json:
         say_next(_verifying(chosen, proof, task.proving.model))
@@ -286,18 +294,16 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     with progress_bar("measuring", "sequences") as progress:
         measured = assay.poc.measure_frame(model, progress=progress)
     measured.save(chosen.output)
-    counts = {
-        "coordinates": len(measured.mean),
-        "tokens": measured.rows - len(measured.left_out),
-        "left_out": len(measured.left_out),
-    }
     values = {
         "path": str(chosen.output),
         "model": model.reference,
         "digest": measured.digest,
         "sha256": measured.sha256,
+        "coordinates": len(measured.mean),
+        "tokens": measured.rows - len(measured.left_out),
+        "left_out": len(measured.left_out),
     }
-    show_values("assay.poc.frame/1", values | counts, as_json)
+    show_values("assay.poc.frame/1", values, as_json)
 
 
 @contextmanager
@@ -346,11 +352,6 @@ class _Pace:
         return resumed, start - begin, rate
 
 
-def in_column(text: str) -> str:
-    """Return a text in lines of a table, with every word of a command whole."""
-    return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
-
-
 def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None") -> None:
     noise = verdict.noise
     sequential = verdict.sequential
@@ -363,9 +364,8 @@ def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None
         f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})"
         for name in verdict.unpinned
     ]
-    counted = f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"
     rule = (
-        f"{counted}; it decides nothing"
+        f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}; it decides nothing"
         if header.pipeline.texts == "published"
         else "none for this preset"
     )

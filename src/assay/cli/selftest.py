@@ -7,10 +7,10 @@ from pydantic import Field
 
 import assay
 from assay.cli.flags import CalibrationFile, FrameFile, LaunchSettings, Positions
-from assay.cli.poc import PresetName, in_column, poc
+from assay.cli.poc import PresetName, poc
 from assay.errors import UsageError
 from assay.files.reading import read_whole
-from assay.framework.output import progress_bar, show_tables
+from assay.framework.output import in_column, progress_bar, show_tables
 from assay.settings import Flag
 
 SAYS = {
@@ -29,7 +29,7 @@ class SelftestSettings(LaunchSettings):
     """Settings of ``assay poc selftest``."""
 
     url: Annotated[str | None, "URL"] = Field(
-        None, description="Running server to ask instead: http://HOST:PORT/api/v1/pow."
+        None, description="Running server of the model to ask instead: http://HOST:PORT/api/v1/pow."
     )
     preset: PresetName = None
     seq_len: Positions = 64
@@ -76,13 +76,12 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         seq_len=chosen.seq_len,
     )
     launch = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device", "frame"}))
-    path = chosen.calibration
     options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
     if chosen.url is None:
         launch.check_engine(assay.poc.get_pipeline(preset))
     else:
         _check_remote(chosen)
-    calibration = None if path is None else assay.poc.Calibration.load(path)
+    calibration = chosen.calibration and assay.poc.Calibration.load(chosen.calibration)
     from assay.poc.selftest import check_round, run_remote_selftest, run_selftest
 
     check_round(round)
@@ -95,10 +94,9 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
             )
     else:
         builds = [] if calibration is None else calibration.builds
-        laws = [build.noise_between("", None) for build in builds if build.preset == preset]
-        noise = laws[0] if laws else None
+        laws = (build.noise_between("", None) for build in builds if build.preset == preset)
         result = run_remote_selftest(
-            chosen.url, round, key=_read_key(chosen.api_key_file), noise=noise, **options
+            chosen.url, round, key=_read_key(chosen.api_key_file), noise=next(laws, None), **options
         )
     rows = [
         (

@@ -127,6 +127,15 @@ def check_folder(path: Path, *, new: bool = False) -> None:
         _try_file(nearest)
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuse a path that exists, or at which no directory can be made."""
+    if path.exists():
+        raise UsageError(
+            f"{path} exists", wanted="a new directory", do="choose another path or remove it"
+        )
+    check_folder(path)
+
+
 def _try_file(folder: Path) -> None:
     # Permissions do not tell root that /proc takes no file.
     TemporaryFile(dir=folder).close()

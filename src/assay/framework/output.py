@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from textwrap import fill
 from typing import Any, TextIO
 
 import click
@@ -31,6 +32,9 @@ from assay.loading_progress import listening
 WIDEST = 1000
 # Characters; names and reasons that assay writes are shorter.
 LONGEST_CELL = 500
+COLUMN = 90  # characters of a reason in a line of a file
+LONGEST_WORD = 16  # characters; a longer word is folded before rows are pulled apart
+BORDER = 3  # characters that a column has beside its text
 MOMENT = 1.0  # seconds of loading that need no word
 # Seconds between two lines of progress where there is no terminal.
 PAUSE = 5.0
@@ -90,44 +94,60 @@ def say_next(command: str) -> None:
 
 def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
-    if os.environ.get("ASSAY_ERRORS") == "json":
-        parts = {
-            "error": type(error).__name__,
-            "seen": error.seen,
-            "wanted": error.wanted,
-            "do": error.do,
-        }
-        click.echo(json.dumps(parts), err=True)
-    else:
-        click.echo(f"error: {error}", err=True)
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        # Rich itself would exit with code 1, and that means fraud here.
-        raise BrokenPipeError
+    as_json = os.environ.get("ASSAY_ERRORS") == "json"
+    parts = {name: getattr(error, name) for name in ("seen", "wanted", "do")}
+    text = json.dumps({"error": type(error).__name__, **parts}) if as_json else f"error: {error}"
+    click.echo(text, err=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """Print a table on stdout: boxed on a terminal, plain lines into a file or pipe.
 
-    Columns of numbers are right-aligned, but for the first.
+    Columns of numbers are right-aligned, but for the first. On a terminal that is too narrow for
+    three columns or more, every row is a table of its own.
     """
     boxed = _is_terminal(sys.stdout)
-    console = _Console(width=None if boxed else WIDEST)
-    named = Text(visible(title)) if title else None
-    shown = Table(
-        title=named, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None
-    )
+    console = Console(width=None if boxed else WIDEST)
+    texts = [
+        ["" if cell is None else visible(str(cell), LONGEST_CELL) for cell in row] for row in rows
+    ]
+    shown = Table(header_style="bold", box=HEAVY_HEAD if boxed else None)
     for index, column in enumerate(columns):
-        cells = [str(row[index]) for row in rows if row[index] not in (None, "")]
+        cells = [text[index] for text in texts if text[index]]
         is_numbers = index > 0 and all(NUMBER.match(cell) for cell in cells)
-        shown.add_column(column, justify="right" if is_numbers else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(
-            *(Text("" if cell is None else visible(str(cell), LONGEST_CELL)) for cell in row)
+        shown.add_column(
+            Text(visible(column, LONGEST_CELL)),
+            justify="right" if is_numbers else "left",
+            overflow="fold",
+            # A name is copied from here.
+            no_wrap=index == 0 and all(len(cell) <= console.width // 2 for cell in cells),
         )
-    console.print(shown)
+    needed = 1 + sum(
+        BORDER + min(max(map(len, " ".join(cells).split()), default=0), LONGEST_WORD)
+        for cells in zip(columns, *texts, strict=True)
+    )
+    # Rich would fold a title at the width of the table.
+    click.echo(visible(title), nl=bool(title))
+    if len(columns) > 2 and needed > console.width:
+        for row in rows:
+            table((columns[0], str(row[0])), list(zip(columns[1:], row[1:], strict=True)))
+        return
+    for text in texts:
+        shown.add_row(*map(Text, text))
+    with console.capture() as capture:
+        console.print(shown)
+    # Rich itself would end at a broken pipe with exit code 1, and that means fraud here.
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def in_column(text: str) -> str:
+    """Return a text in lines of a table of a file; a terminal folds it at the width of the screen.
+
+    Every word of a command stays whole.
+    """
+    if _is_terminal(sys.stdout):
+        return text
+    return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

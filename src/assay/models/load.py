@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from assay import streams
 from assay.errors import OutOfMemory, StorageError, UsageError, is_out_of_memory
-from assay.files.storage import check_folder
+from assay.files.storage import check_new_folder
 from assay.files.weights import bad_weights, check_served
 from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
@@ -430,14 +430,7 @@ def save_random(
             do="copy the directory instead",
             field="weights",
         )
-    if target.exists():
-        raise UsageError(
-            f"{target} exists",
-            wanted="a new directory",
-            do="choose another path or remove it",
-            field="path",
-        )
-    check_folder(target)
+    check_new_folder(target)
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
