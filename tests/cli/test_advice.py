@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
+import click
 import pytest
 
 from assay.cli import app
@@ -35,6 +36,24 @@ def advice_of(module: str) -> Iterator[str]:
             isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "do"
         ):
             yield texts(node.value)
+
+
+def test_the_help_says_what_each_option_takes():
+    """`demo -o` took a FILE, and `sample` took PER_TASK and MAX_NEW_TOKENS."""
+    for name, command in COMMANDS.items():
+        for field, setting in command.settings.items():
+            shows = command.is_shown(field) and setting.field.annotation is not bool
+            if shows and not setting.flag.argument:
+                says_folder = (setting.field.description or "").startswith("Directory")
+                assert (setting.unit == "DIRECTORY") == says_folder, (name, field)
+                assert "_" not in setting.unit, (name, field)
+
+
+def test_the_help_marks_arguments_that_may_be_missing_or_repeated():
+    usage = {name: COMMANDS[name].get_usage(click.Context(COMMANDS[name])) for name in COMMANDS}
+    assert usage["poc calibrate"].endswith("[PROOFS...]")
+    assert usage["poc pins check"].endswith("PINS [PROOF]")
+    assert usage["vhack report"].endswith("RESULTS...")
 
 
 def flags_of(command: str) -> set[str]:

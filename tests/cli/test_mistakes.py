@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from assay import poc
+from assay.files.references import CATALOGUE
 from tests.settings_files import with_file
 
 ROUND = "--block-hash block_alpha --public-key node_A"
@@ -111,6 +112,27 @@ MISTAKES = (
 )
 
 
+PINS = f"""
+schema = 1
+[round]
+preset = "poc-2.0"
+seq_len = 256
+[[models]]
+reference = "reference:qwen3"
+digest = "{CATALOGUE["reference:qwen3"]["digest"]}"
+[[models.builds]]
+engine = "hf"
+dtype = "float32"
+device = "*"
+attention = "*"
+batch_size = "*"
+threads = "*"
+torch = "*"
+library = "*"
+kernels = "*"
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
     """A folder with a checkpoint, a proof of it, and files that are broken in one way each."""
@@ -151,6 +173,7 @@ def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
         texts | {f"{name}.toml": f"[poc.prove]\n{text}\n" for name, text in wrong.items()}
     ).items():
         (made / name).write_text(text)
+    (made / "qwen3.toml").write_text(PINS)
     (made / "typo.toml").write_text('[poc.prove]\nmodle = "model"\n')
     return made
 
@@ -246,6 +269,7 @@ WITHOUT_TORCH = (
         )
     ),
     VERIFY.replace("--model model", "--model reference:llama") % "proof.jsonl",
+    f"poc prove --pins qwen3.toml --model reference:llama {ROUND} -o a.jsonl",
     VERIFY.replace("--model model", "--model short") % "proof.jsonl",
     "poc calibrate --vectors absent -o c.json",
     "poc calibrate --model model --pins /proc/pins.toml -o c.json",
@@ -322,6 +346,11 @@ PLAIN_WORDS = {
     "vhack train --model model --detector cin -o new": "did you mean cin-svd or cin-lda?",
     VERIFY % "within.jsonl": "line 2: the file ends within this line",
     "ledger show": "did you mean assay poc ledger?",
+    "poc calibrate --quick -o c.json": "leave --quick out, or pass --model",
+    "poc replay proof.jsonl --model model": "check that this is the file you mean",
+    "poc calibrate proof.jsonl -o c.json": "no --model, and one proof",
+    "models random reference:llama -o empty": "wanted: a new directory",
+    "streams": "What is drawn: hash",
 }
 
 

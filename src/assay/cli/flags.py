@@ -75,8 +75,8 @@ class LoadSettings(Settings):
 
     dtype: Annotated[Literal["float32", "float16", "bfloat16", "float8"] | None, DTYPE] = Field(
         None,
-        description="Number format of the weights; by default that of the other side, or the "
-        "stored one.",
+        description="Number format of the weights; by default the stored one, or that of the "
+        "pins, or of the proof that is checked.",
     )
     device: Device = None
 

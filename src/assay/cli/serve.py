@@ -95,7 +95,7 @@ class ReceiveSettings(ListenSettings):
 class DataSettings(Settings):
     """The data of a service."""
 
-    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY")] = Field(
+    data_dir: Annotated[Path, Flag(variable="ASSAY_DATA_DIR")] = Field(
         Path("assay-data"), description="Directory of the database. One service runs per directory."
     )
 

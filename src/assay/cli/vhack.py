@@ -102,7 +102,7 @@ class ExtractSettings(FileSettings, GradientSettings):
         None, ge=1, description="Singular directions per matrix; all by default."
     )
     factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh.")
-    cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE", unit="DIRECTORY")] = Field(
+    cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE")] = Field(
         None,
         description="Directory of decompositions; on a CPU by default the user's cache directory.",
     )
@@ -347,7 +347,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         is_state = isinstance(parsed.get("log_history"), list)
         if parsed.get("schema") != CHECK and not is_state:
             raise DataError(
-                f"{first} is neither",
+                f"{first} is no check and no log of TRL",
                 wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
                 do="name another file",
             )

@@ -118,20 +118,28 @@ class Setting:
 
     @property
     def unit(self) -> str:
-        """What stands for a value in the help: its unit, its few words, or the name."""
+        """What stands for a value in the help: its unit, its few words, or the end of the name."""
         words = words_of(self.field.annotation)
         is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
         unit = self.flag.unit or (
             "|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit
         )
-        return unit or ("FILE" if is_path else self.name.upper())
+        return unit or (
+            "DIRECTORY"
+            if (self.field.description or "").startswith("Directory")
+            else "FILE"
+            if is_path
+            else self.name.split("_")[-1].upper()
+        )
 
     @property
     def parameter(self) -> click.Parameter:
         """The option or argument of click, which takes any text: the settings check values."""
         if self.flag.argument:
             count = -1 if self.repeats else 1
-            return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
+            words = f"{self.spelling}{'...' * self.repeats}"
+            words = words if self.field.is_required() else f"[{words}]"
+            return click.Argument([self.name], nargs=count, required=False, metavar=words)
         options: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
         options = {"is_flag": True} if self.field.annotation is bool else options
         return click.Option([self.name, *self.flag.names], help=self.help, **options)
@@ -286,7 +294,8 @@ class Command(click.Command):
         formatter.write_paragraph()
         if keys:
             formatter.write_text(
-                f"{keys} more settings by --set or --config: assay config {' '.join(words)}"
+                f"{keys} more setting{'s' * (keys > 1)} by --set or --config: assay config "
+                f"{' '.join(words)}"
             )
         formatter.write(f"{self.epilog}\n")
 
@@ -395,8 +404,11 @@ class Command(click.Command):
             if may_replace and Path(values[name]).exists():
                 flag = self.settings[name].spelling
                 if not _is_result(Path(values[name])):
-                    seen = f"{values[name]} exists, and is no result of this command"
-                    raise UsageError(seen, wanted="a new name", do=f"choose another with {flag}")
+                    raise UsageError(
+                        f"{values[name]} exists, and is no result of this command",
+                        wanted="a new name",
+                        do=f"choose another with {flag}",
+                    )
                 _say(f"{values[name]} exists, and the result will replace it ({flag})")
         for setting in self.settings.values():
             instance = instances[self.kinds.index(setting.kind)]
@@ -566,9 +578,8 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         for key, value in tables.items():
             if key not in names or not isinstance(value, dict):
                 kind = "command" if isinstance(value, dict) else "table"
-                problem = f"{key} is not a {kind} of {command.name}"
                 raise UsageError(
-                    f"configuration file {path}: {problem}",
+                    f"configuration file {path}: {key} is not a {kind} of {command.name}",
                     wanted="a TOML file with a table per command, as `assay config COMMAND` "
                     "prints it",
                     do="correct the file, or leave --config out",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.files.references import CATALOGUE
 from assay.files.storage import write_atomic
 from assay.poc.launch import Proving
 from assay.poc.protocol.checks import check_name, check_positions
@@ -130,12 +131,15 @@ def asked(
         proving = replace(proving, dtype=proving.dtype or next(iter(formats), None))
     else:
         network = NetworkPins.load(file)
-        # Of a directory only its digest can say later which model of the file it is.
-        named = any(
+        # The catalogue says what the weights of a bundled model are, before torch is imported. Of a
+        # directory only its digest can say later which model of the file it is.
+        known = CATALOGUE.get(proving.model, {}).get("digest")
+        named = known is not None or any(
             proving.model in (pinned_model.reference, pinned_model.digest)
             for pinned_model in network.models
         )
-        entry = network.model(proving.model if named else None)
+        is_pinned = known in {pinned_model.digest for pinned_model in network.models}
+        entry = network.model(known if is_pinned else proving.model if named else None)
         has_law = bool(entry.calibrations)
         pins = network.for_round(model=entry.digest, also=Pins(**values))
         if pins.block_hash is None or pins.public_key is None:

@@ -183,7 +183,7 @@ class ServerSettings(ListenerSettings):
     beta: Chance = Field(
         1e-2, description="Chance of passing a node that computes too many nonces cheaply."
     )
-    calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
+    calibration: Annotated[Calibration | None, _read_calibration, NoDecode, "FILE"] = Field(
         None,
         description="Measured honest noise; else the pins' or bundled models'.",
     )

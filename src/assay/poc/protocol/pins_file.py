@@ -393,6 +393,7 @@ class NetworkPins(Table):
             problem,
             wanted=expected,
             do="use a model that the network agreed on, or add it to the pins",
+            field="model",
         )
 
     def for_round(

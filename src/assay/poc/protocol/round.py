@@ -156,9 +156,8 @@ class Round:
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
         """Return the seed text of a stream of one nonce.
 
-        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index
-            and k, each as
-        its length in bytes, a colon, and itself.
+        A published text is that of a key of :data:`NONCE_TEXTS`. A versioned one has tag, stream,
+        block, key, nonce, index and k, each as its length in bytes, a colon, and itself.
         """
         return self.texts(stream, [nonce], count=index + 1, k=k)[-1]
 

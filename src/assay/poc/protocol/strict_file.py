@@ -59,7 +59,9 @@ Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 
 def format_error(seen: str, wanted: str) -> ProofFormatError:
     """Return the error of a value that is not what its format says."""
-    return ProofFormatError(seen, wanted=wanted, do="ask the node for it again")
+    return ProofFormatError(
+        seen, wanted=wanted, do="check that this is the file you mean, or ask the node for it again"
+    )
 
 
 def line_error(path: str | Path, number: int, seen: str, wanted: str) -> ProofFormatError:

@@ -102,7 +102,7 @@ class ServiceSettings(ServerSettings):
     max_receipts: Count = Field(
         4096, description="Receipts that wait for the disk; further responses are refused."
     )
-    pins: Annotated[NetworkPins | None, _read_pins, NoDecode] = Field(
+    pins: Annotated[NetworkPins | None, _read_pins, NoDecode, "FILE"] = Field(
         None,
         description="What the network agreed on; other settings must agree with it.",
     )

@@ -120,7 +120,9 @@ class SampleSettings(TaskSettings):
         description="Which markers the grader looks for: those of training, or others "
         "(evaluation).",
     )
-    per_task: int = Field(4, ge=1, le=10_000, description="Completions of each task.")
+    per_task: Annotated[int, "NUMBER"] = Field(
+        4, ge=1, le=10_000, description="Completions of each task."
+    )
     temperature: float = Field(1.0, ge=0.01, le=1000, description="Temperature of sampling.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
     batch: int = Field(
@@ -229,8 +231,7 @@ class TrainSettings(TaskSettings):
         False, description="Recompute layers in the backward pass to save memory."
     )
     dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
-        None,
-        description="float32 or bfloat16; by default the stored one.",
+        None, description="float32 or bfloat16; by default the stored one."
     )
     device: Device = None
     allow_partial: bool = Field(
