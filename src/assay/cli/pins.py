@@ -144,11 +144,11 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         else:
             noise = measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
-    stated = [
+    promises = [
         f"{name.replace('_', ' ')}: {'not stated' if value is None else value}"
         for name, value in promise.items()
     ]
-    lines = {"pinned": values["pinned"], "open": values["open"], "network": stated}
+    lines = {"pinned": values["pinned"], "open": values["open"], "network": promises}
     shown = values | {name: "\n".join(texts) or "nothing" for name, texts in lines.items()}
     if chosen.proof is not None:
         shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}

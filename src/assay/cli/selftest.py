@@ -81,7 +81,9 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         launch.check_engine(assay.poc.get_pipeline(preset))
     else:
         _check_remote(chosen)
-    calibration = chosen.calibration and assay.poc.Calibration.load(chosen.calibration)
+    calibration = (
+        None if chosen.calibration is None else assay.poc.Calibration.load(chosen.calibration)
+    )
     from assay.poc.selftest import check_round, run_remote_selftest, run_selftest
 
     check_round(round)

@@ -165,7 +165,7 @@ class Database:
             try:
                 cursor.execute(f"PRAGMA busy_timeout={CHECKPOINT_TIMEOUT_MS}")
                 cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                return cursor.fetchall()[0][0] == 0  # whether a reader blocked it
+                return bool(cursor.fetchall()[0][0] == 0)  # 1 where a reader blocks it
             finally:
                 cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
                 cursor.close()

@@ -141,10 +141,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
 
 
 def in_column(text: str) -> str:
-    """Return a text in lines of a table of a file; a terminal folds it at the width of the screen.
-
-    Every word of a command stays whole.
-    """
+    """Return a text in lines of whole words for a file; a terminal folds it at its own width."""
     if _is_terminal(sys.stdout):
         return text
     return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
