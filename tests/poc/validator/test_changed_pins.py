@@ -54,14 +54,28 @@ def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
     assert float(re.search(r"assay_validator_dropped_draws_total (\d\S*)", metrics)[1]) > 0
 
 
-def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(waiting, small_model, tmp_path):
-    keys = ("node_A", "node_B", "node_C", "node_D")
-    (tmp_path / "pins.toml").write_text(
-        pins_text(small_model, keys=keys).replace("fewest_nonces = 8", "fewest_nonces = 9")
-    )
-    before = waiting.controller.registry.hash
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("fewest_nonces = 8", "fewest_nonces = 9"),
+        ("node_count = 3", "node_count = 6"),
+        ("r_target = 1.416", "r_target = 1.3"),
+        ("seq_len = 8", 'seq_len = 8\nblock_hash = "block_beta"\nblock_height = 8'),
+    ],
+)
+def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(
+    waiting, small_model, tmp_path, old, new
+):
+    """Proofs of the block before were dropped, and with them what a node had lied in them."""
+    proof_of(small_model, "node_B", range(40)).save(tmp_path / "proof.jsonl")
+    waiting.send((tmp_path / "proof.jsonl").read_text(), key="node_B", path="proofs")
+    changed = pins_text(small_model, keys=("node_A", "node_B", "node_C", "node_D"))
+    assert old in changed
+    (tmp_path / "pins.toml").write_text(changed.replace(old, new))
+    before = waiting.controller.registry
     waiting.controller.tend()
-    assert waiting.controller.registry.hash != before
+    assert waiting.controller.registry is not before
     claimed = waiting.node("node_A")["claimed"]
     assert recorded(waiting) == claimed > 150
-    assert waiting.verdict("node_A") == "honest"
+    assert waiting.node("node_B")["recorded"] == 40
+    assert waiting.verdict("node_A") == waiting.verdict("node_B") == "honest"

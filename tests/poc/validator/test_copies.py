@@ -281,22 +281,6 @@ def test_copies_cost_a_validator_no_pass_and_hide_no_lie(validating, small_model
         assert node["messages"] == 92
 
 
-def test_a_message_that_is_read_again_under_other_pins_gives_only_its_own_nonces(
-    validating, small_model
-):
-    body = body_of(proof_of(small_model, "node_A", range(60)))
-    more = body_of(proof_of(small_model, "node_A", range(90)))
-    with validating() as running:
-        inbox = running.controller.inbox
-        running.send(body, id="one")
-        running.send(more, id="two")
-        with inbox.database.write() as connection:
-            connection.exec_driver_sql("UPDATE inbox SET pins = 'others' || pins")
-        until(lambda: not inbox.waiting() and not inbox.unfinished(1))
-        until(lambda: running.node("node_A")["recorded"] == len(more["nonces"]))
-        assert running.node("node_A")["checked"] == len(more["nonces"])
-
-
 @pytest.mark.parametrize("field", ["block_hash", "public_key"])
 def test_another_spelling_of_a_block_or_key_is_refused(validating, small_model, field):
     body = body_of(proof_of(small_model, "node_A", range(60)))

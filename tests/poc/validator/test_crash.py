@@ -11,7 +11,6 @@ import pytest
 from assay.errors import BadWeights, StorageError, UsageError
 from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings
-from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.recomputer import recompute
 from assay.poc.validator.validator_controller import ValidatorController
@@ -126,24 +125,6 @@ def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(
         r"assay_validator_dropped_draws_total (\d+)", stopped.client.get("/metrics").text
     )
     assert int(dropped[1]) > 0
-
-
-def test_a_message_is_read_once_and_again_where_the_pins_have_changed(
-    stopped, small_model, monkeypatch
-):
-    read = []
-    monkeypatch.setattr(
-        "assay.poc.validator.recomputer.read_claim",
-        lambda *args: read.append(args) or read_claim(*args),
-    )
-    controller = stopped.controller
-    controller.worker.step(controller.loaded.result())
-    assert not read
-    with controller.inbox.database.write() as connection:
-        connection.exec_driver_sql("UPDATE inbox SET pins = 'others' || pins")
-    _steps(stopped)
-    assert read
-    assert _counted(stopped) == body_of(proof_of(small_model, "node_A", range(60)))["nonces"]
 
 
 @pytest.mark.parametrize("column", ["claim", "pins"])

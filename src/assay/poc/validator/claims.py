@@ -184,9 +184,8 @@ class Reader:
     positions: int  # positions of a share that callbacks may name
 
     def pins(self, public_key: str) -> str:
-        """Return hashes of all that a node's claim is held against, and of what it computes."""
-        build = sender_of({"public_key": public_key}, self.registry).build
-        return f"{self.registry.hash}/{self.positions}/{self.registry.computed[build]}"
+        """Return the hash of what a node computes."""
+        return self.registry.computed[sender_of({"public_key": public_key}, self.registry).build]
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
         """Return the claim of a ``generated`` body; 422 where it contradicts the pins."""

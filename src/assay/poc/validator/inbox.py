@@ -110,7 +110,7 @@ class Message:
     nonces: int  # number of nonces that it claims; 0 for a message that is no evidence
     body: bytes  # bytes as they were received
     claim: bytes | None = None  # of ``Claim.encode``; None where it is no evidence
-    pins: str | None = None  # hashes of the pins that the claim was held against
+    pins: str | None = None  # hash of what the node computed by the pins of its time
     pulled: tuple[str, int, int] | None = (
         None  # block, machine and highest nonce, where it was pulled
     )
@@ -128,15 +128,13 @@ class Draw:
     seq: int  # number of the message in the inbox
     public_key: str  # key of the node
     id: str  # identity under which the message is kept once
-    kind: str  # what it is: generated, proof or pulled
     seed: int  # number that orders its nonces, from the secret of the epoch in which it arrived
     digest: bytes  # SHA-256 of its body
     drawn: int  # number of nonces that were drawn before
     planned: int  # number of nonces that are drawn after this draw
-    body: bytes  # bytes as they were received
     nonces: int  # number of nonces that the message was the first to name
     claim: bytes | None  # what the message claims of these; None in a file of an older version
-    pins: str | None  # hashes of the pins that the claim was held against
+    pins: str | None  # hash of what the node computed by the pins of its time
 
     @property
     def name(self) -> str:
@@ -423,8 +421,7 @@ class Inbox:
 
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
         columns = (
-            "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body, inbox.nonces, "
-            "claim, pins"
+            "seq, public_key, inbox.id, seed, digest, drawn, planned, inbox.nonces, claim, pins"
         )
         query = (
             f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT "

@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
@@ -44,7 +44,7 @@ from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Input, Round, group_inputs
-from assay.poc.validator.claims import Claim, Reader, read_claim, refused
+from assay.poc.validator.claims import Claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.registry import Registry
@@ -385,20 +385,15 @@ class Recomputer(EngineThread):
             )
 
     def _claimed(self, source: Draw, registry: Registry) -> Claim | None:
-        """Return what a message claims; None where its pins have changed since it was taken."""
-        reader = Reader(registry, lambda block, height: True, self._settings.positions)
-        try:
-            pins = reader.pins(source.public_key)
-            again = None if source.pins == pins else read_claim(source.kind, source.body, reader)
-            # Callbacks do not state it: their values would be judged by what was agreed on later.
-            if source.claim is None or (source.pins or "")[-64:] != pins[-64:]:
-                raise refused("builds", "preset, length, model or build of before", "those of now")
-            claim = Claim.decode(source.claim, source.nonces, registry.pipeline)
-            return replace(claim, round=again.round) if again else claim
-        except AssayError as error:
-            log.warning("a message is no longer as pinned", id=source.id, reason=error.seen)
+        """Return what a message claims; None where its node is gone, or computes otherwise now."""
+        sender = registry.senders.get(source.public_key)
+        # Callbacks do not state it: their values would be judged by what was agreed on later. All
+        # else was held against the pins of their time.
+        if source.claim is None or not sender or source.pins != registry.computed[sender.build]:
+            log.warning("a message is no longer as pinned", id=source.id, key=source.public_key)
             self._metrics.dropped.inc()
             return None
+        return Claim.decode(source.claim, source.nonces, registry.pipeline)
 
     def _change(self, key: str, standing: Standing) -> JsonObject | None:
         """Return the row of a verdict that changed, or None."""

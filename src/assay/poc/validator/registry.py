@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps
 from assay.files.names import normal_form
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.server_settings import ServerSettings, check_secrets
@@ -126,9 +125,6 @@ class Registry:
         builds = self.model.builds
         self.computed = {build: sha256(agreed + build.model_dump_json()) for build in builds}
         """Hashes of what the nodes of a build compute, which their callbacks do not state."""
-        nodes = [(key, self.computed[sender.build]) for key, sender in self.senders.items()]
-        self.hash = sha256(dumps([network.model_dump_json(), nodes]))
-        """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
             raise UsageError(
                 "pins and nodes files that list no node",
