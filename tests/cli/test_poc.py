@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -385,3 +386,11 @@ def test_tables_are_for_people_and_name_the_next_command(assay, proving, prove, 
     vectors = prove("vectors.jsonl", preset="artifact")
     assert "valid" not in vectors.out, "this preset has no target"
     assert "first batch" not in vectors.out
+
+
+def test_the_next_command_leaves_nothing_on_the_provers_word(assay, prove):
+    """It named neither seeds of 256 bits nor the share, so that pasted it ended with code 2."""
+    shown = prove("a share.jsonl", nonces="0:32", strength=256, node_id=1, node_count=3)
+    line = shown.err.splitlines()[-1]
+    words = shlex.split(line.removeprefix("next: assay "))
+    assert json.loads(assay(*words, "--json").out)["unpinned"] == []

@@ -116,8 +116,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --valid-rate 0.1
 
-    With --export, it prints the parameters of a chain's count test, and what they cost honest and
-    cheap nodes.
+    With --export, it prints the parameters of a chain's count test, and what they cost nodes.
 
     Example: assay poc calibrate --export gonka --calibration calibration.json
     """

@@ -32,7 +32,6 @@ METHODS = {
     "normal": "normals",
 }
 """Method of a backend for every kind of number."""
-# What a user may miss, what for, and how to get it.
 OPTIONAL = {
     "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
     "fastapi": ("assay poc serve", how_to_install("serve")),

@@ -221,17 +221,16 @@ def _verifying(chosen: ProveSettings, proof: "assay.poc.Proof", model: str) -> s
     round = proof.round
     words = ["assay", "poc", "verify", str(chosen.output), "--model", model]
     words += ["--block-hash", round.block_hash, "--public-key", round.public_key]
-    if chosen.commit is not None:
-        words += ["--commitment", str(chosen.commit)]
-    if chosen.pins is not None:
-        words += ["--pins", str(chosen.pins)]
-    else:
-        if round.preset != "poc-2.0":
-            words += ["--preset", round.preset]
-        if round.seq_len != POSITIONS:
-            words += ["--seq-len", str(round.seq_len)]
-        if chosen.frame is not None:
-            words += ["--frame", str(chosen.frame)]
+    named = ("block_hash", "public_key", "preset")
+    usual = assay.poc.Round(**{name: getattr(round, name) for name in named})
+    values = {"commitment": chosen.commit, "pins": chosen.pins, "node_id": round.node_id}
+    if chosen.pins is None:
+        words += ["--preset", round.preset] if round.preset != "poc-2.0" else []
+        agreed = ("seq_len", "strength", "r_target", "node_count")
+        values |= {name: getattr(round, name) for name in agreed} | {"frame": chosen.frame}
+    for name, value in values.items():
+        if value is not None and value != getattr(usual, name, None):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return join(words)
 
 
