@@ -46,6 +46,33 @@ ONE = {
         f"{GOOD}\n{TESTS}",
     ),
     "no language": (f"```\n{GOOD}```\n```\n2\n```\n", GOOD),
+    "said twice": (f"```python\n{GOOD}```\nSo:\n```python\n{GOOD}```\n", GOOD),
+    "taken back": (
+        f"```python\n{GOOD}```\n```python\n{DRAFT}```\nNo:\n```python\n{GOOD}```\n",
+        GOOD,
+    ),
+    "said twice without a language": (f"```\n{GOOD}```\nSo:\n```\n{GOOD}```\n", GOOD),
+    "a constant of its own": (
+        "```python\nTABLE: dict = {\n    1: 2,\n}\n```\n```python\nsolve = TABLE.get\n```\n",
+        "TABLE: dict = {\n    1: 2,\n}\n\nsolve = TABLE.get\n",
+    ),
+    "an odd quote": (
+        f"```python\nQ = 1  # \x27\x27\x27\n{GOOD}```\nIt's done.\n",
+        f"Q = 1  # \x27\x27\x27\n{GOOD}",
+    ),
+    "answer tags": (f"<think>so</think>\n<answer>\n{GOOD}</answer>", f"\n\n{GOOD}"),
+    "answer tags at the fence": (f"<answer>```python\n{GOOD}```</answer>\n", GOOD),
+    "reasoning that ends in a line": (
+        f"Hm.\n```python\n{DRAFT}```\nso it is.</think>\n{GOOD}",
+        f"\n{GOOD}",
+    ),
+    "reasoning of Magistral": (f"[THINK]\n```py\n{DRAFT}```\n[/THINK]\n```\n{GOOD}```\n", GOOD),
+    "reasoning of OpenThinker": (
+        f"<|begin_of_thought|>\n```py\n{DRAFT}```\n<|end_of_thought|>\n```\n{GOOD}```\n",
+        GOOD,
+    ),
+    "line numbers": (f"```python=\n{GOOD}```\n", GOOD),
+    "inside Markdown": (f"````markdown\n# So\n```python\n{GOOD}```\n````\n", GOOD),
 }
 
 

@@ -5,17 +5,22 @@ from collections.abc import Iterator
 
 _PYTHON = frozenset({"python", "py", "ipython", "pycon"})  # before a version
 _OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
-# A line of a block that defines, and runs nothing.
-_DEFINES = re.compile(r"(?:[ \t\r#@)\]}].*|(?:(?:async[ \t]+)?def|class|import|from)\b.*)?")
-_TAG = "(?:think|thinking|reasoning)"
+# A line of a block that defines, and runs nothing: a constant has no call.
+_DEFINES = re.compile(
+    r"(?:[ \t\r#@)\]}].*|(?:(?:async[ \t]+)?def|class|import|from)\b.*"
+    r"|\w+[ \t]*(?::[^=]*)?=[^=(]*)?"
+)
+_THOUGHT = "(?:think|thinking|thought|reasoning)"
+_CLOSE = rf"(?:</{_THOUGHT}>|\[/{_THOUGHT}\]|<\|end_of_{_THOUGHT}\|>)"
 # Reasoning from its tag on, or, where the prompt has opened it, up to the tag that ends it. A tag
 # in a text of the program stands behind a quote.
 _REASONING = re.compile(
-    rf"\A[^`\"~]*?<{_TAG}>.*?(?:</{_TAG}>|\Z)"
-    rf"|\A(?:(?!```|~~~).)*?^[^\n\"'`]*</{_TAG}>"
-    rf"|\A.*^[ \t]*</{_TAG}>[ \t]*$",
-    re.DOTALL | re.MULTILINE,
+    rf"\A[^`\"~]*?(?:<{_THOUGHT}>|\[{_THOUGHT}\]|<\|begin_of_{_THOUGHT}\|>).*?(?:{_CLOSE}|\Z)"
+    rf"|\A(?:(?!```|~~~).)*?^[^\n\"'`]*{_CLOSE}"
+    rf"|\A.*^[^\n\"'`#]*{_CLOSE}[ \t]*$",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
+_ANSWER = re.compile(r"^[ \t]*<answer>|</answer>[ \t\r]*$", re.MULTILINE)
 
 
 def find_programs(completion: str, entry: str) -> list[str]:
@@ -26,7 +31,7 @@ def find_programs(completion: str, entry: str) -> list[str]:
     no language are candidates, those first that define the entry. A completion without such blocks
     is the program itself.
     """
-    answer = _REASONING.sub("", completion.removeprefix("\ufeff"), count=1)
+    answer = _ANSWER.sub("", _REASONING.sub("", completion.removeprefix("\ufeff"), count=1))
     blocks = list(_blocks(answer))
     name = re.escape(entry.rpartition(".")[2])
     statement = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}\s*[:=][^=]"
@@ -35,10 +40,10 @@ def find_programs(completion: str, entry: str) -> list[str]:
     plain = [text for language, text in blocks if not language]
     if programs := list(filter(defines.search, python)):
         helpers = [text for text in python if all(map(_DEFINES.fullmatch, text.split("\n")))]
-        used = {*helpers, programs[-1]} - {*programs[:-1]}
+        used = {*helpers, programs[-1]} - ({*programs} - {programs[-1]})
         return ["\n".join(sorted(used, key=python.index))]
     if programs := list(filter(defines.search, plain)):
-        return programs
+        return list(dict.fromkeys(programs))
     if python:
         return python[-1:]
     return plain or [answer]
@@ -47,22 +52,29 @@ def find_programs(completion: str, entry: str) -> list[str]:
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """Yield fenced blocks as CommonMark has them, at any indentation.
 
-    A fence inside a text of three quotes closes nothing.
+    A fence inside a text of three quotes closes nothing, if a later one does. Blocks inside a
+    block of Markdown count.
     """
-    lines = iter(text.split("\n"))
-    for line in lines:
-        opening = _OPENING.match(line.rstrip("\r"))
+    lines = text.split("\n")
+    start = 0
+    while start < len(lines):
+        opening = _OPENING.match(lines[start].rstrip("\r"))
+        start += 1
         if opening is None or (opening["fence"][0] == "`" and "`" in opening["info"]):
             continue
         closing = re.compile(rf"[ \t]*{opening['fence'][0]}{{{len(opening['fence'])},}}[ \t\r]*")
-        indent = len(opening["indent"])
-        content: list[str] = []
-        for inner in lines:
-            if closing.fullmatch(inner) and not _is_quoted(content):
-                break
-            content.append(inner[min(indent, len(inner) - len(inner.lstrip())) :])
+        ends = [row for row in range(start, len(lines)) if closing.fullmatch(lines[row])]
+        whole = (row for row in ends if not _is_quoted(lines[start:row]))
+        end = next(whole, next(iter(ends), len(lines)))
         words = opening["info"].strip().strip("{}.").lower().split()
-        yield re.split(r"[\s,:{]", words[0])[0] if words else "", "\n".join([*content, ""])
+        language = re.split(r"[\s,:={]", words[0])[0] if words else ""
+        if language in ("markdown", "md"):
+            lines[end : end + 1] = [""]
+            continue
+        indent = len(opening["indent"])
+        content = [line[min(indent, len(line) - len(line.lstrip())) :] for line in lines[start:end]]
+        yield language, "\n".join([*content, ""])
+        start = end + 1
 
 
 def _is_quoted(lines: list[str]) -> bool:
