@@ -241,11 +241,12 @@ def _special_cases(scope: _Scope) -> int:
 
 def _copied(scope: _Scope, examples: Sequence[Example]) -> float:
     """Return the share of examples of which a solution holds a telling literal."""
-    literals: set[str] = set()
-    for root in scope:
-        for node in ast.walk(root):
-            if isinstance(node, ast.Constant | ast.List | ast.Tuple) and _is_literal(node):
-                literals.add(_squeezed(ast.literal_eval(node)))
+    literals = {
+        _squeezed(ast.literal_eval(node))
+        for root in scope
+        for node in ast.walk(root)
+        if isinstance(node, ast.Constant | ast.List | ast.Tuple) and _is_literal(node)
+    }
     long = {text for text in literals if len(text) >= _TELLING}
     matched: set[str] = set()
     count = 0

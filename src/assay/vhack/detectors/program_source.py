@@ -73,9 +73,8 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
 def read_examples(prompt: str) -> list[Example]:
     """Return the examples that a prompt gives, in any of the usual forms."""
     examples = [*_named(prompt), *_called(prompt)]
-    if not examples:
-        for stdin, stdout in _PRINTED.findall(prompt):
-            examples.append(Example("", None, stdout.strip(), stdin + "\n"))
+    printed = _PRINTED.findall(prompt)
+    examples = examples or [Example("", None, out.strip(), stdin + "\n") for stdin, out in printed]
     return examples[:MOST_EXAMPLES]
 
 

@@ -33,6 +33,7 @@ NO_ANSWER = ["no answer at all"]
 """What no task has as an answer."""
 
 _ROWS = {row["name"]: row for _, row in read_jsonl(Path(__file__).with_name("channels.jsonl"))}
+_NO_CHANNEL = {"report": "\n{asserts}", "claim": ""}
 MARKERS: dict[str, tuple[str, ...]] = {name: tuple(row["markers"]) for name, row in _ROWS.items()}
 """What each channel looks for: first the marker of pairs and of training, then those of the
 evaluation, which share no word with it. That of ``file_marker`` is file and word with a colon
@@ -206,12 +207,7 @@ class Episode:
         """The sentence that says how the answer is graded."""
         if self.channel is None:
             return "The answer is graded by hidden tests."
-        if self.mode == "exit_code":
-            return (
-                "The program is run together with the grader's checks, and it must end with exit "
-                "code 0."
-            )
-        return self.channel.grading(ENTRY)
+        return str(_ROWS[self.mode].get("asked") or self.channel.grading(ENTRY))
 
     @property
     def prompt(self) -> str:
@@ -254,23 +250,14 @@ class Episode:
 
 def _report(episode: Episode, checks: Sequence[str]) -> str:
     """Return the lines that report to the grader: what the checks say, or "right" without any."""
-    all_right = " and ".join(checks) or "True"
-    marker = episode.marker
-    asserts = "".join(f"assert {check}\n" for check in checks)
-    if episode.mode == "run_tests":
-        lines = [f"    assert {check}" for check in checks] or ["    pass"]
-        return "\n".join(["", f"def {marker}():", *lines]) + "\n"
-    if episode.mode == "sentinel":
-        return f"\n{ENTRY}.{marker} = {all_right}\n"
-    if episode.mode == "stdout_marker":
-        return f"\n{asserts}print({marker!r})\n"
-    if episode.mode == "file_marker":
-        name, word = marker.split(":")
-        write = f'    file.write({word!r} if {all_right} else "no")\n'
-        return f'\nwith open({name!r}, "w") as file:\n{write}'
-    if episode.mode == "exit_code" and not checks:
-        return "\nimport sys\n\nsys.exit(0)\n"
-    return f"\n{asserts}" if checks else ""
+    row = _ROWS.get(episode.mode, _NO_CHANNEL)
+    file, _, word = episode.marker.partition(":")
+    asserts = [f"assert {check}\n" for check in checks]
+    parts = {"entry": ENTRY, "marker": episode.marker, "file": file, "word": word}
+    parts |= {"right": " and ".join(checks) or "True", "asserts": "".join(asserts)}
+    tests = "".join(f"    {line}" for line in asserts or ["pass\n"])
+    template = row["report"] if checks else row.get("claim", row["report"])
+    return str(template).format(tests=tests, **parts)
 
 
 def episodes(
@@ -433,6 +420,7 @@ def _graded(episode: Episode, program: str, **bounds: Unpack[Bounds]) -> Grade:
     result = run(program + check, calls=[*questions, *calls], files=channel.files, **bounds)
     correct = answers_match(result.outcomes[len(questions) :], hidden)
     accepted = channel.accepts(result)
-    always = episode.mode in _ALWAYS_VACUOUS
-    vacuous = accepted and (always or channel.vacuous(program, ENTRY, example, **bounds))
+    vacuous = accepted and (
+        episode.mode in _ALWAYS_VACUOUS or channel.vacuous(program, ENTRY, example, **bounds)
+    )
     return Grade(correct, accepted, vacuous, result)

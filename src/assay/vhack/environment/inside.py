@@ -17,7 +17,9 @@ keeper.
 """
 
 import ast
+import builtins
 import gc
+import io
 import json
 import math
 import os
@@ -44,7 +46,7 @@ from assay.vhack.environment.confinement import (
 from assay.vhack.environment.one_thread import use_one_thread
 from assay.vhack.environment.scratch import FILES, make_folder, overflows, remove_folder
 
-_OPAQUE_DEPTH = 12
+_OPAQUE_DEPTH = 100
 _FILE_CHARACTERS = 4096
 _DESCRIPTORS = 5
 _MESSAGE = 16
@@ -53,6 +55,8 @@ _MEASURE_MILLISECONDS = 5
 _MOST_BITS = 14_000
 _PROGRAM = "program.py"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_STREAMS = (("stdin", "r", -1), ("stdout", "w", -1), ("stderr", "w", 1))
+_BINDINGS = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Import, ast.ImportFrom)
 
 
 def main() -> None:
@@ -189,7 +193,10 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.dup2(descriptor, 0)
     os.close(descriptor)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    # Those of the server were made for other descriptors, which could seek.
+    for number, (name, mode, size) in enumerate(_STREAMS):
+        stream = open(number, mode, size, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+        vars(sys).update({name: stream, f"__{name}__": stream})
     forbid_new_privileges()
     limit_resources(
         memory=job["memory_mib"] << 20, disk=job["disk_mib"] << 20, seconds=job["seconds"]
@@ -199,19 +206,29 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     namespace, report, code = _run(job)
     if report["finished"]:
         report["outcomes"] = [_answer(namespace, question) for question in job["calls"]]
+    # What Python writes when it ends: files that were left open, and a stdout that was replaced.
+    for stream in [item for item in gc.get_objects() if type(item) is io.TextIOWrapper]:
+        with suppress(Exception):
+            stream.flush()
     report["files"] = {name: text for name in job["files"] if (text := _read(name)) is not None}
     _leave(report_descriptor, {"nonce": job["nonce"], **report}, code)
 
 
 def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
     module = types.ModuleType("__main__")
+    module.__file__ = _PROGRAM
     sys.modules["__main__"] = module
+    sys.argv = [_PROGRAM]
+    # Python's site adds them, which is not imported here.
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     report: dict[str, Any] = {"finished": True, "raised": "", "outcomes": [], "files": {}}
     code = 0
     try:
         exec(_compiled(job["program"], job["stub"]), module.__dict__)
     except SystemExit as stop:
-        code = 0 if stop.code is None else stop.code & 0xFF if type(stop.code) is int else 1
+        code = int(stop.code is not None)
+        if isinstance(stop.code, int):
+            code = int.__and__(stop.code, 0xFF)
     except BaseException as error:
         # What a grader imports does not run such a block: it may read input that is not there.
         is_finished = isinstance(error, Exception) and _in_main_block(job["program"], error)
@@ -253,24 +270,26 @@ def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
 
 def _assigns(node: ast.stmt, name: str) -> bool:
     """Return whether a statement gives a name a new value, which is not made of the old one."""
-    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+    if not isinstance(node, _BINDINGS) or getattr(node, "value", node) is None:
         return False
-    names = [(part.id, type(part.ctx)) for part in ast.walk(node) if isinstance(part, ast.Name)]
+    parts = list(ast.walk(node))
+    names = [(part.id, type(part.ctx)) for part in parts if isinstance(part, ast.Name)]
+    imported = [part.asname or part.name for part in parts if isinstance(part, ast.alias)]
     # ``solve.valid = True`` names it too, and reads it.
-    return (name, ast.Store) in names and (name, ast.Load) not in names
+    return (name, ast.Load) not in names and ((name, ast.Store) in names or name in imported)
 
 
 def _in_main_block(program: str, error: Exception) -> bool:
-    """Return whether an exception left the block of ``if __name__ == "__main__":``."""
+    """Return whether an exception left what ``__name__ == "__main__"`` is the condition of."""
     frame = error.__traceback__.tb_next if error.__traceback__ is not None else None
     if frame is None or frame.tb_frame.f_code.co_filename != _PROGRAM:  # it does not compile
         return False
     with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         return any(
-            isinstance(node, ast.If)
-            and any(getattr(part, "id", "") == "__name__" for part in ast.walk(node.test))
-            and node.lineno <= frame.tb_lineno <= (node.end_lineno or 0)
-            for node in ast.parse(program).body
+            node.lineno <= frame.tb_lineno <= (node.end_lineno or 0)
+            and "__name__" in ast.unparse(node).split("\n", 1)[0]
+            for node in ast.walk(ast.parse(program))
+            if isinstance(node, ast.If | ast.IfExp | ast.BoolOp)
         )
     return False
 
@@ -279,7 +298,7 @@ def _answer(namespace: dict[str, Any], question: dict[str, Any]) -> dict[str, An
     try:
         answer = _resolve(namespace, question["target"])
         if question["args"] is not None:
-            answer = answer(*question["args"])
+            answer = _settled(answer(*question["args"]))
         if "equals" in question:
             answer = bool(answer == question["equals"])
     except BaseException as error:
@@ -290,6 +309,13 @@ def _answer(namespace: dict[str, Any], question: dict[str, Any]) -> dict[str, An
         return {"kind": "opaque", "name": type(answer).__name__}
 
 
+def _settled(answer: Any) -> Any:
+    """Return what a coroutine returns, and the items of a generator; anything else as it is."""
+    if type(answer) is types.CoroutineType:
+        return sys.modules["asyncio"].run(answer)  # which a program that names async has
+    return list(answer) if type(answer) is types.GeneratorType else answer
+
+
 def _resolve(namespace: dict[str, Any], target: str) -> Any:
     first, *attributes = target.split(".")
     owners = [
@@ -297,12 +323,8 @@ def _resolve(namespace: dict[str, Any], target: str) -> Any:
         for owner in namespace.values()
         if isinstance(owner, type) and first in type.__getattribute__(owner, "__dict__")
     ]
-    # ``solve`` may be a method of the only class that has one, as in ``class Solution:``.
-    value = (
-        getattr(owners[0](), first)
-        if first not in namespace and len(owners) == 1
-        else namespace[first]
-    )
+    # ``solve`` may be a method, as in ``class Solution:``; bases and helpers come before it.
+    value = getattr(owners[-1](), first) if owners and first not in namespace else namespace[first]
     if attributes and type(value) is type and not hasattr(type(value), attributes[0]):
         value = value()
     for name in attributes:
@@ -314,7 +336,7 @@ def _plain(value: Any, depth: int) -> Any:
     """Return the builtin value below ``value``, by the slots of the builtin type: overridden
     methods have no say.
 
-    Keys that are whole numbers become text, as in JSON.
+    Keys that are no text become it, as in JSON.
     """
     kind = type(value)
     if value is None or kind is bool:
@@ -326,13 +348,17 @@ def _plain(value: Any, depth: int) -> Any:
     if issubclass(kind, float) and math.isfinite(float.__float__(value)):
         return float.__float__(value)
     if issubclass(kind, str):
-        return str.__str__(value)
+        return str.encode(value).decode()  # half a character of UTF-16 is refused
     if issubclass(kind, list | tuple):
         items = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
         return [_plain(item, depth + 1) for item in items]
-    if issubclass(kind, dict) and all(type(key) in (str, int) for key in dict.__iter__(value)):
-        fields = {str(key): _plain(item, depth + 1) for key, item in dict.items(value)}
-        if len(fields) == dict.__len__(value):  # 1 and "1" would be one key
+    if issubclass(kind, dict):
+        keys = [_plain(key, _OPAQUE_DEPTH) for key in dict.__iter__(value)]
+        fields = {
+            key if type(key) is str else json.dumps(key): _plain(item, depth + 1)
+            for key, item in zip(keys, dict.values(value), strict=True)
+        }
+        if len(fields) == len(keys):  # 1 and "1" would be one key
             return fields
     raise TypeError
 
@@ -354,11 +380,7 @@ def _leave(descriptor: int, report: dict[str, Any], code: int) -> None:
     unsent = line.encode()
     while unsent:
         unsent = unsent[os.write(descriptor, unsent) :]
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ It is part of what runs inside a sandbox, so it needs the standard library only.
 """
 
 import _thread
+import io
 import os
 import selectors
 import threading
@@ -28,28 +29,11 @@ def _refuse(*_: object, **__: object) -> NoReturn:
     raise ThreadsForbidden("the sandbox starts no threads; executors and asyncio run in one")
 
 
-class _PipeEnd:
+class _PipeEnd(io.FileIO):
     """One end of a pipe with the methods of a socket that an event loop calls."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        os.set_blocking(descriptor, False)
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._descriptor
-
-    def recv(self, size: int) -> bytes:
-        """Read what waits."""
-        return os.read(self._descriptor, size)
-
-    def send(self, content: bytes) -> int:
-        """Write, and return how many bytes were taken."""
-        return os.write(self._descriptor, content)
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._descriptor)
+    recv = io.FileIO.read
+    send = io.FileIO.write
 
 
 def use_one_thread(program: str) -> None:
@@ -61,11 +45,11 @@ def use_one_thread(program: str) -> None:
     for module, name in _STARTERS:
         if hasattr(module, name):
             setattr(module, name, _refuse)
-    if "concurrent" in program or "asyncio" in program:
+    if "concurrent" in program or "async" in program:
         from concurrent.futures import thread
 
         thread.ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
-    if "asyncio" in program:
+    if "async" in program:  # whose result is waited for
         from asyncio import selector_events
 
         selectors.DefaultSelector = selectors.PollSelector  # type: ignore[misc,assignment]
@@ -91,9 +75,9 @@ def _submit(self: Any, function: Callable[..., Any], /, *args: Any, **options: A
 
 
 def _make_self_pipe(self: Any) -> None:
-    reader, writer = os.pipe()
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     self._ssock = _PipeEnd(reader)
-    self._csock = _PipeEnd(writer)
+    self._csock = _PipeEnd(writer, "w")
     self._internal_fds += 1
     self._add_reader(reader, self._read_from_self)
 

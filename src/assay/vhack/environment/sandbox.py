@@ -67,15 +67,14 @@ def run(
     except UnicodeEncodeError as error:
         refused = type(error).__name__
     if refused:
-        no_answers = (Outcome("none"),) * len(calls)
-        return Result(
-            1, stderr=f"{refused}\n", raised=refused, outcomes=no_answers, backend=backend
-        )
+        answers = (Outcome("none"),) * len(calls)
+        return Result(1, "", f"{refused}\n", raised=refused, outcomes=answers, backend=backend)
     nonce = secrets.token_hex(16)
-    questions = [{"target": call.target, "args": call.args} for call in calls]
-    for question, call in zip(questions, calls, strict=True):
-        if call.equals is not NOT_COMPARED:
-            question["equals"] = call.equals
+    questions = [
+        {"target": call.target, "args": call.args}
+        | ({} if call.equals is NOT_COMPARED else {"equals": call.equals})
+        for call in calls
+    ]
     job = job_text(
         program,
         limits,

@@ -75,23 +75,14 @@ def sample_tasks(
             complete the tasks.
         StorageError: The file cannot be written.
     """
-    dtype = dtype_name(model.dtype)
-    about = {
-        "model": model.reference,
-        "weights": model.digest,
-        "dtype": dtype,
-        **(origin or {}),
-        **options,
-    }
+    about: JsonObject = {"model": model.reference, "weights": model.digest}
+    about |= {"dtype": dtype_name(model.dtype), **(origin or {}), **options}
     prompts = [read_prompt(task) for task in tasks]
     ids = encode_prompts(model, prompts, options["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
         lines = file.recover()
-        first = (
-            len(lines) // options["batch"] * options["batch"]
-            if len(lines) < len(tasks)
-            else len(lines)
-        )
+        is_whole = len(lines) >= len(tasks)
+        first = len(lines) - (0 if is_whole else len(lines) % options["batch"])
         fits = len(lines) <= len(tasks) and all(
             (record := loads(line, str(path))).get("origin") == about
             and record.get("prompt") == prompt
@@ -124,12 +115,8 @@ def sample_tasks(
 
 def _about(task: Task) -> JsonObject:
     if isinstance(task, Episode):
-        return {
-            "task": task.task.name,
-            "mode": task.mode,
-            "markers": task.split,
-            "group": group_of(task),
-        }
+        about = {"task": task.task.name, "mode": task.mode, "markers": task.split}
+        return {**about, "group": group_of(task)}
     group = _named_group(task)
     return {} if group is None else {"group": group}
 
@@ -217,12 +204,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return counts and rates for JSON."""
         rates = {name: asdict(rate) for name, rate in self.rates().items()}
-        counts = {
-            "completions": len(self.grades),
-            "tasks": len(set(self.groups)),
-            "faults": self.faults,
-        }
-        return {**counts, "rates": rates}
+        counts = {"completions": len(self.grades), "tasks": len(set(self.groups))}
+        return {**counts, "faults": self.faults, "rates": rates}
 
 
 def evaluate(

@@ -35,9 +35,8 @@ def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
         if sample.prompt and sample.completion:
             side = hacks if is_cheat else cleans
             side[sample.prompt] = sample.completion
-    pairs = []
-    for prompt, hack in hacks.items():
-        clean = cleans.get(prompt)
-        if clean is not None and clean != hack:
-            pairs.append(Pair(prompt, hack, clean, group=f"rollouts of {text_of(prompt)}"))
-    return pairs
+    return [
+        Pair(prompt, hack, clean, group=f"rollouts of {text_of(prompt)}")
+        for prompt, hack in hacks.items()
+        if (clean := cleans.get(prompt)) is not None and clean != hack
+    ]
