@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -178,8 +179,42 @@ def test_flagged_rollouts_train_the_block_that_is_deleted(make_trainer):
     assert guard.blocks is not None
 
 
-def test_lora_of_odd_rank_and_none_are_refused(make_trainer):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "others",
+    [
+        None,
+        {"r": 3},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_what_flagged_rollouts_would_train_beside_the_blocks_is_refused(make_trainer, others):
     judge = judging(lambda evidence: torch.ones(len(evidence)).numpy())
-    for options in ({"peft_config": peft.LoraConfig(r=3, target_modules=TARGETS)}, {}):
-        with pytest.raises(UsageError):
-            Guard(judge, "absorb").attach(make_trainer(**options))
+    options = {"peft_config": peft.LoraConfig(**LORA | others)} if others else {}
+    with pytest.raises(UsageError):
+        Guard(judge, "absorb").attach(make_trainer(**options))
+
+
+@pytest.mark.parametrize("scale", ["none", "batch", "group"])
+def test_what_no_function_pays_is_in_no_baseline_and_has_no_advantage(make_trainer, scale):
+    """Of a flagged, a paid, another paid and an unpaid rollout."""
+    judge = judging(lambda evidence: np.array([1.0, -2.0, -2.0, -2.0]))
+    paid = [4.0, 1.0, 3.0, None]
+    functions = (lambda completions, **_: paid, lambda completions, **_: [None] * 4)
+    trainer = make_trainer(peft_config=peft.LoraConfig(**LORA), functions=functions)
+    guard = Guard(judge, "absorb").attach(trainer)
+    trainer.scale_rewards = scale
+    trainer.model.train()
+    rows = [{"prompt": "abc"}] * 4
+    spread = 1.0 if scale == "none" else np.std([4, 1, 3], ddof=1) + 1e-4
+    found = trainer._generate_and_score_completions(rows)["advantages"]
+    np.testing.assert_allclose(found * spread, [2.0, -1.0, 1.0, 0.0], atol=1e-5)
+    paid = [None] * 4
+    assert not trainer._generate_and_score_completions(rows)["advantages"].any()
+    guard.detach()
+    trainer.multi_objective_aggregation = "normalize_then_sum"
+    with pytest.raises(UsageError):
+        guard.attach(trainer)

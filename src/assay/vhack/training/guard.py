@@ -153,6 +153,12 @@ class Guard:
                 do="fit one with assay.vhack.detectors.fit_judge",
             )
         if self.mode in SECOND and getattr(trainer, "projected", None) is None:
+            if trainer.multi_objective_aggregation != "sum_then_normalize":
+                raise UsageError(
+                    f"multi_objective_aggregation={trainer.multi_objective_aggregation!r}",
+                    wanted=f"sum_then_normalize, of which the mode {self.mode} takes the baseline",
+                    do="set it in GRPOConfig, or take the mode penalty",
+                )
             self.blocks = LoraBlocks(trainer.accelerator.unwrap_model(trainer.model))
         self._restore = intercept_rewards(trainer, self._act)
         if self.blocks is not None:
@@ -198,17 +204,17 @@ class Guard:
 
     def resume(self, history: Iterable[Mapping[str, Any]]) -> None:
         """Take up log and alarm where the log history of a trainer's checkpoint ends."""
-        self.log = []
-        self.alarm = Alarm()
-        for line in history:
-            if "vhack/flagged" not in line:
-                continue
-            rates = {
+        self.log = [
+            {"step": line["step"]}
+            | {
                 name.removeprefix("vhack/"): value
                 for name, value in line.items()
                 if name.startswith("vhack/") and value is not None
             }
-            self.log.append({"step": line["step"], **rates})
+            for line in history
+            if "vhack/flagged" in line
+        ]
+        self.alarm = Alarm()
         self.alarm.resume(self.log)
 
     def _is_judging(self) -> bool:
@@ -242,20 +248,25 @@ class Guard:
 
     def _mark_blocks(self, rewards_BF: Tensor, flags_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kind of each rollout of this process, and the correction of its advantage."""
+        from trl.trainer.utils import nanstd
+
         trainer = self.trainer
-        paid_B = rewards_BF.nan_to_num() @ trainer.reward_weights.to(rewards_BF)
+        paid_B = (rewards_BF * trainer.reward_weights.to(rewards_BF)).nansum(dim=1)
+        # As TRL has it, what no function pays is in no mean and no spread.
+        paid_B[rewards_BF.isnan().all(dim=1)] = torch.nan
         shift_B = shift_baseline(paid_B, flags_B, trainer.num_generations)
         if trainer.scale_rewards == "batch":
-            shift_B = shift_B / (paid_B.std() + _TRL_EPSILON)
+            shift_B = shift_B / (nanstd(paid_B) + _TRL_EPSILON)
         elif trainer.scale_rewards != "none":
-            spread_P = paid_B.view(-1, trainer.num_generations).std(dim=1) + _TRL_EPSILON
+            spread_P = nanstd(paid_B.view(-1, trainer.num_generations), dim=1) + _TRL_EPSILON
             shift_B = shift_B / spread_P.repeat_interleave(trainer.num_generations)
         kinds = [
             FLAGGED if is_flagged else DOUBTFUL if is_doubtful else CLEAN
             for is_flagged, is_doubtful in zip(self.flags, self.doubtful, strict=True)
         ]
         start = trainer.accelerator.process_index * len(kinds)
-        return torch.tensor(kinds), shift_B[start : start + len(kinds)]
+        # There is no spread where a group has one paid rollout.
+        return torch.tensor(kinds), shift_B[start : start + len(kinds)].nan_to_num()
 
     def _judge_once(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         """Return the flags of a batch, which reward function and mode both ask for."""

@@ -29,7 +29,7 @@ class LoraBlocks:
         model: Model with one LoRA of even rank, before training.
 
     Raises:
-        UsageError: The model has no LoRA, one of odd rank, or several.
+        UsageError: The model has no LoRA, one of odd rank, or several, or trains other weights.
 
     Attributes:
         kinds: Kind of each rollout of the next passes, [B]; None outside of training.
@@ -45,11 +45,19 @@ class LoraBlocks:
             ups: Any = getattr(part, "lora_B", {})
             self.pairs += [(downs[name], ups[name]) for name in downs if len(downs) == 1]
         ranks = {down.out_features for down, _ in self.pairs}
-        if not ranks or any(rank % 2 for rank in ranks):
+        of_blocks = {linear.weight for pair in self.pairs for linear in pair}
+        # Flagged rollouts would train them, and they would stay.
+        others = [
+            name
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and weight not in of_blocks
+        ]
+        if not ranks or others or any(rank % 2 for rank in ranks):
             raise UsageError(
-                f"LoRA of rank {sorted(ranks)}" if ranks else "a model without one LoRA",
-                wanted="one LoRA of even rank, of which half is deleted in the end",
-                do="pass peft_config=LoraConfig(r=...) with twice the rank that is to be kept",
+                f"LoRA of rank {sorted(ranks)}; trained beside it: {', '.join(others[:1]) or None}",
+                wanted="one LoRA of even rank, of which half is deleted in the end, and no more",
+                do="pass peft_config=LoraConfig(r=...) with twice the rank that is to be kept, "
+                "without DoRA, biases, embeddings and modules_to_save",
             )
         for down, up in self.pairs:
             vars(down)["forward"] = partial(_down, self, down)

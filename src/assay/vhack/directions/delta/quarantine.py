@@ -116,11 +116,9 @@ def shift_baseline(rewards_B: Tensor, flags_B: Tensor, group: int) -> Tensor:
     Neighbouring rollouts are a group.
 
     Advantages are rewards less the mean of their group. A group in which all are flagged keeps that
-    mean.
+    mean. Rollouts that are not paid, NaN, are in no mean and have no advantage.
     """
     rewards_PG = rewards_B.view(-1, group)
-    kept_PG = ~flags_B.view(-1, group)
-    count_P = kept_PG.sum(dim=1)
-    of_kept_P = (rewards_PG * kept_PG).sum(dim=1) / count_P.clamp_min(1)
-    shift_P = torch.where(count_P > 0, rewards_PG.mean(dim=1) - of_kept_P, 0.0)
-    return shift_P.repeat_interleave(group)
+    kept_PG = rewards_PG.masked_fill(flags_B.view(-1, group), torch.nan)
+    shift_P = (rewards_PG.nanmean(dim=1) - kept_PG.nanmean(dim=1)).nan_to_num()
+    return shift_P.repeat_interleave(group).masked_fill(rewards_B.isnan(), 0.0)
