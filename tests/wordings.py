@@ -287,6 +287,7 @@ WORDINGS: dict[str, str] = {
     "shapes that do not fit are refused, 3": "token 24",
     "shares without a list are named by the validator": "no --node-id",
     "shares without a list are named by the validator, 2": "--node-id 5",
+    "spaces that a special token takes in are no part of the text": "gives back as",
     "states of one kind have a factor that is known": "preset random-head",
     "states that are not finite are an error": "NaN",
     "steps that are not numbers of python are refused": "a step with",

@@ -1,8 +1,11 @@
 """Tokens spell prompt and completion exactly, or the tokenizer is refused by name."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from assay.errors import UsageError
 from assay.models.load import load_tokenizer
@@ -14,6 +17,7 @@ from assay.models.spelling import (
 from assay.models.token_text import decode_tokens
 from tests.models.families import EXACT, FAMILIES, family
 from tests.usual import examples
+from tests.wordings import refuses
 
 PIECES = [
     "def", " solve", "(x)", ":", "\n", "    ", " ", "\t", "return", "x", "1", " + ", ".", " ,",
@@ -110,3 +114,21 @@ def test_a_prompt_begins_as_its_tokenizer_says_and_does_not_end():
         *bare(tokenizer, "x = 1"),
     ]
     assert encode_prompt(family("llama2"), "x = 1") == bare(family("llama2"), "x = 1")
+
+
+@pytest.mark.parametrize("name", ["byte-level", "llama2"])
+def test_spaces_that_a_special_token_takes_in_are_no_part_of_the_text(name):
+    """Those of Phi-3 take the line end after them, as the model was trained."""
+    tokenizer = copy.deepcopy(family(name))
+    tokens = [AddedToken(f"<|{word}|>", rstrip=True) for word in ("user", "assistant", "end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    prompt = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    ids, n_prompt = encode_parts(tokenizer, prompt, "x = 1<|end|>\n")
+    assert ids == bare(tokenizer, f"{prompt}x = 1<|end|>\n")
+    assert decoded(tokenizer, ids[n_prompt:]) == "x = 1<|end|>"
+    if name == "llama2":  # which cannot put the spaces behind the token
+        with refuses(UsageError, "spaces that a special token takes in are no part of the text"):
+            encode_parts(tokenizer, prompt, "    return x")
+    else:
+        ids, n_prompt = encode_parts(tokenizer, prompt, "    return x")
+        assert decoded(tokenizer, ids[n_prompt:]) == "    return x"

@@ -5,6 +5,7 @@ away from every text that they return. A completion that is tokenised or decoded
 gains a space or loses one, which in Python is another indentation.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from assay.models.token_text import decode_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPACES = r"\s*"
+
 
 def encode_parts(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str
@@ -24,7 +27,7 @@ def encode_parts(
 
     The parts are tokenised apart, as a model that goes on from a prompt is given it, where this
     spells the text. Elsewhere the tokens are those of the whole text, and a token across the border
-    is one of the completion.
+    is one of the completion. Spaces that a special token takes in are no part of the text.
 
     Raises:
         UsageError: The tokenizer cannot spell the text. It names the tokenizer.
@@ -36,6 +39,9 @@ def encode_parts(
     is_empty = not (prompt_ids and completion_ids)
     if is_empty or _is_spelled(text, decode_tokens(tokenizer, apart)):
         return apart, len(prompt_ids)
+    swallowed = tuple(_swallowed(tokenizer, part) for part in (prompt, completion))
+    if swallowed != (prompt, completion):
+        return encode_parts(tokenizer, *swallowed)
     ids = _encode(tokenizer, text)
     spellings = _spellings(tokenizer, ids)
     if not any(_is_spelled(text, spelling) for spelling in spellings):
@@ -47,6 +53,15 @@ def encode_parts(
             do="take a model whose tokenizer keeps spaces, line ends and every character",
         )
     return ids, _count_inside(tokenizer, ids, prompt, text)
+
+
+def _swallowed(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """Return a text without the spaces that special tokens take in, as those of Phi-3 do."""
+    for token in tokenizer.added_tokens_decoder.values():
+        content = re.escape(token.content)
+        parts = re.split(_SPACES * token.lstrip + content + _SPACES * token.rstrip, text)
+        text = token.content.join(parts)
+    return text
 
 
 def _count_inside(
