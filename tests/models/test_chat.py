@@ -70,6 +70,26 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
         assert rendered(CALLS, messages, tools=[]) == "Hi;3;4;"
 
 
+TRIMMED = TEMPLATE.replace("message.content", "message.content | trim")
+FORGETS = TEMPLATE.replace("message.content", "message.content.split('</think>')[-1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [(TRIMMED, "    return x"), (FORGETS, "<think>so</think>Yes"), (TEMPLATE, "    return x")],
+)
+def test_a_completion_that_a_template_changes_is_refused(template, content):
+    """Spaces at its beginning are indentation; line ends around it are of no use."""
+    answer = read_chat([{"role": "assistant", "content": content}], is_answer=True)
+    if template == TEMPLATE:
+        assert rendered(template, answer=answer) == f"{content};"
+        return
+    with refuses(UsageError, "a completion that a template changes is refused"):
+        rendered(template, answer=answer)
+    lines = read_chat([{"role": "assistant", "content": "\nYes\n"}], is_answer=True)
+    assert "Yes" in rendered(template, answer=lines)
+
+
 @pytest.mark.parametrize(
     ("template", "match", "options"),
     [

@@ -185,13 +185,17 @@ def render_chat(
     if answer is None:
         _check_calls(tokenizer, name, fields, prompt, add_generation_prompt=True)
         return prompt
-    fields["messages"] += answer.fields["messages"]
+    (message,) = answer.fields["messages"]
+    fields["messages"].append(message)
     conversation = _render(tokenizer, name, fields, add_generation_prompt=False)
     _check_calls(tokenizer, name, fields, conversation, add_generation_prompt=False)
-    if not conversation.startswith(prompt):
+    # Templates may take spaces from the beginning, which are indentation, or drop reasoning.
+    content = message["content"].strip("\n").rstrip()
+    if not conversation.startswith(prompt) or content not in conversation[len(prompt) :]:
         raise UsageError(
-            "a completion after which the chat template renders the prompt in another way",
-            wanted="a prompt that stays the same",
+            "a completion that the chat template changes, or after which it renders the prompt in "
+            "another way",
+            wanted="a prompt and a completion that stay the same",
             do="write the completion as text",
         )
     return conversation.removeprefix(prompt)
