@@ -42,6 +42,15 @@ def test_show(assay, told, refused, ledger):
     assert "audits of build H100, preset artifact" in text
 
 
+@pytest.mark.parametrize("key", ["caf\u00e9", "cafe\u0301"])
+def test_show_finds_a_key_in_either_spelling(told, tmp_path, key):
+    path = tmp_path / "ledger.sqlite3"
+    with Ledger(path) as ledger:
+        ledger.append([update(1, key="cafe\u0301")])
+    (account,) = told("poc", "ledger", "show", path, "--public-key", key)["accounts"]
+    assert (account["public_key"], len(account["entries"])) == ("caf\u00e9", 1)
+
+
 def test_audit_says_which_entry_was_changed(assay, told, refused, ledger, tmp_path):
     clean = assay("poc", "ledger", "audit", ledger)
     assert clean.code == 0, clean.err

@@ -65,6 +65,12 @@ def test_accounts_of_two_spellings_are_one(tmp_path, name):
         assert [(one.public_key, one.build) for one in ledger.accounts()] == [(composed, composed)]
         (standing,) = ledger.standings()
         assert standing.recorded == 16
+        for key, build in ((composed, apart), (apart, composed)):
+            account = Account(public_key=key, build=build, **values)
+            assert ledger.standing(account) == standing
+            assert [entry.seq for entry in ledger.entries(account)] == [1, 2]
+        stranger = Account(public_key="nobody", build=composed, **values)
+        assert (ledger.standing(stranger), [*ledger.entries(stranger)]) == (None, [])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, FileSettings, Limit
 from assay.cli.poc import poc
 from assay.errors import UsageError, visible
+from assay.files.names import normal_form
 from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Settings
 
@@ -61,12 +62,13 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
     """
     from assay.poc.verdict.ledger import Ledger
 
+    key = None if chosen.public_key is None else normal_form(chosen.public_key)
     with Ledger(chosen.ledger, read_only=True) as opened:
         count, head = opened.head
         matching = (
             standing
             for standing in opened.standings()
-            if chosen.public_key in (None, standing.account.public_key)
+            if key in (None, normal_form(standing.account.public_key))
         )
         selected = list(islice(matching, chosen.limit))
         listed = [] if chosen.public_key is None else selected

@@ -174,6 +174,11 @@ class Account:
     build: Name
     preset: Name
 
+    @property
+    def normal(self) -> "Account":
+        """The account with its names in the form in which a ledger has them."""
+        return Account(**{name: normal_form(value) for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerUpdate:
@@ -203,8 +208,7 @@ class LedgerUpdate:
 
     def __post_init__(self) -> None:
         # Two spellings of one name are one account; entries that are read stay as they are.
-        spelt = {name: normal_form(value) for name, value in vars(self.account).items()}
-        object.__setattr__(self, "account", Account(**spelt))
+        object.__setattr__(self, "account", self.account.normal)
 
 
 class Genesis(CanonicalModel):

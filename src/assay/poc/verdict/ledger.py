@@ -37,13 +37,13 @@ from assay.poc.verdict.ledger_tables import (
     MIGRATIONS,
     OF_ACCOUNT,
     UPDATES,
+    find_account,
     insert_account,
     insert_entry,
     insert_genesis,
     insert_law,
     open_database,
     read_noise,
-    select_account,
     text_of,
 )
 from assay.poc.verdict.life import Life
@@ -337,7 +337,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
         with self._db.read() as connection:
-            number = connection.execute(select_account(account)).scalar()
+            number = find_account(connection, account)
             return None if number is None else self._standing(connection, number)
 
     def standings(self) -> Iterator[Standing]:
@@ -351,9 +351,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     def entries(self, account: Account) -> Iterator[Entry]:
         """Iterate over the entries of an account, the oldest first."""
         with self._db.read() as connection:
-            yield from self._entries(
-                connection, UPDATES.c.account == select_account(account).scalar_subquery()
-            )
+            number = find_account(connection, account)
+            yield from self._entries(connection, UPDATES.c.account == number)
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
         of_account = UPDATES.c.account == account

@@ -93,6 +93,12 @@ def select_account(account: Account) -> sa.Select[Any]:
     return sa.select(ACCOUNTS.c.id).where(matches)
 
 
+def find_account(connection: sa.Connection, account: Account) -> int | None:
+    """Return the number of an account as it is spelt, or in its normal form; None without one."""
+    rows = (connection.execute(select_account(name)).scalar() for name in (account, account.normal))
+    return next((number for number in rows if number is not None), None)
+
+
 def read_noise(connection: sa.Connection, law: str) -> AnyNoise:
     """Return the noise of a law by its hash; the law must be there, have its hash, and be one."""
     text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
