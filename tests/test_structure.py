@@ -5,6 +5,7 @@ names promised.
 import ast
 import importlib
 import pkgutil
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -244,6 +245,29 @@ def test_exported_names_are_there_and_few():
     with pytest.raises(AttributeError, match="nothing"):
         assay.nothing  # noqa: B018
     assert "poc" in dir(assay)
+
+
+ENTRY = re.compile(
+    r"([\w.]+(, [\w.]+)*|\*+\w+)( \(.*\))?:( |$)"
+)  # of a list of arguments or errors
+INNER_ENTRY = re.compile(r"[.;] [a-z_]+(, [a-z_]+)*: [A-Z]")
+
+
+def test_every_entry_of_a_docstring_begins_a_line():
+    """Some lists were run together as text, and some paragraphs were indented by half."""
+    faults = []
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for name, tree in trees().items():
+        texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        for text in filter(None, texts):
+            for block in text.split("\n\n"):
+                head, _, body = block.partition("\n")
+                if head in ("Args:", "Raises:", "Attributes:"):
+                    lines = [line[4:] for line in body.split("\n") if line[4:5].strip()]
+                    faults += [(name, line) for line in lines if not ENTRY.match(line)]
+                    entries = re.sub(r"\n {8}", " ", body)
+                    faults += [(name, found[0]) for found in INNER_ENTRY.finditer(entries)]
+    assert not faults
 
 
 def given_names(statement: ast.stmt) -> Iterator[str]:

@@ -44,10 +44,10 @@ class Curves:
     """A plot.
 
     Args:
-        caption: Text below it.
-        x, y: Texts of the axes. lines: Places and values of every line by name; a name that begins
-        with a dash is drawn dashed, without a label. bands: Lower and upper values around a line,
-        by its name. log: Whether the axis of places is logarithmic.
+        caption, x, y: Texts below it and at its axes.
+        lines: Places and values by name; a name with a dash before it is drawn dashed, unlabelled.
+        bands: Lower and upper values around a line, by its name.
+        log: Whether the axis of places is logarithmic.
     """
 
     caption: str

@@ -36,8 +36,8 @@ class Spread:
     Args:
         rates: Valid rate per block, [B].
         value: Largest minus smallest rate.
-        low, high: Ends of the noise band; 95 % of spreads lie between them when only chance
-        differs. nonces_high: Upper end of the band of the nonces alone, without the random heads.
+        low, high: Ends of the band that has 95 % of the spreads where only chance differs.
+        nonces_high: Upper end of the band of the nonces alone, without the random heads.
         p_value: Probability of such a spread or a larger one by chance.
     """
 

@@ -144,7 +144,7 @@ class Commitment:
 
     @classmethod
     def to(cls, header: Header, tree: "CommitmentTree") -> Self:
-        """Return the commitment of the round of a header to the nonces of a tree."""
+        """Return the commitment to the nonces of a tree, in the round that a header names."""
         model = read_as(FramedModelLine, dumps(header.as_dict()["model"]).encode())
         return cls(round=header.round, model=model, top=tree.top)
 

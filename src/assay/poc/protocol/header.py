@@ -105,7 +105,7 @@ class Header:
         return dumps({"nonce": record.nonce, **fields})
 
     def is_valid(self, record: Record) -> bool:
-        """Return whether a record counts: a distance below the target does, and any other value."""
+        """Return whether a record counts: a distance below the target, or any vector or tokens."""
         return published_form(self.pipeline).is_valid(record, self.round.r_target)
 
 

@@ -178,8 +178,7 @@ class Pipeline:
     def as_dict(self) -> dict[str, Any]:
         """Return the description for a proof header.
 
-        Fields that are younger than the first proofs are written only where they differ from
-        theirs.
+        Fields that the first proofs did not have are written only where they say something else.
         """
         described = asdict(self)
         del described["number_formats"]

@@ -145,7 +145,7 @@ class Round:
 
     @property
     def plain(self) -> "Round":
-        """The round without what no number depends on, and which nodes may state otherwise."""
+        """The round without model and height, which change no number and differ between nodes."""
         return replace(self, model="", block_height=0, preset=get_pipeline(self.preset).name)
 
     @property

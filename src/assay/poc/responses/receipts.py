@@ -159,16 +159,19 @@ class Receipt(ResponseName):
     """What a server states about one response.
 
     Args:
-        user_seed, request_id, index: As of :class:`ResponseName`. block_hash: Beacon that became
-        known after the request was accepted. prompt: Prompt, with or without its ids. output: Ids
-        of the tokens of the response, in order, the one that ended it included. sketches: Sketches
-        [S, 12] in float16, of every 32nd token from the first; empty where the engine has none.
+        user_seed, request_id, index: As of :class:`ResponseName`.
+        block_hash: Beacon that became known after the request was accepted.
+        prompt: Prompt, with or without its ids.
+        output: Ids of the tokens of the response, in order, with the one that ended it.
+        sketches: Sketches [S, 12] in float16, of every 32nd token from the first; empty where the
+            engine has none.
         sampling: Parameters of the seeded sampling; None where the engine sampled by itself.
-        chosen_by: Who chose the request id, ``client`` or ``server``. A server that chooses it can
-        try many. finish: What ended the response: ``stop``, ``length`` or ``abort``. mask: Whether
-        a grammar, or a list of allowed tokens, forbade tokens. adapter: LoRA adapter that answered;
-        None where the model did by itself. chat_template: SHA-256 of the chat template that made
-        the prompt; None where none did, or which is not known.
+        chosen_by: Who chose the request id, ``client`` or ``server``, which can try many.
+        finish: What ended the response: ``stop``, ``length`` or ``abort``.
+        mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
+        adapter: LoRA adapter that answered; None where the model did by itself.
+        chat_template: SHA-256 of the chat template that made the prompt; None where it is not
+            known, or there was none.
 
     Raises:
         UsageError: A value is out of range; names it.

@@ -26,13 +26,15 @@ class Request(ResponseName):
     """One request: a prompt, its id and user seed, and its sampling.
 
     Args:
-        user_seed, request_id, index: As of :class:`ResponseName`. prompt: Text, messages, or token
-        ids. chosen_by: Who chose the request id, ``client`` or ``server``. sampling: Parameters of
-        sampling. max_tokens: Number of tokens after which the response ends. stop: Texts that end
-        the response. stop_token_ids: Tokens that end it, beside the end tokens of the model.
+        user_seed, request_id, index: As of :class:`ResponseName`.
+        prompt: Text, messages, or token ids.
+        chosen_by: Who chose the request id, ``client`` or ``server``.
+        sampling: Parameters of sampling.
+        max_tokens: Number of tokens after which the response ends.
+        stop: Texts that end the response.
+        stop_token_ids: Tokens that end it, beside the end tokens of the model.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
-        chat_template: SHA-256 of the template that made the token ids; None where there were no
-        messages.
+        chat_template: SHA-256 of the template that made the token ids; None without messages.
 
     Raises:
         UsageError: A value is out of range; names it.

@@ -97,7 +97,7 @@ class Origin:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Keys of all pairs it was to be made from, used or skipped, sorted."""
+        """Keys of all pairs that were given, used or skipped, sorted."""
         return tuple(sorted(self.pairs + self.skipped))
 
     @property

@@ -230,9 +230,7 @@ def pair_gradients(
     Raises:
         DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or
             no pair is left; the message names the pair.
-        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As
-        :func:`per_sample_gradients` and
-            :func:`weight_svd` raise them.
+        AssayError: As :func:`per_sample_gradients` and :func:`weight_svd` raise it.
     """
     svd = options.get("svd")
     rank = options.get("rank")

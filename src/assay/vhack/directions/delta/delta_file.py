@@ -6,10 +6,9 @@ Tensors, for every module name as in ``model.named_modules()``::
     _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with
                                     the factors it was made with
 
-Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before,
-    ``delta_sha256`` of all
-δS. δS are coordinates, and where singular values are equal, or nearly so, another machine may give
-other singular vectors. The probe shows it: it is the same only if δW is.
+Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before, and
+``delta_sha256`` of all δS. δS are coordinates, and where singular values are equal, or nearly so,
+another machine may give other singular vectors. The probe shows it: it is the same only if δW is.
 
 Shapes: M modules of a group, O outputs, I inputs, R coordinates.
 """
