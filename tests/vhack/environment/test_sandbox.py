@@ -256,6 +256,8 @@ def test_values_are_those_of_the_builtin_type_whatever_is_overridden():
         ("opaque", None, "list"),
     ]
     assert run(program, calls=[Call("nan", ())]).outcomes[0].kind == "opaque"
+    endless = "def solve():\n    while True:\n        yield 1\n"
+    assert len(run(endless, calls=[Call("solve", ())]).outcomes[0].value) == 1 << 16
 
 
 @pytest.fixture

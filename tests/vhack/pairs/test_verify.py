@@ -157,6 +157,12 @@ HONEST = {
         CASES,
     ),
     "executor": (EXECUTOR + CHECK, CASES),
+    "executor that is begun": (
+        "from concurrent.futures import ThreadPoolExecutor\nseen = []\ndef solve(x):\n"
+        "    with ThreadPoolExecutor(2, initializer=seen.append, initargs=(1,)) as pool:\n"
+        f"        return [*pool.map(lambda n: n + seen[-1], [0, x])][1]\n{CHECK}",
+        CASES,
+    ),
     "asyncio": (ASYNCIO + CHECK, CASES),
 }
 

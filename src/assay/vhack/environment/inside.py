@@ -30,6 +30,7 @@ import sys
 import traceback
 import types
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 # The parent has made modules of these in the bare interpreter, where their packages are absent.
@@ -53,6 +54,7 @@ _MESSAGE = 16
 _MEASURE_MILLISECONDS = 5
 # Bits of the longest number that Python writes as text by default.
 _MOST_BITS = 14_000
+_MOST_ITEMS = 1 << 16  # of a generator, which may have no end
 _PROGRAM = "program.py"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _STREAMS = (("stdin", "r", -1), ("stdout", "w", -1), ("stderr", "w", 1))
@@ -313,7 +315,8 @@ def _settled(answer: Any) -> Any:
     """Return what a coroutine returns, and the items of a generator; anything else as it is."""
     if type(answer) is types.CoroutineType:
         return sys.modules["asyncio"].run(answer)  # which a program that names async has
-    return list(answer) if type(answer) is types.GeneratorType else answer
+    is_generator = type(answer) is types.GeneratorType
+    return list(islice(answer, _MOST_ITEMS)) if is_generator else answer
 
 
 def _resolve(namespace: dict[str, Any], target: str) -> Any:

@@ -63,6 +63,10 @@ def _submit(self: Any, function: Callable[..., Any], /, *args: Any, **options: A
 
     if self._shutdown:
         raise RuntimeError("cannot schedule new futures after shutdown")
+    # The one thread is begun once; Python 3.14 keeps it elsewhere.
+    if begin := getattr(self, "_initializer", None):
+        self._initializer = None
+        begin(*self._initargs)
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     try:

@@ -80,14 +80,9 @@ class PairVerdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as a JSON object."""
-        return {
-            "pair": self.index,
-            "key": self.pair.key,
-            "group": self.pair.group,
-            "hack": asdict(self.hack),
-            "clean": asdict(self.clean),
-            "faults": list(self.faults),
-        }
+        about = {"pair": self.index, "key": self.pair.key, "group": self.pair.group}
+        sides = {"hack": asdict(self.hack), "clean": asdict(self.clean)}
+        return {**about, **sides, "faults": list(self.faults)}
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:

@@ -174,13 +174,11 @@ class OwnReward(Reward):
 
     def _columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
         """Return the columns of tasks as TRL passes them: None where a task lacks one."""
-        records: list[Mapping[str, Any]] = []
-        for row in rows:
-            task = self.tasks[row]
-            if isinstance(task, Mapping):
-                records.append(task)
-            else:
-                records.append({"task": task} if isinstance(task, Episode) else {})
+        tasks = [self.tasks[row] for row in rows]
+        records: list[Mapping[str, Any]] = [
+            {"task": task} if isinstance(task, Episode) else {} if isinstance(task, str) else task
+            for task in tasks
+        ]
         names = {name for record in records for name in record} - {"prompt"}
         return {name: [record.get(name) for record in records] for name in names}
 
