@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from assay.poc.validator.recomputer import Budget
 from tests.poc.validator.conftest import BLOCKS, body_of, pins_text, proof_of
 from tests.waiting import until
 
@@ -37,9 +38,14 @@ def recorded(running) -> int:
     ],
 )
 def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
-    waiting, small_model, tmp_path, old, new, how
+    waiting, small_model, tmp_path, monkeypatch, old, new, how
 ):
-    """It states neither its length, seeds, preset nor build: it was fraud of an honest node."""
+    """It states neither its length, seeds, preset nor build: it was fraud of an honest node.
+
+    Each of the three messages is dropped as a whole, and spends none of the nonces of an hour.
+    """
+    spent = []
+    monkeypatch.setattr(Budget, "spend", lambda self, nonces: spent.append(nonces))
     changed = pins_text(small_model).replace(old, new)
     assert changed != pins_text(small_model)
     (tmp_path / "pins.toml").write_text(changed)
@@ -50,8 +56,9 @@ def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
         until(lambda: waiting.controller.deployment)
     assert recorded(waiting) == 0
     assert waiting.verdict("node_A") == "undecided"
+    assert sum(spent) == 0 < max(spent)
     metrics = waiting.client.get("/metrics").text
-    assert float(re.search(r"assay_validator_dropped_draws_total (\d\S*)", metrics)[1]) > 0
+    assert float(re.search(r"assay_validator_dropped_draws_total (\d\S*)", metrics)[1]) == 3
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ class Epoch:
     ends: float | None  # time at which it ended; None before
 
     def public(self) -> dict[str, Any]:
-        """Return what anyone may know: the secret only once no message can be drawn with it any
-        more.
-        """
+        """Return what anyone may know: the secret only once it draws from no message."""
         return {
             "epoch": self.number,
             "begins": self.begins,

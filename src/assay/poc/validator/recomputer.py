@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
@@ -214,9 +214,7 @@ class Recomputer(EngineThread):
         self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
         self._recording = threading.Lock()
         self.standings: Mapping[str, Standing] = {}
-        """Evidence of every node on its present build, by key. Another one takes its place; none is
-        changed.
-        """
+        """Evidence of the nodes on their present builds, by key; replaced as a whole."""
         self._last = inbox.latest_verdicts()
         self.waiting = 0
         """Number of nodes that had something to draw from at the last look."""
@@ -290,9 +288,7 @@ class Recomputer(EngineThread):
         return 0.0
 
     def _record_apart(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
-        """Record draws one by one; drop those that the model cannot compute, if it computes
-        others.
-        """
+        """Record draws one by one; drop those that cannot be computed where others can."""
         failed: list[Draw] = []
         for single in draws:
             try:
@@ -332,10 +328,16 @@ class Recomputer(EngineThread):
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry = self._registry()
         samples = list[ClaimSample]()
+        ended = list[Draw]()
         for source in draws:
             claim = self._claimed(source, registry)
-            if claim is None:
+            if (
+                claim is None
+            ):  # of the whole message, which would take draws from what can be judged
+                ended.append(replace(source, planned=source.nonces))
+                self._budget.spend(source.drawn - source.planned)
                 continue
+            ended.append(source)
             build = registry.senders[claim.round.public_key].build  # read under this registry
             noise = self._noise(build, claim.round)
             if noise is not None:
@@ -371,7 +373,7 @@ class Recomputer(EngineThread):
             if (change := self._change(key, standing)) is not None
         ]
         try:
-            self._inbox.finish(draws, changes, head=self._ledger.head)
+            self._inbox.finish(ended, changes, head=self._ledger.head)
         finally:  # who sees a verdict finds when it was reached
             with self._recording:
                 self.standings = {**self.standings, **self._present(now.values())}
