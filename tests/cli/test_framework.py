@@ -2,7 +2,9 @@
 help.
 """
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from pydantic import Field
 from assay.cli import app
 from assay.devices import Device
 from assay.errors import UsageError
-from assay.framework.commands import Command, leaves
+from assay.framework.commands import Command, leaves, resumable
 from assay.framework.variables import NAMES
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.throttle import OperatorsThrottle
@@ -175,6 +177,18 @@ def test_a_flag_that_left_the_help_is_read_as_before(assay):
     assert verify.key_of("--r-target") is None
     said = assay("poc", "verify", "none.jsonl", "--model", "reference:qwen3", "--r-target", "far")
     assert "--r-target far" in said.err
+
+
+def test_a_full_disk_in_a_part_that_continues_says_so(assay, monkeypatch):
+    """`calibrate --model` keeps what it measured, and did not say so of a full disk."""
+
+    def fill():
+        """Fill."""
+        with resumable():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "law.json.part")
+
+    monkeypatch.setitem(app.commands, "fill", Command("fill", fill))
+    assert "the same command continues it" in assay("fill").err
 
 
 def test_a_misspelt_variable_draws_a_warning_and_that_of_another_command_none(sample):

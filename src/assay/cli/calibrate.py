@@ -104,10 +104,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --model reference:qwen3 --quick --pins pins.toml -o law.json
 
-    With honest proofs of one checkpoint and preset, two or more of every round, the file says how
-    their machines differ, and from three machines on how often one that was not measured is
-    accused. Proofs in the formats of `controls` are a validator's own, for a second law, of scores.
-    --merge adds the builds of other files.
+    With honest proofs, two or more of every round, the file says how their machines differ, and
+    from three machines on how often one that was not measured is accused. Proofs in the formats of
+    `controls` are a validator's own, for a law of scores. --merge adds builds of other files.
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 

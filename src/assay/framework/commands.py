@@ -63,11 +63,11 @@ class Stopped(BaseException):
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Say of a signal inside that what was done is kept."""
+    """Say of a signal or a full disk inside that what was done is kept."""
     try:
         yield
-    except Stopped as stop:
-        stop.resumable = True
+    except (Stopped, OSError, AssayError) as stop:
+        vars(stop)["resumable"] = True
         raise
 
 
@@ -423,7 +423,7 @@ class Command(click.Command):
         cause = fault.__cause__ or error
         full_disk = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG)
         self._name_keys(fault, words)
-        if self.resumable and full_disk:
+        if full_disk and (self.resumable or "resumable" in vars(error)):
             fault.do += f"; {CONTINUES}"
         return fault
 
