@@ -30,9 +30,9 @@ $(READY): pyproject.toml research/pyproject.toml requirements.lock requirements-
 demo: $(READY)  ## prove and verify real compute on a bundled model, catch four cheaters, write a report
 	$(BIN)/assay demo
 
-# A test that hangs in its own cleanup ends its worker with a dump of every thread, and not the whole run. Files come in
-# the order of tests/conftest.py, not by their number of tests.
-SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout-method=thread
+# A test that hangs in its own cleanup ends its worker, and the run then names it and ends: a worker that is started in
+# its place may wait for ever. Files come in the order of conftest.py, not by their number of tests.
+SPREAD = -n $(WORKERS) --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --timeout-method=thread
 
 test: $(READY)  ## run the tests of a change, in about eight minutes on two cores
 	$(BIN)/python -m pytest $(SPREAD) -m "not (slow or pages or browser or kill or research or vllm)"
