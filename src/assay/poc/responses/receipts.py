@@ -171,7 +171,7 @@ class Receipt(ResponseName):
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
         adapter: LoRA adapter that answered; None where the model did by itself.
         chat_template: SHA-256 of the chat template that made the prompt; None where it is not
-            known, or there was none.
+            known, or where no template was used.
 
     Raises:
         UsageError: A value is out of range; names it.
