@@ -127,7 +127,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         for cells in zip(columns, *texts, strict=True)
     )
     # Rich would fold a title at the width of the table.
-    click.echo(visible(title), nl=bool(title))
+    click.echo(visible(title), file=sys.stdout, nl=bool(title))
     if len(columns) > 2 and needed > console.width:
         for row in rows:
             table((columns[0], str(row[0])), list(zip(columns[1:], row[1:], strict=True)))
@@ -137,7 +137,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     with console.capture() as capture:
         console.print(shown)
     # Rich itself would end at a broken pipe with exit code 1, and that means fraud here.
-    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    text = "\n".join(line.rstrip() for line in capture.get().splitlines())
+    click.echo(text, file=sys.stdout)  # by itself click writes UTF-8 where that is ASCII
 
 
 def in_column(text: str) -> str:
