@@ -110,8 +110,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 
-    With --valid-rate, the command prints the r_target of a share of valid nonces; with --model or
-    --calibration also how much blocks differ from it.
+    With --valid-rate, it prints the r_target of a share of valid nonces.
 
     Example: assay poc calibrate --valid-rate 0.1
 

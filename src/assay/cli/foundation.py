@@ -78,12 +78,13 @@ def list_(as_json: bool) -> None:
         )
         for entry in catalogue
     ]
-    columns = ("model", "parameters", "layers", "hidden", "vocabulary")
     # A table of its own, because the terms of a model would leave the names no room.
     missing = [(entry["reference"], entry["get_it"]) for entry in catalogue if "get_it" in entry]
     further = (("not installed", "how to get it"), missing, "")
-    tables = [(columns, rows, ""), *([further] if missing else [])]
-    show_tables("assay.models.list/1", {"models": catalogue}, as_json, *tables)
+    known = (("model", "parameters", "layers", "hidden", "vocabulary"), rows, "")
+    show_tables(
+        "assay.models.list/1", {"models": catalogue}, as_json, known, *[further][: len(missing)]
+    )
 
 
 @models.add("info", InfoSettings, example="assay models info shape:qwen3-0.6b")

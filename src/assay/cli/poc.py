@@ -221,8 +221,7 @@ def _verifying(chosen: ProveSettings, proof: "assay.poc.Proof", model: str) -> s
     round = proof.round
     words = ["assay", "poc", "verify", str(chosen.output), "--model", model]
     words += ["--block-hash", round.block_hash, "--public-key", round.public_key]
-    named = ("block_hash", "public_key", "preset")
-    usual = assay.poc.Round(**{name: getattr(round, name) for name in named})
+    usual = assay.poc.Round(block_hash="b", public_key="k", preset=round.preset)
     values = {"commitment": chosen.commit, "pins": chosen.pins, "node_id": round.node_id}
     if chosen.pins is None:
         words += ["--preset", round.preset] if round.preset != "poc-2.0" else []
@@ -253,8 +252,7 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     every other value that the prover could choose from you or at its published default. What is
     neither is shown, with exit code 2.
 
-    With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the
-    whole life.
+    With --ledger the audit is added to a life, and the exit code is that of the life.
     """
     from assay.poc.audit import Auditor
 

@@ -186,8 +186,7 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     What is neither pinned nor at its default is shown, with exit code 2; so are requests without a
     receipt, and those whose answer was aborted.
 
-    With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of
-    the whole life.
+    With --ledger the replay is added to a life, and the exit code is that of the life.
     """
     from assay.poc.audit import Auditor
 

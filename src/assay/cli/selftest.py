@@ -58,8 +58,7 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
 
     The same nonces run again, elsewhere in the batch, beside other nonces, alone, in smaller
     batches, with other kernels and threads, and on vLLM with its prefix cache, chunked prefill and
-    speculative decoding. The table says how many published values change, in how many low bits, and
-    how the largest change compares with honest noise.
+    speculative decoding. The table compares the largest change with honest noise.
 
     Exit code 0: no setting changes a bit, or all changes are within honest noise. 1: a change is
     beyond it, so a node in one setting would be accused by a validator in the other. 2: values

@@ -136,10 +136,13 @@ class Setting:
     def parameter(self) -> click.Parameter:
         """The option or argument of click, which takes any text: the settings check values."""
         if self.flag.argument:
-            count = -1 if self.repeats else 1
             words = f"{self.spelling}{'...' * self.repeats}"
-            words = words if self.field.is_required() else f"[{words}]"
-            return click.Argument([self.name], nargs=count, required=False, metavar=words)
+            return click.Argument(
+                [self.name],
+                nargs=-1 if self.repeats else 1,
+                required=False,
+                metavar=words if self.field.is_required() else f"[{words}]",
+            )
         options: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
         options = {"is_flag": True} if self.field.annotation is bool else options
         return click.Option([self.name, *self.flag.names], help=self.help, **options)

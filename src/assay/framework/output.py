@@ -119,7 +119,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
             Text(visible(column, LONGEST_CELL)),
             justify="right" if is_numbers else "left",
             overflow="fold",
-            # A name is copied from here.
             no_wrap=index == 0 and all(len(cell) <= console.width // 2 for cell in cells),
         )
     needed = 1 + sum(
@@ -137,8 +136,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     with console.capture() as capture:
         console.print(shown)
     # Rich itself would end at a broken pipe with exit code 1, and that means fraud here.
-    text = "\n".join(line.rstrip() for line in capture.get().splitlines())
-    click.echo(text, file=sys.stdout)  # by itself click writes UTF-8 where that is ASCII
+    # By itself click writes UTF-8 to a stream in ASCII.
+    click.echo("\n".join(map(str.rstrip, capture.get().splitlines())), file=sys.stdout)
 
 
 def in_column(text: str) -> str:

@@ -170,8 +170,7 @@ class Receipt(ResponseName):
         finish: What ended the response: ``stop``, ``length`` or ``abort``.
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
         adapter: LoRA adapter that answered; None where the model did by itself.
-        chat_template: SHA-256 of the chat template that made the prompt; None where it is not
-            known, or where no template was used.
+        chat_template: SHA-256 of the template that made the prompt; None if unknown or unused.
 
     Raises:
         UsageError: A value is out of range; names it.
