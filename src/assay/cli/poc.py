@@ -248,9 +248,8 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     Exit code 0 honest, 1 fraud, 2 undecided or bad input. A proof that breaks its --commitment is
     fraud, and nothing is recomputed.
 
-    The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and
-    every other value that the prover could choose from you or at its published default. What is
-    neither is shown, with exit code 2.
+    The prover wrote the header. Exit code 0 needs the block and the key from you, and all else that
+    the prover could choose from you or at its default; the rest is shown, with exit code 2.
 
     With --ledger the audit is added to a life, and the exit code is that of the life.
     """
@@ -449,8 +448,7 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     """Prove public blocks, for a calibration.
 
     All machines prove the same ones, and assay poc calibrate takes the folders of several machines.
-    The proofs say which checkpoint ran on which engine. They hold no host name, no path, no prompt,
-    and no key of yours.
+    The proofs say which checkpoint ran on which engine. They hold no host, path, prompt or key.
     """
     from assay.poc.launch import Proving, open_prover
 

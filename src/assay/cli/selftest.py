@@ -61,8 +61,7 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
     speculative decoding. The table compares the largest change with honest noise.
 
     Exit code 0: no setting changes a bit, or all changes are within honest noise. 1: a change is
-    beyond it, so a node in one setting would be accused by a validator in the other. 2: values
-    change and no law says whether it matters, or bad input.
+    beyond it, and a validator in one setting accuses a node in the other. 2: no law, or bad input.
     """
     from assay.poc.launch import Launch, usual_preset
 

@@ -103,8 +103,7 @@ def errors(error: AssayError) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """Print a table on stdout: boxed on a terminal, plain lines into a file or pipe.
 
-    Columns of numbers are right-aligned, but for the first. On a terminal that is too narrow for
-    three columns or more, every row is a table of its own.
+    On a terminal that is too narrow for three columns, every row is a table of its own.
     """
     boxed = _is_terminal(sys.stdout)
     console = Console(width=None if boxed else WIDEST)
