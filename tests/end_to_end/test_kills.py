@@ -6,7 +6,7 @@ import pytest
 
 from tests.end_to_end import killing, storing
 
-pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_twenty_kills_lose_nothing(tmp_path, small_checkpoint):
