@@ -86,3 +86,11 @@ def test_the_program_is_the_last_block_of_python_after_the_reasoning(name):
 def test_blocks_without_a_language_that_both_solve_are_both_found():
     completion = f"```\n{DRAFT}```\nor\n```\n{GOOD}```\n"
     assert find_programs(completion, "solve") == [DRAFT, GOOD]
+
+
+@pytest.mark.timeout(60)
+def test_a_completion_of_many_fences_is_read_in_a_time_that_grows_as_it_does():
+    """Where each block looks through all that follows, 8000 fences take four seconds."""
+    fences = "```\n" * 100_000
+    good = "def solve(x):\n    return x\n"
+    assert find_programs(f"{fences}```python\n{good}```\n", "solve") == [good]

@@ -366,9 +366,11 @@ class Inbox:
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block; return whether it is new."""
-        insert = "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING"
         with self.database.write() as connection:
-            rows = connection.exec_driver_sql(insert, (block_hash, block_height, time.time()))
+            rows = connection.exec_driver_sql(
+                "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (block_hash, block_height, time.time()),
+            )
             return rows.rowcount == 1
 
     def blocks(self, limit: int) -> dict[str, int]:

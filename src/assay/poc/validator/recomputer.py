@@ -331,9 +331,7 @@ class Recomputer(EngineThread):
         ended = list[Draw]()
         for source in draws:
             claim = self._claimed(source, registry)
-            if (
-                claim is None
-            ):  # of the whole message, which would take draws from what can be judged
+            if claim is None:  # its message ends whole, or would go on taking draws
                 ended.append(replace(source, planned=source.nonces))
                 self._budget.spend(source.drawn - source.planned)
                 continue

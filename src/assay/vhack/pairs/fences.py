@@ -63,9 +63,11 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         if opening is None or (opening["fence"][0] == "`" and "`" in opening["info"]):
             continue
         closing = re.compile(rf"[ \t]*{opening['fence'][0]}{{{len(opening['fence'])},}}[ \t\r]*")
-        ends = [row for row in range(start, len(lines)) if closing.fullmatch(lines[row])]
-        whole = (row for row in ends if not _is_quoted(lines[start:row]))
-        end = next(whole, next(iter(ends), len(lines)))
+        # Read no further than the first, or a completion of many fences takes quadratic time.
+        ends = (row for row in range(start, len(lines)) if closing.fullmatch(lines[row]))
+        end = next(ends, len(lines))
+        if _is_quoted(lines[start:end]):
+            end = next((row for row in ends if not _is_quoted(lines[start:row])), end)
         words = opening["info"].strip().strip("{}.").lower().split()
         language = re.split(r"[\s,:={]", words[0])[0] if words else ""
         if language in ("markdown", "md"):
