@@ -20,7 +20,9 @@ from assay.poc.launch import Launch
 from assay.poc.selftest import run_selftest
 
 EXPERTS = {"num_experts": 32, "num_experts_per_tok": 2}
-HEADS = {"head_dim": 64, "num_key_value_heads": 4}  # GPUs have no kernels for heads of 32
+# Kernels of GPUs divide a product by its size, so a GPU has one worth dividing.
+WIDE = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
 PRESETS = ("artifact", "poc-2.0")
 
 
@@ -34,19 +36,20 @@ def main():
     chosen = arguments.parse_args()
     formats = ("float32", "bfloat16") if chosen.engine == "hf" else ("bfloat16",)
     presets = PRESETS if chosen.engine == "hf" else PRESETS[:1]
+    on_gpu = torch.cuda.is_available()
+    batch_size, seq_len = (64, 64) if on_gpu else (8, 16)
     cases = []
     with TemporaryDirectory() as folder:
-        sizes = EXPERTS | (HEADS if torch.cuda.is_available() else {})
+        sizes = EXPERTS | (WIDE | HEADS if on_gpu else {})
         path = make_mixture("qwen3-moe", Path(folder) / "mixture", **sizes)
         for dtype in formats:
             for preset in presets:
                 note(f"{chosen.engine}, {dtype}, {preset}")
                 launch = Launch(model=str(path), engine=chosen.engine, dtype=dtype)
-                round = Round(block_hash="b", public_key="k", preset=preset, seq_len=16)
-                result = run_selftest(launch, round, batch_size=8, nonces=chosen.nonces)
-                rows = [asdict(row) for row in result.comparisons]
-                cases.append({"preset": preset, "engine": result.engine, "settings": rows})
-    publish("selftest_mixture", {"experts": EXPERTS, "cases": cases}, chosen.output)
+                round = Round(block_hash="b", public_key="k", preset=preset, seq_len=seq_len)
+                result = run_selftest(launch, round, batch_size=batch_size, nonces=chosen.nonces)
+                cases.append({"preset": preset} | asdict(result))
+    publish("selftest_mixture", {"sizes": sizes, "cases": cases}, chosen.output)
 
 
 if __name__ == "__main__":

@@ -486,10 +486,8 @@ def _level_above(level: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _hash_rows(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Return the SHA-256 of the bytes of every row, [N, 32]."""
-    size = rows.dtype.itemsize
-    data = rows.tobytes()
     sha256 = hashlib.sha256
-    digests = [sha256(data[at : at + size]).digest() for at in range(0, len(data), size)]
+    digests = [sha256(row).digest() for row in rows.view(f"V{rows.dtype.itemsize}").tolist()]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
 
