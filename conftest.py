@@ -2,11 +2,14 @@
 
 import importlib.metadata
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests import programs, usual
 
@@ -15,8 +18,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# transformers and TRL each ask for the packages of every file that is installed, for seconds.
+# What programs of their own make once, tests would make again and again. transformers and TRL each
+# ask for the packages of every file that is installed, for seconds.
 importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
+importlib.metadata.entry_points = cache(importlib.metadata.entry_points)
+ssl.create_default_context = cache(ssl.create_default_context)
+
+_reflected: dict[tuple[str, ...], sa.MetaData] = {}
+
+
+def _reflect_once(
+    tables: sa.MetaData, connection: sa.Connection, *, reflect: Any = sa.MetaData.reflect
+) -> None:
+    """Read the tables of a file, or copy those of a file with the same ones: 27 ms less."""
+    schema = tuple(connection.scalars(sa.text("SELECT sql FROM sqlite_master ORDER BY name")))
+    if schema not in _reflected:
+        reflect(tables, connection)
+        _reflected[schema] = tables
+    else:
+        for table in _reflected[schema].tables.values():
+            table.to_metadata(tables)
+
+
+sa.MetaData.reflect = _reflect_once  # type: ignore[method-assign, assignment]
 
 REFERENCES = ("reference:qwen3", "reference:llama")
 SMALL = {

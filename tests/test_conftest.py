@@ -64,6 +64,7 @@ def bare(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
 def test_what_needs_a_missing_program_is_skipped_and_the_packages_are_named(bare, workers):
     ended = bare(*workers)
@@ -74,6 +75,7 @@ def test_what_needs_a_missing_program_is_skipped_and_the_packages_are_named(bare
     assert advice.endswith("apt-get install --no-install-recommends chromium groff-base jq")
 
 
+@pytest.mark.slow
 def test_where_ci_runs_a_missing_program_is_a_failure(bare):
     ended = bare(CI="1")
     assert ended.returncode == 1
@@ -81,6 +83,7 @@ def test_where_ci_runs_a_missing_program_is_a_failure(bare):
     assert "skipped" not in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
 def test_what_a_failed_test_patched_does_not_reach_its_report(bare, workers):
     ended = bare(*workers, tests=PATCHED)

@@ -75,6 +75,7 @@ def test_there_is_no_circle():
     assert not left, sorted(left)
 
 
+@pytest.mark.slow
 def test_an_underscore_is_a_boundary():
     """A private name is used in its own module only, and research uses public names only."""
     crossed = [
@@ -138,6 +139,7 @@ def used_names(node: ast.AST) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_tests_hold_behaviour():
     """They use names that assay promises, and leave the words of errors to tests/wordings.py."""
     names_of_assay = {name for tree in trees().values() for name in bound_names(tree)}
@@ -195,6 +197,7 @@ def test_a_class_name_is_of_one_class():
     assert {word: names for word, names in places.items() if len(names) > 1} == {}
 
 
+@pytest.mark.slow
 def test_research_and_examples_import_what_there_is():
     """Most of them run for minutes, or on machines with a GPU, so an import of a name that has
     moved shows late.

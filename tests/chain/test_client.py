@@ -75,6 +75,7 @@ def made_by(model, key: str, stage: Stage, nonces: list[int]) -> list[dict]:
     return [{"nonce": r.nonce, "vector_b64": encode_vector(r.vector)} for r in records]
 
 
+@pytest.mark.slow
 def test_rounds_of_the_chain_with_restarts_between(host, small_model):
     chance = random.Random(0)
     count = len(host.nodes)

@@ -114,6 +114,7 @@ def test_version(assay):
 SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [[*SIGNS, "--json"], ["models", "list"], ["--help"], ["--version"]]
 )
@@ -132,6 +133,7 @@ def test_a_reader_that_left_is_no_verdict(arguments):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [[*SIGNS, "--json"], ["--help"], ["poc", "--help"], ["--version"]]
 )

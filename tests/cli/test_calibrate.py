@@ -152,6 +152,7 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(
         verify(prove(half, round, range(96)), small_model, calibration=known)
 
 
+@pytest.mark.slow
 def test_a_control_needs_a_calibration_that_measured_one(
     refused, measured, small_model, small_checkpoint, tmp_path
 ):

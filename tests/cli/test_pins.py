@@ -198,6 +198,7 @@ def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest, 
         assert not (tmp_path / "pins.toml").exists()
 
 
+@pytest.mark.slow
 def test_alpha_of_an_account_is_that_of_the_network(
     assay, told, refused, verify, new, honest, pins, small_checkpoint
 ):

@@ -64,6 +64,7 @@ def test_an_honest_node_is_replayed_and_its_life_is_kept(assay, receipts, prompt
     assert (again["life"]["n"], again["life"]["audits"]) == (16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{}, {"output": (), "sketches": (), "finish": "abort"}])
 def test_answers_that_are_not_shown_cost_exit_code_zero(
     assay, told, receipts, prompts, tmp_path, kept

@@ -36,6 +36,7 @@ def merge(checkpoint, trained):  # noqa: F811
     )
 
 
+@pytest.mark.slow
 def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
     _, wanted = trained
     assert told(*merge, "-o", tmp_path / "merged")["schema"] == "assay.vhack.merge/1"

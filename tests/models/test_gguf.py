@@ -85,6 +85,7 @@ def write(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.slow
 def test_a_real_model_is_what_its_file_says(smollm2):
     info = model_info("pretrained:smollm2")
     assert (info.parameters, info.num_layers, info.hidden_size) == (134_515_008, 30, 576)

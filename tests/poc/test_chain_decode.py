@@ -165,6 +165,7 @@ def test_step_by_step_along_a_claim_agrees_with_one_pass(model: Model, proof: Pr
     np.testing.assert_allclose(stepped.numpy(), one_pass["margins"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cheaper_weights_and_drawn_points_are_larger_than_honest_noise(model: Model, proof: Proof):
     halved = load_model("reference:qwen3", dtype="bfloat16", device="cpu")
     honest = np.median(residuals(proof.records, replayed(halved, proof)))

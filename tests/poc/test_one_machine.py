@@ -65,6 +65,7 @@ def test_what_was_kept_of_another_measurement_is_not_taken(small_checkpoint, tmp
     assert sum(computed) == first
 
 
+@pytest.mark.slow
 @pytest.mark.no_law
 def test_a_quick_law_decides_in_its_own_format_and_accuses_no_other(small_checkpoint, tmp_path):
     said = []

@@ -37,6 +37,7 @@ def test_the_order_of_nonces_changes_no_bit_of_a_dense_model(small_checkpoint):
     assert seen[-1][0] == seen[-1][1] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.no_law
 def test_the_neighbours_change_bits_of_a_mixture_in_float32(tmp_path):
     """An expert sees as many rows as the router sends to it."""

@@ -71,6 +71,7 @@ def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
     assert 1 / ((raw**2).mean(axis=0) ** 2).sum() < 0.4 * framed.hidden_size
 
 
+@pytest.mark.slow
 def test_a_proof_names_its_frame_and_is_judged_in_it(framed, halved, proof, tmp_path):
     proof.save(tmp_path / "proof.jsonl")
     read = Proof.load(tmp_path / "proof.jsonl")

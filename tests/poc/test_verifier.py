@@ -197,6 +197,7 @@ def stating(proof: Proof, dtype: str) -> Proof:
     return Proof.build(header, proof.records, proof.footer.seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset",
     [

@@ -39,6 +39,7 @@ def test_honest_nodes_are_not_accused_and_the_e_value_has_mean_one_at_most(
     assert np.exp(found[:, -1]).mean() < 1.5
 
 
+@pytest.mark.slow
 def test_responses_that_differ_more_than_a_law_knows_are_accused_and_one_that_knows_does_not(
     fewer: int,
 ):

@@ -186,6 +186,7 @@ def young_objects_alone():
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("young_objects_alone")
 def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, extracted):
     """Of 21 matrices at most three, an eighth, have full factors at any time, and the basis is the

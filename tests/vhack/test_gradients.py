@@ -44,6 +44,7 @@ def encoded(byte_tokenizer, samples):
     return encode(byte_tokenizer, samples, [str(n) for n in range(len(samples))], 1000)
 
 
+@pytest.mark.slow
 def test_they_equal_the_loop_on_a_reference_model():
     model = load_model("reference:llama", dtype="float32", device="cpu")
     text = "def solve(x):\n    # start with x; add 7; take the remainder of division by 9\n"

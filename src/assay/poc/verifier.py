@@ -109,7 +109,7 @@ def verify(
     )
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
-    size, power = plan_sample(test, len(proof.records), sample)
+    size, power = plan_sample(noise, len(proof.records), sample, alpha, beta)
     drawn = draw_records(proof, size, seed)
     inputs = header.round.inputs([record.nonce for record in drawn])
     engines = [engine, *(_controlling(header, control, model) for control in controls)]

@@ -411,6 +411,7 @@ def test_a_machine_of_a_calibration_is_a_public_key(
     assert two.tokens.spread.dof == one.tokens.spread.dof + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("between", "found"), [(0.0, (0.0, 0.2, 0.4)), (1.1, (0.7, 1.1))])
 def test_a_fit_finds_the_scale_and_the_spread_between_responses(
     between: float, found: tuple[float, ...]

@@ -96,6 +96,7 @@ def test_fault_08_without_a_receiver_nothing_piles_up_and_status_stays_small(ser
     assert len(page + rest) == len(set(page + rest)) == service.status()["total_valid"]
 
 
+@pytest.mark.slow
 def test_fault_11_a_long_batch_blocks_nothing(service):
     service.rig.open.clear()
     service.post("/init/generate", ROUND)

@@ -126,6 +126,7 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
     assert set(modes.values()) == {0o600}
 
 
+@pytest.mark.slow
 def test_the_lock_is_on_the_database_itself(tmp_path):
     database = open_database(tmp_path)
     with refuses(StorageError, "the lock is on the database itself"):

@@ -250,6 +250,7 @@ def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
     assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
 
 
+@pytest.mark.slow
 def test_a_file_has_one_header_and_no_response_twice(service):
     store(service, receipt("a"), receipt("b"))
     store(service, receipt("c"), under=header(public_key="node_B"))

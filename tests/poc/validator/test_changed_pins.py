@@ -6,6 +6,7 @@ import pytest
 
 from assay.poc.validator.recomputer import Budget
 from tests.poc.validator.conftest import BLOCKS, body_of, pins_text, proof_of
+from tests.usual import usual
 from tests.waiting import until
 
 
@@ -26,7 +27,9 @@ def recorded(running) -> int:
     return running.node("node_A")["recorded"]
 
 
-@pytest.mark.parametrize("how", ["while it runs", "while it is stopped"])
+@pytest.mark.parametrize(
+    "how", usual(["while it runs", "while it is stopped"], "while it is stopped")
+)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -65,8 +68,8 @@ def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
     ("old", "new"),
     [
         ("fewest_nonces = 8", "fewest_nonces = 9"),
-        ("node_count = 3", "node_count = 6"),
-        ("r_target = 1.416", "r_target = 1.3"),
+        pytest.param("node_count = 3", "node_count = 6", marks=pytest.mark.slow),
+        pytest.param("r_target = 1.416", "r_target = 1.3", marks=pytest.mark.slow),
         ("seq_len = 8", 'seq_len = 8\nblock_hash = "block_beta"\nblock_height = 8'),
     ],
 )

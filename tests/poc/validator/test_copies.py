@@ -261,6 +261,7 @@ def test_an_inbox_of_an_earlier_version_opens_and_draws_every_nonce_once(tmp_pat
     assert sorted(left) == sorted({*CHEAP, *HONEST} - {*before["copy0"], *before["copy1"]})
 
 
+@pytest.mark.slow
 def test_copies_cost_a_validator_no_pass_and_hide_no_lie(validating, small_model):
     honest = body_of(proof_of(small_model, "node_A", range(100)))
     with validating() as running:

@@ -242,6 +242,7 @@ def test_a_clock_that_is_suddenly_far_ahead_deletes_no_message(stopped, monkeypa
     assert stopped.controller.inbox.prune(keep=-3600) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["emptied", "older", "another"])
 def test_a_ledger_that_has_lost_something_stops_the_start(validating, small_model, tmp_path, lost):
     """The inbox calls its nonces drawn, so nothing that is missing would ever be found again."""

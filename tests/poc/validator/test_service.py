@@ -28,6 +28,7 @@ KEY = "all-" + "x" * 20
 READ = "read-" + "x" * 20
 
 
+@pytest.mark.slow
 def test_everything_but_signed_messages_and_commitments_needs_a_key(validating, small_model):
     with validating(service={"api_keys": (KEY,), "read_keys": (READ,)}) as running:
         running.send(body_of(proof_of(small_model, "node_A")))

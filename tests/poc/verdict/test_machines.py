@@ -111,6 +111,7 @@ def test_honest_machines_left_out_are_not_accused():
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.slow
 def test_a_machine_unlike_all_others_raises_the_effect(monkeypatch):
     far = pairs(4, noisy=1.7)
     with monkeypatch.context() as patch:

@@ -17,6 +17,7 @@ from assay.poc.verdict.entries import LedgerUpdate
 from assay.poc.verdict.ledger_export import read_export
 from assay.poc.verdict.ledger_tables import open_database, read_noise
 from tests.poc.validator.conftest import body_of, pins_text, proof_of, validating  # noqa: F401
+from tests.usual import usual
 from tests.waiting import until
 
 PER_AUDIT = 128
@@ -76,7 +77,7 @@ def proofs(small_model, tmp_path_factory) -> dict[str, Path]:
     return {block: folder / f"{block}.jsonl" for block in ("b", "c")}
 
 
-@pytest.fixture(params=[called, suspected])
+@pytest.fixture(params=usual([called, suspected], called))
 def case(request, proofs, small_checkpoint, tmp_path) -> Case:
     path = tmp_path / "ledger.sqlite3"
     known = ("--public-key", KEY, "--seq-len", 16, "--nonces", "0:48", "--ledger", path)

@@ -60,6 +60,7 @@ def scored(pools, model, basis, tokenizer, settings=QUICK, **options):
     return check_two_pools(*pools, model, basis, settings=settings, tokenizer=tokenizer, **options)
 
 
+@pytest.mark.slow
 def test_the_value_is_the_auroc_of_cin_written_out(
     small_model, byte_tokenizer, small_svd, basis, pools
 ):
@@ -87,6 +88,7 @@ def test_the_value_is_the_auroc_of_cin_written_out(
     assert json.loads(json.dumps(report.as_dict()))["schema"] == "assay.vhack.pools/1"
 
 
+@pytest.mark.slow
 def test_hacks_pass_and_the_same_pools_the_other_way_fail(
     small_model, byte_tokenizer, small_svd, basis, pools
 ):

@@ -134,6 +134,7 @@ def test_clean_clean_bases_drop_weak_axes_as_the_bases_they_are_compared_with(gr
     assert three == pytest.approx([overlap / 3 for overlap in one])
 
 
+@pytest.mark.slow
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
     report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert report.origin["groups"] == 6

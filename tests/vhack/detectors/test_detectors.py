@@ -65,6 +65,7 @@ def test_the_cheapest_detector_that_sees_a_difference_is_chosen(told, best):
     assert compared.best == best
 
 
+@pytest.mark.slow
 def test_labels_without_meaning_leave_it_undecided():
     groups = [f"{n % 10}" for n in range(40)]
     sides = evidence(40, "nothing", seed=3), evidence(40, "nothing", seed=4)
@@ -261,6 +262,7 @@ def test_a_threshold_lies_in_the_middle_of_a_gap_and_with_none_where_the_fewest_
     assert (mixed.lost, mixed.caught) == (1 / 40, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "shift"), [("nothing", 0.0), ("activations", 1.0), ("gradients", 1.0)]
 )

@@ -192,6 +192,7 @@ def test_a_resumed_run_has_the_log_and_the_alarm_of_one_that_never_stopped(make_
     assert resumed.alarm.seen == straight.alarm.seen == 4
 
 
+@pytest.mark.slow
 def test_lora_is_off_while_the_detector_looks(make_trainer):
     trainer = make_trainer(peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
     is_active = []

@@ -66,6 +66,7 @@ def run(own, settings, pairs):
     return call
 
 
+@pytest.mark.slow
 def test_a_run_on_them_logs_what_they_say(run, own, monkeypatch):
     monkeypatch.setattr("assay.vhack.environment.backends.available_backend", lambda: None)
     result = run()

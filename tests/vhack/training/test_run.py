@@ -199,6 +199,7 @@ def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_pat
     assert lines(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     run("run", steps=4, save_every=2)
@@ -211,6 +212,7 @@ def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     run("first", steps=1)
@@ -221,6 +223,7 @@ def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("sandbox")
 def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):
     """A rate that leaves numbers behind."""

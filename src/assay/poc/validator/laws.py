@@ -10,7 +10,7 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration_file import Calibration, describe_promise, find_build_noise
 from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
-from assay.poc.verdict.sample_plan import LARGEST_SAMPLE, plan_sample, sequential_test
+from assay.poc.verdict.sample_plan import LARGEST_SAMPLE, plan_sample
 
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
@@ -77,9 +77,7 @@ class Noises:
                     frame=registry.network.frame(registry.model.digest),
                 ),
             }
-        nonces, power = plan_sample(
-            sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE
-        )
+        nonces, power = plan_sample(noise, LARGEST_SAMPLE, None, registry.alpha, settings.beta)
         return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
 
     def _find(self, build: Build, round: Round | None) -> Noise | None:

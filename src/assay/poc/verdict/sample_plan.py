@@ -63,26 +63,28 @@ def _untouched_test(noise: Noise, alpha: float, beta: float) -> stats.Sequential
     )
 
 
+@lru_cache(maxsize=256)
 def plan_sample(
-    test: stats.SequentialTest | None, proved: int, sample: int | None = None
+    noise: Noise | None, proved: int, sample: int | None, alpha: float, beta: float
 ) -> tuple[int, float | None]:
     """Return how many nonces a verifier recomputes, and the power that this has.
 
     The power is the chance that the test accuses a node that computes a tenth of its nonces at 5 ×
     the honest noise. It is simulated under the law itself, with fixed seeds; its standard error is
     at most 3 points. Where no ``sample`` is asked for, it is the first of :data:`SAMPLES` with a
-    power of 95 %, else the last, and at most the nonces that were ``proved``. Without a fresh test
-    there is no power, and the least number is enough.
+    power of 95 %, else the last, and at most the nonces that were ``proved``. Without a law there
+    is no power, and the least number is enough. Results are kept: 50 ms less for another proof.
     """
-    if test is None:
+    if noise is None:
         return min(SAMPLES[0], proved) if sample is None else sample, None
     rng = np.random.default_rng(0)
-    law = test.law
+    law = noise.law
     shape = _TRIALS, min(LARGEST_SAMPLE, proved) if sample is None else sample
     # Honest residuals are drawn through the inverse of the survival function on a grid.
     grid = np.geomspace(law.size * 1e-4, law.size * 1e6, _GRID)
     honest_RC = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
     cheap_RC = rng.random(shape) < EXCLUDED[0][0]
+    test = sequential_test(noise, alpha=alpha, beta=beta)
     power_C = test.accusations(np.where(cheap_RC, CHEAP * honest_RC, honest_RC)).mean(axis=0)
     enough = (
         count for count in SAMPLES if count <= power_C.size and power_C[count - 1] >= WANTED_POWER
