@@ -111,6 +111,20 @@ def test_what_a_node_found_is_pulled_once_and_judged(polling, node):
     assert query["after"] == [str(node.found[-1][0])]
 
 
+def test_how_far_a_node_was_pulled_is_kept_while_its_block_is_open(polling, node):
+    """It was kept for ever, a row for every machine and block."""
+    with polling() as running:
+        until(lambda: running.node("node_A")["claimed"] == len(node.found))
+        inbox, block = running.controller.inbox, node.config["block_hash"]
+        place = ("node_A", block, 0)
+        until(lambda: _outcomes(running)["empty"] > 0)
+        node.answer = 503, b""  # else it would be pulled again in between
+        inbox.prune(-1, [block])
+        assert inbox.pulled(*place) == node.found[-1][0]
+        inbox.prune(-1)
+        assert inbox.pulled(*place) == -1
+
+
 def test_what_anyone_on_the_path_may_have_written_convicts_nobody(polling, node):
     node.found = [(nonce, 1.0 + nonce / 1000) for nonce, _ in node.found]  # invented
     with polling(proven=False) as running:

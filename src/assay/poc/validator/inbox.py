@@ -509,9 +509,14 @@ class Inbox:
             ).all()
             freed = [(sender, size) for sender, size in gone]
             closed = "at < ? AND block_hash NOT IN (SELECT value FROM json_each(?))"
+            late = (now - keep, dumps([*open_blocks]))
+            connection.exec_driver_sql(
+                "DELETE FROM pulls WHERE block_hash IN "
+                f"(SELECT block_hash FROM blocks WHERE {closed})",
+                late,
+            )
             rounds = connection.exec_driver_sql(
-                f"SELECT id, sender, nonces FROM node_rounds WHERE {closed} LIMIT {ROUNDS}",
-                (now - keep, dumps([*open_blocks])),
+                f"SELECT id, sender, nonces FROM node_rounds WHERE {closed} LIMIT {ROUNDS}", late
             ).all()
             room = FORGOTTEN
             parts: list[tuple[int, int]] = []
