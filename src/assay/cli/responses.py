@@ -113,8 +113,7 @@ class CalibrateResponsesSettings(NewFileSettings, LaunchSettings):
     panel="Node",
     shown="model prompts block_hash public_key output user_seed max_tokens dtype device overwrite",
     example="assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK "
-    "--public-key KEY "
-    "-o receipts.jsonl",
+    "--public-key KEY -o receipts.jsonl",
     resumable=True,
 )
 def respond(chosen: RespondSettings, as_json: bool) -> None:
@@ -172,8 +171,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     shown="model pins requests block_hash public_key sample calibration lora device ledger",
     rare="engine",
     example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
-    "--block-hash BLOCK "
-    "--public-key KEY",
+    "--block-hash BLOCK --public-key KEY",
 )
 def replay(chosen: ReplaySettings, as_json: bool) -> int:
     """Run the responses of receipts again and judge.

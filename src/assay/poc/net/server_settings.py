@@ -83,8 +83,7 @@ class ListenerSettings(assay.settings.Settings):
     max_bodies: Count = Field(
         2**26,
         description="Memory for all bodies that are being received at the same time, an eighth of "
-        "it for each address. "
-        "Bodies below 64 KiB have a quarter as much beside it.",
+        "it for each address. Bodies below 64 KiB have a quarter as much beside it.",
     )
     max_connections: Count = Field(
         4096, description="Connections that are open at the same time; more are answered with 503."

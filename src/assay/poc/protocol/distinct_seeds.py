@@ -43,7 +43,6 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
                 "them"
             ),
             do="ask the node for consecutive nonces of its share, or agree on strength = 256 in "
-            "the "
-            "pins",
+            "the pins",
             field="nonces",
         )

@@ -340,8 +340,7 @@ class Pins:
             raise ProofMismatch(
                 f"a proof with seq_len {header.round.seq_len}, which nothing pins",
                 wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work "
-                f"of its "
-                f"validator",
+                f"of its validator",
                 do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
                 field="seq_len",
             )
@@ -358,8 +357,7 @@ class Pins:
                 f"{owner} made in {stated.dtype}",
                 wanted=f"one made in {' or '.join(formats)}",
                 do=f"ask the node to prove in {formats[0]}; only if the network agreed on "
-                f"{stated.dtype}: "
-                f"--prover-dtype {stated.dtype}",
+                f"{stated.dtype}: --prover-dtype {stated.dtype}",
                 field="prover_dtype",
             )
         build, odd = nearest_build(self.builds or (), stated)

@@ -170,8 +170,7 @@ class Transform:
             raise UsageError(
                 f"the pipeline {pipeline.name}, which needs the trained head",
                 wanted="a pipeline with the random head or none: vLLM spreads the trained one "
-                "over its "
-                "workers",
+                "over its workers",
                 do="use --engine hf for it",
             )
         check_frame(pipeline, frame, hidden_size=hidden_size, vocab_size=vocab_size)

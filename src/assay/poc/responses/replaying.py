@@ -368,8 +368,7 @@ def check_runnable(
             wanted=f"the chat template of {model.reference}, "
             f"{own_template[:12] or 'which has none'}",
             do="replay with the tokenizer files that the network agreed on, or pass --requests "
-            "with "
-            "token ids",
+            "with token ids",
         )
     return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
 

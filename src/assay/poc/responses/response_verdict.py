@@ -349,8 +349,7 @@ def missing_response_law(header: ReceiptHeader, model: str = "MODEL") -> str:
         "formats: have honest nodes answer prompts with `assay poc respond`, measure their "
         "receipts with "
         f"`assay poc calibrate-responses honest.jsonl --model {shlex.quote(model)} -o "
-        f"responses.json`, and "
-        f"pass --calibration"
+        f"responses.json`, and pass --calibration"
     )
 
 

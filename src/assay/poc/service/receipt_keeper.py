@@ -123,8 +123,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         announced = []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, "
-            "block_hash, sha256, "
-            "line, client) SELECT ?,?,?,?,?,?,?,?,?,?,?,? "
+            "block_hash, sha256, line, client) SELECT ?,?,?,?,?,?,?,?,?,?,?,? "
             "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id "
             "= ?) RETURNING seq"
         )

@@ -443,8 +443,7 @@ class Inbox:
             if head is not None:
                 connection.exec_driver_sql("DELETE FROM ledger_heads")
                 connection.exec_driver_sql("INSERT INTO ledger_heads VALUES (?, ?)", head)
-            rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
-            if rows:
+            if rows := [(d.planned, d.planned, d.planned, d.seq) for d in draws]:
                 connection.exec_driver_sql(
                     "UPDATE inbox SET turn = turn + (? - drawn) * 1.0 / nonces, drawn = ?, "
                     "planned = ? WHERE seq = ?",
@@ -462,8 +461,7 @@ class Inbox:
                     f"knows of",
                     wanted="the ledger that was written beside it, with nothing missing",
                     do="restore both files from one backup, or move both away to begin again, "
-                    "which "
-                    "forgets all accounts",
+                    "which forgets all accounts",
                 )
         self.finish((), head=ledger.head)
 

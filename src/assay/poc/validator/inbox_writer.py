@@ -43,8 +43,7 @@ class InboxWriter(GroupCommit[Message, bool]):
                 429,
                 "so many bytes of this node are kept that there is no room for more",
                 wanted="the room of one node (--max-kept of the validator, and half of what its "
-                "disk has "
-                "free)",
+                "disk has free)",
                 do="send it again later: what is older than --keep is deleted",
                 retry_after=60,
                 fields={"fields": ["room"]},

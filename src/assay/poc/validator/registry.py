@@ -162,8 +162,7 @@ class Registry:
             raise UsageError(
                 f"the url {entry.url!r:.80} with preset {self.pipeline.name}",
                 wanted="nodes that are polled only where they publish distances: /status does not "
-                "hold "
-                "vectors",
+                "hold vectors",
                 do="leave the url out, and let the node send callbacks",
             )
         pinned = self._pinned.get(entry.public_key)

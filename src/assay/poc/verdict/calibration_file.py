@@ -81,8 +81,7 @@ class Calibration:
             f"a calibration without a control for a proof in {formats[0]}, judged in "
             f"{judging_dtype}",
             wanted="a law of scores, which `assay poc calibrate --model M` measures where a "
-            "control is a "
-            "gain",
+            "control is a gain",
             do="leave --control out, or measure with more number formats",
         )
 

@@ -199,8 +199,7 @@ def _fit_scores(
             f"controls in {' and '.join(controls)}, for "
             f"{'too many formats' if sides_by_pair else 'no machine'}",
             wanted=f"one or two, in which a device that validates has {MIN_NONCES} nonces of "
-            f"another "
-            f"machine's round",
+            f"another machine's round",
             do="prove these rounds again in these formats, on a machine that validates",
         )
     for formats in product(dict.fromkeys(engine.dtype for engine in engines), repeat=2):

@@ -85,8 +85,7 @@ def _graded_lines(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
                 f"{name}: no graded completion",
                 wanted="prompt and completion, and correct and exploited as true or false",
                 do="grade it with `assay vhack evaluate --graded`, and let a reward of your own "
-                "return "
-                "both",
+                "return both",
             )
         # No side of a pair may be empty.
         if record["prompt"].strip() and record["completion"].strip():

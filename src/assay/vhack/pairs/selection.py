@@ -192,7 +192,6 @@ def check_groups(
         return None
     return (
         f"{len(scored)} groups {origin}are too few for a verdict by {method}: it needs {least}. "
-        f"Add "
-        f"pairs of "
+        f"Add pairs of "
         f"other groups (--pairs generated:48 has 30){alternative}"
     )

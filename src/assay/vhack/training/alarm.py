@@ -62,8 +62,7 @@ class Alarm:
         return (
             f"ALARM: more than {self.tolerated:g} of the rollouts that are not flagged cheat: the "
             f"detector does not see this exploit (a false alarm in at most {self.level:g} of "
-            f"runs). "
-            "Stop, and add pairs of it"
+            f"runs). Stop, and add pairs of it"
         )
 
     def see(self, share: float) -> float:

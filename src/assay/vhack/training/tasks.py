@@ -209,8 +209,7 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
             raise DataError(
                 f"{name}: a prompt of none of the {len(by_prompt)} tasks",
                 wanted="prompts of the tasks, or lines of assay vhack sample with the name of a "
-                "built-in "
-                "one",
+                "built-in one",
                 do="describe the tasks by --tasks and its neighbours as they were for sampling",
             )
         return by_prompt[prompt]

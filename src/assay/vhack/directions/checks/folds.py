@@ -210,8 +210,7 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
     used_basis = basis.slice(settings.k_use, settings.tau_axis)
     text = (
         f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, "
-        f"scored on "
-        f"{len(test)} pairs of other groups"
+        f"scored on {len(test)} pairs of other groups"
     )
     fold = Fold(geometry.given(used_basis.axes), train, test)
     return Design(settings, geometry, (fold,), text, train)
