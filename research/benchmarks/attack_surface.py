@@ -1041,7 +1041,7 @@ def tries_of_copies(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     whole = callback_of(proof_of(model, KEYS[0], range(100)))
     redteam.write_network(folder, model, KEYS)
     registry = Registry.load(folder / "pins.toml", folder / "nodes.toml", ServiceSettings())
-    reader = Reader(registry, lambda block, height: True, 2**22)
+    reader = Reader(registry, lambda block, height: True, lambda block: None, 2**22)
     pins = reader.pins(KEYS[0])
     half = len(whole["nonces"]) // 2
 

@@ -232,8 +232,7 @@ def _render(
     tokenizer: Any, name: str, fields: dict[str, Any], *, add_generation_prompt: bool
 ) -> str:
     options = fields.get("chat_template_kwargs") or {}
-    reserved = sorted(_RESERVED & options.keys())
-    if reserved:
+    if reserved := sorted(_RESERVED & options.keys()):
         raise UsageError(
             f"chat_template_kwargs with {reserved[0]!r}",
             wanted="values for the template only",

@@ -198,8 +198,7 @@ def _library_block_product(
     groups].
     """
     rows, groups = x_scales.shape
-    padding = -rows % _SCALES_OF_A_VECTOR
-    if padding:
+    if padding := -rows % _SCALES_OF_A_VECTOR:
         x = functional.pad(x.view(torch.uint8), (0, 0, 0, padding)).view(x.dtype)
         x_scales = functional.pad(x_scales, (0, 0, 0, padding))
     y: Tensor = functional.scaled_mm(

@@ -62,8 +62,7 @@ def group_bootstrap(
     generator = np.random.default_rng(seed)
     value = float(statistic(*arrays))
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
-    undefined = np.count_nonzero(np.isnan([value, *draws]))
-    if undefined:
+    if undefined := np.count_nonzero(np.isnan([value, *draws])):
         raise UsageError(
             f"a statistic that is not a number in {undefined} of {n_resamples} draws and the "
             f"samples themselves",

@@ -89,3 +89,40 @@ def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(
     assert recorded(waiting) == claimed > 150
     assert waiting.node("node_B")["recorded"] == 40
     assert waiting.verdict("node_A") == waiting.verdict("node_B") == "honest"
+
+
+@pytest.mark.parametrize("how", ["while it runs", "while it is stopped"])
+def test_a_callback_that_is_late_is_not_judged_under_pins_that_came_after_its_block(
+    stopped, small_model, tmp_path, how
+):
+    """An honest node that answered after the change was fraud. It is refused, and the next block
+    counts.
+    """
+    (block, height), (fresh, fresh_height) = BLOCKS.items()
+    stopped.announce(block, height)
+    late = body_of(proof_of(small_model, "node_A", range(150), block=block, block_height=height))
+    longer = pins_text(small_model).replace("seq_len = 8", "seq_len = 12")
+    (tmp_path / "pins.toml").write_text(longer)
+    if how == "while it runs":
+        stopped.controller.tend()
+    else:
+        stopped.restart()
+        until(lambda: stopped.controller.deployment)
+    refusal = stopped.send(late, status=422)
+    assert "announced under the pins of now" in refusal["wanted"]
+    assert recorded(stopped) == 0
+    stopped.announce(fresh, fresh_height)
+    about = {"block": fresh, "block_height": fresh_height, "seq_len": 12}
+    stopped.send(body_of(proof_of(small_model, "node_A", range(150), **about)))
+    assert recorded(stopped) > 0
+    assert stopped.verdict("node_A") == "honest"
+
+
+def test_blocks_of_an_older_inbox_stay_open(stopped, small_model):
+    stopped.send(body_of(proof_of(small_model, "node_A", range(150))))
+    with stopped.controller.inbox.database.write() as connection:
+        connection.exec_driver_sql("UPDATE blocks SET computed = NULL")
+    stopped.restart()
+    until(lambda: stopped.controller.deployment)
+    stopped.send(body_of(proof_of(small_model, "node_B", range(150))))
+    assert recorded(stopped) > 0 < stopped.node("node_B")["recorded"]

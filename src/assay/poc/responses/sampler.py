@@ -231,8 +231,7 @@ class Sampler:
                 wanted=f"a token below {self.vocab_size}, the size of the vocabulary",
                 do="leave it out of logit_bias",
             )
-        most = max(map(len, biases_by_row), default=0)
-        if not most:
+        if not (most := max(map(len, biases_by_row), default=0)):
             return None
         padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in biases_by_row]
         tokens = [[token for token, _ in row] for row in padded]

@@ -311,8 +311,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     def delete(self, request_id: str, index: int | None = None) -> int:
         """Delete the receipts of a request or one choice; return how many, 404 for none."""
-        count = self._delete(*self._of(request_id, index))
-        if not count:
+        if not (count := self._delete(*self._of(request_id, index))):
             raise _unknown()
         self.tidy()
         return count

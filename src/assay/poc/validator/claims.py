@@ -6,7 +6,7 @@ computed anything else has other values.
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -181,6 +181,8 @@ class Reader:
 
     registry: Registry
     is_open: Callable[[str, int], bool]  # whether messages of a block at a height are accepted
+    announced: Callable[[str], Collection[str] | None]
+    """Hashes of what nodes computed by the pins of a block's announcement; None where unknown."""
     positions: int  # positions of a share that callbacks may name
 
     def pins(self, public_key: str) -> str:
@@ -191,6 +193,14 @@ class Reader:
         """Return the claim of a ``generated`` body; 422 where it contradicts the pins."""
         pipeline = self.registry.pipeline
         node_id = self.check_share(values, sender)
+        # Callbacks do not state what was agreed on for their block, and would be judged by what is
+        # agreed on now.
+        block = values["block_hash"]
+        hashes = self.announced(block)
+        if hashes is not None and self.registry.computed[sender.build] not in hashes:
+            raise refused(
+                "block_hash", block, "of a block that was announced under the pins of now"
+            )
         vectors = pipeline.output != "distance"
         if vectors != ("artifacts" in values):
             raise refused(
@@ -202,7 +212,7 @@ class Reader:
         self._check_nonces(nonces, node_id, sender.node_count)
         agreed = self.registry.network.round
         round = Round(
-            block_hash=values["block_hash"],
+            block_hash=block,
             public_key=sender.public_key,
             block_height=values["block_height"],
             node_id=node_id,

@@ -88,6 +88,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (node_round, nonce)
         ) WITHOUT ROWID""",
     ),
+    ("ALTER TABLE blocks ADD COLUMN computed TEXT",),
 )
 
 
@@ -364,19 +365,21 @@ class Inbox:
             )
         ]
 
-    def announce(self, block_hash: str, block_height: int) -> bool:
-        """Open a block; return whether it is new."""
+    def announce(self, block_hash: str, block_height: int, computed: Collection[str]) -> bool:
+        """Open a block under pins by which nodes compute so; return whether it is new."""
         with self.database.write() as connection:
             rows = connection.exec_driver_sql(
-                "INSERT INTO blocks VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (block_hash, block_height, time.time()),
+                "INSERT INTO blocks VALUES (NULL, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (block_hash, block_height, time.time(), " ".join(computed)),
             )
             return rows.rowcount == 1
 
-    def blocks(self, limit: int) -> dict[str, int]:
-        """Return the heights of the latest blocks, by hash."""
-        query = "SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?"
-        return {row.block_hash: row.block_height for row in self._rows(query, limit)}
+    def blocks(self, limit: int) -> dict[str, sa.Row[Any]]:
+        """Return the latest blocks by hash: height, and hashes of what nodes computed by the pins
+        of the announcement, None where an older version took it.
+        """
+        query = "SELECT block_hash, block_height, computed FROM blocks ORDER BY seq DESC LIMIT ?"
+        return {row.block_hash: row for row in self._rows(query, limit)}
 
     def unfinished(self, limit: int) -> list[Draw]:
         """Return draws whose evidence may not be in the ledger yet, the oldest first."""

@@ -1,7 +1,7 @@
 """What a validator is made of, and what it says of itself."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -194,12 +194,18 @@ class ValidatorController(Runtime):
     @property
     def reader(self) -> Reader:
         """What reads claims under the pins of now."""
-        return Reader(self.registry, self.is_open, self.settings.positions)
+        return Reader(self.registry, self.is_open, self.announced, self.settings.positions)
 
     def is_open(self, block_hash: str, block_height: int) -> bool:
         """Return whether messages of a block are accepted."""
         heights = self.open_blocks
         return block_hash in heights and heights[block_hash] in (None, block_height)
+
+    def announced(self, block_hash: str) -> Collection[str] | None:
+        """Return hashes of what nodes computed by the pins under which a block was announced."""
+        is_pinned = self.registry.network.round.block_hash is not None
+        block = None if is_pinned else self._blocks.get(block_hash)
+        return None if block is None or block.computed is None else block.computed.split()
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
@@ -210,7 +216,7 @@ class ValidatorController(Runtime):
                 wanted="blocks from one place",
                 do="leave block_hash out of the pins to announce blocks",
             )
-        new = self.inbox.announce(block_hash, block_height)
+        new = self.inbox.announce(block_hash, block_height, self.registry.computed.values())
         self._blocks = self.inbox.blocks(self.settings.open_blocks)
         return new
 
@@ -218,9 +224,9 @@ class ValidatorController(Runtime):
     def open_blocks(self) -> Mapping[str, int | None]:
         """Heights of the open blocks by hash, the newest first; None where the pins do not say."""
         pinned = self.registry.network.round
-        return (
-            self._blocks if pinned.block_hash is None else {pinned.block_hash: pinned.block_height}
-        )
+        if pinned.block_hash is not None:
+            return {pinned.block_hash: pinned.block_height}
+        return {name: block.block_height for name, block in self._blocks.items()}
 
     def blocks(self) -> list[JsonObject]:
         """Return the open blocks, the newest first."""

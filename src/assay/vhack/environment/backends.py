@@ -29,8 +29,7 @@ def unusable(backend: str) -> str:
         return f"there is no filter of system calls for {platform.machine()}"
     if backend == "bwrap":
         return _exposed() or bubblewrap.unusable()
-    version = confinement.landlock_version()
-    if not version:
+    if not (version := confinement.landlock_version()):
         return "this kernel has no Landlock, or it is not switched on"
     if version < confinement.MINIMUM_LANDLOCK:
         return (

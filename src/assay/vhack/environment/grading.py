@@ -370,8 +370,7 @@ def grade_many(
     """Grade several programs side by side; how many could not be graded is logged once."""
     with ThreadPoolExecutor(workers) as pool:
         grades = list(pool.map(lambda item: grade(*item, **bounds), items))
-    faults = sum(bool(result.fault) for result in grades)
-    if faults:
+    if faults := sum(bool(result.fault) for result in grades):
         _log.warning("%d of %d programs could not be graded", faults, len(grades))
     return grades
 

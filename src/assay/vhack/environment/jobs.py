@@ -88,8 +88,7 @@ def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
             for key, _ in ready:
                 read = output[key.data]
                 bound = pipes[key.data][1]
-                chunk = os.read(key.fd, _CHUNK)
-                if not chunk:
+                if not (chunk := os.read(key.fd, _CHUNK)):
                     selector.unregister(key.fd)
                 read += chunk
                 overflowed |= len(read) > bound

@@ -95,8 +95,7 @@ class Outcomes:
         is_teacher = self.column("teacher")
         rates: dict[str, float] = {}
         for suffix, rollouts in (("", ~is_teacher), ("_teacher", is_teacher)):
-            count = int(rollouts.sum())
-            if not count:
+            if not (count := int(rollouts.sum())):
                 continue
             for name, mark in RATES.items():
                 if mark in known:

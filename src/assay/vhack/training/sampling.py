@@ -139,8 +139,7 @@ def sample_batches(
     Each batch has random numbers of its own, so that those from ``first`` on, a multiple of the
     batch, are the same without those before it.
     """
-    lengths = [len(row) for row in ids[first:]]
-    if lengths:
+    if lengths := [len(row) for row in ids[first:]]:
         check_one_kind(model.config, min(lengths), max(lengths) + options["max_new_tokens"])
     for start in range(first, len(prompts), options["batch"]):
         part = slice(start, start + options["batch"])

@@ -237,8 +237,7 @@ def pair_gradients(
     progress = options.get("progress")
     check_rank(rank)
     labels = {pair.key: name for pair, name in zip(pairs, pair_names(pairs, names), strict=True)}
-    differing = [pair for pair in pairs if pair.hack != pair.clean]
-    if not differing:
+    if not (differing := [pair for pair in pairs if pair.hack != pair.clean]):
         raise _nothing_left(len(pairs))
     samples = [pair.samples()[side] for side in (0, 1) for pair in differing]
     side_names = [

@@ -122,8 +122,7 @@ class StackedAxes:
     def __init__(self, groups: Sequence[ModuleGroup], basis: Basis | None) -> None:
         axes = {} if basis is None else basis.axes
         module_names = {name for group in groups for name in group.names}
-        unknown = [name for name in axes if name not in module_names]
-        if unknown:
+        if unknown := [name for name in axes if name not in module_names]:
             raise UsageError(
                 f"axes of {unknown[0]}",
                 wanted="a basis of this model",
