@@ -1,4 +1,5 @@
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -6,8 +7,15 @@ import textwrap
 import pytest
 
 from assay.errors import StorageError, UsageError
+from assay.files import storage
 from assay.files.jsonl import read_jsonl
-from assay.files.storage import PartialFile, check_new_file, write_atomic, write_jsonl
+from assay.files.storage import (
+    PartialFile,
+    cache_folder,
+    check_new_file,
+    write_atomic,
+    write_jsonl,
+)
 
 
 def run_python(code, *arguments):
@@ -159,3 +167,24 @@ def test_write_atomic_replaces_in_one_step_and_leaves_nothing_behind_when_it_fai
 def test_names_that_cannot_be_files_are_storage_errors(tmp_path, write, name):
     with pytest.raises(StorageError):
         write(name if name in {".", "/"} else tmp_path / name)
+
+
+@pytest.mark.parametrize("home", ["missing", "without an entry"])
+def test_a_user_without_a_home_has_a_cache_of_their_own(tmp_path, monkeypatch, home):
+    """`make demo` ended with a RuntimeError, or with a folder that cannot be made."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(storage, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    if home == "without an entry":
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    folder = cache_folder()
+    assert folder == cache_folder() == tmp_path / f"assay-{os.geteuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(StorageError) as refusal:
+        cache_folder()
+    assert "XDG_CACHE_HOME" in refusal.value.do
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(StorageError):
+        cache_folder()

@@ -12,10 +12,10 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Self, TypeVar
 
 from assay.errors import AssayError, DataError, StorageError, UsageError
@@ -87,6 +87,33 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
             wanted="a new file name",
             do="choose another one, or pass --overwrite (in Python overwrite=True)",
         )
+
+
+def cache_folder() -> Path:
+    """Return the user's folder of what can be made again: ``assay`` under ``XDG_CACHE_HOME`` or
+    ``~/.cache``, else, without a home that can be written, a folder of this user's own among
+    temporary files.
+
+    Raises:
+        StorageError: Another user made that folder, or may write into it.
+    """
+    if asked := os.environ.get("XDG_CACHE_HOME"):
+        return Path(asked) / "assay"
+    with suppress(RuntimeError):  # a user without a home
+        caches = Path.home() / ".cache"
+        if any(os.access(folder, os.W_OK) for folder in (caches, caches.parent)):
+            return caches / "assay"
+    own = Path(gettempdir()) / f"assay-{os.geteuid()}"
+    with suppress(FileExistsError):
+        own.mkdir(mode=0o700)
+    status = own.lstat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise StorageError(
+            f"{own}, which others can write or have made",
+            wanted="a folder of this user alone",
+            do="name a cache in XDG_CACHE_HOME",
+        )
+    return own
 
 
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:

@@ -9,7 +9,6 @@ format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import hashlib
 import importlib.util
 import math
-import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.reading import digest_file
-from assay.files.storage import check_folder, write_atomic
+from assay.files.storage import cache_folder, check_folder, write_atomic
 from assay.files.weights import warn_of_unread
 from assay.models.configuration import (
     auto_class,
@@ -132,7 +131,7 @@ def find_in_wheel(
         )
     if not digest:
         return files[0]
-    joined = _cache_folder() / f"{digest}.gguf"
+    joined = cache_folder() / "gguf" / f"{digest}.gguf"
     if not joined.is_file():
         content = b"".join(file.read_bytes() for file in files)
         if hashlib.sha256(content).hexdigest() != digest:
@@ -292,11 +291,7 @@ def folder_of(file: Path) -> Path:
     """Return the cache folder of a GGUF file's checkpoint, named for its bytes and its readers."""
     digest = digest_file(file).hex()
     readers = f"{version('transformers')}-{version('gguf')}"
-    return _cache_folder() / f"{digest}-{readers}-{_LAYOUT}"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf"
+    return cache_folder() / "gguf" / f"{digest}-{readers}-{_LAYOUT}"
 
 
 def convert(file: Path, header: GGUFHeader, config: "PreTrainedConfig", folder: Path) -> None:

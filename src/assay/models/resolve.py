@@ -134,8 +134,7 @@ def find_bundled(reference: str) -> Path:
 def _locate(reference: str | Path) -> Path:
     """Return the directory or GGUF file of a path or a hub id, downloaded where it is not here."""
     name = os.fspath(reference)
-    path = find_path(name)
-    if path is not None:
+    if (path := find_path(name)) is not None:
         return path
     check_hub_id(name if isinstance(reference, str) else f"./{name}")
     return find_cached(name) or _download(name)

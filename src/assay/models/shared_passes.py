@@ -58,8 +58,7 @@ def pass_kind(config: Any, length: int) -> Hashable:
     for rotation, limit in rotary_limits(config):
         kind.append(length > limit if rotation == "longrope" else max(length, limit))
     for name, is_limit in _CHOSEN_KEYS.items():
-        value = getattr(config, name, None)
-        if value is not None:
+        if (value := getattr(config, name, None)) is not None:
             kind.append(max(length, int(value) if is_limit else 0))
     return tuple(kind)
 

@@ -192,8 +192,7 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
     digest = CATALOGUE.get(chosen.model, {}).get("digest")
     if digest is not None:
         header.check_model(chosen.model, digest)
-    most = stated_positions(chosen.model)
-    if most is not None:
+    if (most := stated_positions(chosen.model)) is not None:
         _check_positions(chosen.model, most, header)
     chosen.check_loadable(of_weights(header.fingerprint.dtype))
     from assay.models.catalogue import model_info

@@ -211,8 +211,7 @@ class Jobs:
     def _advance(self, job: _Running, deployment: Deployment) -> None:
         """Do a batch of a job, or end it. Where the disk is full, ending it is tried again."""
         try:
-            batch = next(job.batches, None)
-            if batch is not None:
+            if (batch := next(job.batches, None)) is not None:
                 job.records.extend(batch)
                 return
             result = self._result(job.request, job.records, deployment)

@@ -299,8 +299,7 @@ def check_round(round: Round, settings: ServiceSettings, *, share: bool | None) 
     the pins list nodes. A validator's round has a key of its own. None says that the nonces may be
     of any share of a node.
     """
-    pins = settings.pins
-    if pins is not None:
+    if (pins := settings.pins) is not None:
         names = pins.differing(round)
         foreign = pins.foreign(round.public_key, round.node_id, round.node_count)
         if share is None:

@@ -337,8 +337,7 @@ class Recomputer(EngineThread):
                 continue
             ended.append(source)
             build = registry.senders[claim.round.public_key].build  # read under this registry
-            noise = self._noise(build, claim.round)
-            if noise is not None:
+            if (noise := self._noise(build, claim.round)) is not None:
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
                 inputs = [Input(claim.round, claim.nonces[place]) for place in places]
                 records = [claim.record(place, registry.pipeline) for place in places]

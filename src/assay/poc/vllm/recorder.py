@@ -185,8 +185,7 @@ class Collector:
     def _wrapped_process(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Count the tokens of a step before the server sees them."""
         for output in outputs:
-            choice = self._open.get(output.request_id)
-            if choice is not None:
+            if (choice := self._open.get(output.request_id)) is not None:
                 choice.tokens += len(output.new_token_ids)
                 # More are due, without a range for every token.
                 if choice.tokens > SKETCH_EVERY * choice.asked:

@@ -165,8 +165,7 @@ class Rows:
 
     def close(self, key: str) -> None:
         """End a stream, and drop its rows."""
-        stream = self._streams.pop(key, None)
-        if stream is not None:
+        if (stream := self._streams.pop(key, None)) is not None:
             self._dropped += len(stream.rows) + stream.dropped
 
     def get(self, key: str) -> RowStream | None:

@@ -193,8 +193,7 @@ def server(backend: str) -> Server | None:
 
 def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
     """Run a job by the fork server, or if that cannot, in a sandbox of its own."""
-    running = server(backend)
-    if running is not None:
+    if (running := server(backend)) is not None:
         # A server that dies under a job does not lose it.
         with suppress(OSError):
             return running.perform(job, limits)

@@ -175,8 +175,7 @@ class Task(Shown):
             drawn = rng.sample(family.steps, self.difficulty - bool(family.last))
             last = [rng.choice(family.last)] if family.last else []
             steps = tuple(filled(step, rng) for step in [*drawn, *last])
-            cases = _cases(family, steps, rng)
-            if cases is not None:
+            if (cases := _cases(family, steps, rng)) is not None:
                 return steps, cases
         raise AssertionError(f"{self.name} has no chain without an idle step")
 

@@ -317,8 +317,7 @@ class Guard:
 
     def _initial_model(self) -> Any:
         """Return a context in which adapters are off: the model as it was before training."""
-        adapter = getattr(self.trainer, "adapter", None)
-        if adapter is not None:
+        if (adapter := getattr(self.trainer, "adapter", None)) is not None:
             return adapter.disabled()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return getattr(model, "disable_adapter", nullcontext)()

@@ -90,8 +90,7 @@ def _down(blocks: LoraBlocks, linear: nn.Linear, inputs_BTI: Tensor) -> Tensor:
     """Compute ``lora_A``: the hidden rows of both blocks."""
     weight_RI = linear.weight
     hidden_BTR = functional.linear(inputs_BTI, weight_RI)
-    trained_B1R = blocks.trained(len(weight_RI))
-    if trained_B1R is not None:
+    if (trained_B1R := blocks.trained(len(weight_RI))) is not None:
         frozen_BTR = functional.linear(inputs_BTI, weight_RI.detach())
         hidden_BTR = torch.where(trained_B1R, hidden_BTR, frozen_BTR)
     factors_R = torch.ones(len(weight_RI), dtype=hidden_BTR.dtype, device=hidden_BTR.device)

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from assay.errors import DataError
-from assay.files.storage import check_folder, storage_error
+from assay.errors import DataError, StorageError
+from assay.files.storage import cache_folder, check_folder, storage_error
 from assay.models.load import load_model
 from assay.models.model import Model
 from assay.streams.arrays import dtype_name
@@ -24,9 +24,9 @@ def user_cache(model: Model, asked: Path | None = None) -> Path | None:
     if asked is not None or model.device.type != "cpu":
         return asked
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
+    except (OSError, StorageError):
         return None
     return folder if os.access(folder, os.W_OK) else None
 

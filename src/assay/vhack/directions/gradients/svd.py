@@ -335,8 +335,7 @@ def _load_or_make(
             f"{_FORMAT}\n{tensor_digest(weight.float())}\n{dtype}\n{method}".encode()
         ).hexdigest()
         path = cache / "svd" / f"{key}.safetensors"
-        stored = _read(path, weight, dtype)
-        if stored is not None:
+        if (stored := _read(path, weight, dtype)) is not None:
             return stored
     try:
         factors = factorise(weight, dtype=dtype, method=method)

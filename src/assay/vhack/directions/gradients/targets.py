@@ -94,8 +94,7 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
 
 def check_whole(model: AnyModel) -> None:
     """Refuse a model whose weights are divided over processes, on several devices or offloaded."""
-    division = division_of(module_of(model))
-    if division is not None:
+    if (division := division_of(module_of(model))) is not None:
         places = " and ".join(map(str, division.devices))
         raise ModelError(
             "a model that is divided over processes" if division.group else f"a model on {places}",
