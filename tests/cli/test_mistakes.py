@@ -4,6 +4,7 @@ without a file.
 
 import codecs
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from assay import poc
 from assay.files.references import CATALOGUE
 from tests.settings_files import with_file
 
+HOME = Path(os.path.expanduser("~"))  # noqa: PTH111 - that of Path fails for a user without an entry
 ROUND = "--block-hash block_alpha --public-key node_A"
 PROVE = f"poc prove --model model {ROUND}"
 VERIFY = f"poc verify %s --model model {ROUND} --seq-len 8"
@@ -338,7 +340,7 @@ PLAIN_WORDS = {
     "vhack extract --model model --pairs pairs.csv -o b.safetensors": "this is CSV",
     "vhack merge --model model --delta pairs.csv -o merged": "no safetensors file",
     f"poc prove --model corrupt {ROUND} -o a.jsonl": "corrupt or cut short",
-    f"poc prove --model '~/absent' {ROUND} -o a.jsonl": str(Path.home() / "absent"),
+    f"poc prove --model '~/absent' {ROUND} -o a.jsonl": str(HOME / "absent"),
     VERIFY % "marked.jsonl": "byte order mark",
     f"{PROVE} --config marked.toml -o a.jsonl": "byte order mark",
     "poc calibrate --valid-rate 10%": "a number such as 0.1, without a sign for percent",

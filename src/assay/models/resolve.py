@@ -44,6 +44,7 @@ _CHECKOUT = Path(__file__).parents[3] / "tests" / "data" / "models"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SECONDS = 5.0
+_NOT_HERE = (ValueError, RuntimeError)  # a user without a home is a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def find_cached(hub_id: str) -> Path | None:
             snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=True)
         )
         weight_files(directory)
-    except (LocalEntryNotFoundError, ValueError, ModelNotFound, BadWeights):
+    except (*_NOT_HERE, LocalEntryNotFoundError, ModelNotFound, BadWeights):
         return None
     return directory if (directory / "config.json").is_file() else None
 
@@ -170,7 +171,7 @@ def _download(hub_id: str) -> Path:
             return Path(
                 snapshot_download(hub_id, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS)
             )
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (*_NOT_HERE, HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelNotFound(
             f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not "
