@@ -200,8 +200,7 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     """Return the first fault of a validation in three parts, naming the flag."""
     fault: ErrorDetails = error.errors(include_url=False)[0]
     name = next((str(place) for place in fault["loc"]), "")
-    field = kind.model_fields.get(name)
-    if field is None:
+    if (field := kind.model_fields.get(name)) is None:
         close_names = get_close_matches(name, kind.model_fields, cutoff=NEAR)
         do = (
             f"did you mean {close_names[0]}?"

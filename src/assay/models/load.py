@@ -267,8 +267,7 @@ def _choose_format(
     source: ModelSource, quantise: str | None, weights: str, device: torch.device
 ) -> StoredFormat | None:
     """Return the format of a quantised checkpoint; refuse to load it in another one."""
-    form = read_format(source.reference, source.published)
-    if form is None:
+    if (form := read_format(source.reference, source.published)) is None:
         check_rounding(quantise, device)
         return None
     if quantise not in (None, form.name) or weights != "trained":

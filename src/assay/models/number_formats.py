@@ -90,8 +90,7 @@ def read_format(reference: str, published: Mapping[str, Any]) -> StoredFormat | 
     Raises:
         ModelError: A format that is not read; names the key and the value.
     """
-    stated = published.get("quantization_config")
-    if stated is None:
+    if (stated := published.get("quantization_config")) is None:
         return None
     stated = stated if isinstance(stated, dict) else {}
     try:

@@ -109,8 +109,7 @@ class _TensorReader:
 
     def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """Return a tensor, which must have the shape where one is given."""
-        stored = self._tensors.get(name)
-        if stored is None:
+        if (stored := self._tensors.get(name)) is None:
             raise self.refusal(name, "is missing")
         if shape is not None and stored.shape != tuple(shape):
             raise self.refusal(name, f"has the shape {list(stored.shape)}, not {list(shape)}")

@@ -331,8 +331,7 @@ def get_pipeline(name: str) -> Pipeline:
 def find_pipeline(name: str) -> Pipeline | None:
     """Return the row of the table with this name, or None."""
     name = _ALIASES.get(name, name)
-    counted = _STEPS.fullmatch(name)
-    if counted is None:
+    if (counted := _STEPS.fullmatch(name)) is None:
         return PIPELINES.get(name)
     row = PIPELINES[counted[1]]
     steps = int(counted[2])
