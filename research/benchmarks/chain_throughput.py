@@ -29,7 +29,6 @@ import psutil
 from _common import ROOT, note, parser, publish, round_to
 
 from tests.end_to_end.receiver import Answering
-from tests.end_to_end.server import free_port
 
 MODEL = "reference:qwen3"
 BATCH = 32
@@ -86,6 +85,9 @@ class Served:
     """A service of some commit."""
 
     def __init__(self, environment, folder):
+        # Not above: the older commit has not what it imports.
+        from tests.end_to_end.server import free_port
+
         self._base = f"http://127.0.0.1:{(port := free_port())}"
         command = [sys.executable, "-m", "assay", "poc", "serve", "--model", MODEL]
         command += ["--port", str(port), "--data-dir", folder, "--allow-private-callbacks"]
