@@ -1034,14 +1034,14 @@ def tries_of_settings(
 def tries_of_copies(opened: ExitStack, folder: Path, model: Any, checkpoint: Path) -> Iterator[Row]:
     """Copies of honest messages beside a cheap one, under other ids, in other orders and sizes."""
     from assay.poc.service import ServiceSettings
-    from assay.poc.validator.claims import Reader
+    from assay.poc.validator.claims import Block, Reader
     from assay.poc.validator.inbox import Inbox, Message
     from assay.poc.validator.registry import Registry
 
     whole = callback_of(proof_of(model, KEYS[0], range(100)))
     redteam.write_network(folder, model, KEYS)
     registry = Registry.load(folder / "pins.toml", folder / "nodes.toml", ServiceSettings())
-    reader = Reader(registry, lambda block, height: True, lambda block: None, 2**22)
+    reader = Reader(registry, {whole["block_hash"]: Block(None)}, 2**22)
     pins = reader.pins(KEYS[0])
     half = len(whole["nonces"]) // 2
 

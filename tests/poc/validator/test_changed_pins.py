@@ -20,6 +20,15 @@ def waiting(stopped, small_model):
     return stopped
 
 
+def read_again(running, how: str) -> None:
+    """Have a validator read its changed pins, in a new process if it is stopped."""
+    if how == "while it runs":
+        running.controller.tend()
+    else:
+        running.restart()
+        until(lambda: running.controller.deployment)
+
+
 def recorded(running) -> int:
     """Run the worker until nothing is left to draw; return the nonces of node_A in the ledger."""
     while running.controller.inbox.waiting():
@@ -52,11 +61,7 @@ def test_an_honest_callback_is_not_judged_under_pins_of_another_computation(
     changed = pins_text(small_model).replace(old, new)
     assert changed != pins_text(small_model)
     (tmp_path / "pins.toml").write_text(changed)
-    if how == "while it runs":
-        waiting.controller.tend()
-    else:
-        waiting.restart()
-        until(lambda: waiting.controller.deployment)
+    read_again(waiting, how)
     assert recorded(waiting) == 0
     assert waiting.verdict("node_A") == "undecided"
     assert sum(spent) == 0 < max(spent)
@@ -103,11 +108,7 @@ def test_a_callback_that_is_late_is_not_judged_under_pins_that_came_after_its_bl
     late = body_of(proof_of(small_model, "node_A", range(150), block=block, block_height=height))
     longer = pins_text(small_model).replace("seq_len = 8", "seq_len = 12")
     (tmp_path / "pins.toml").write_text(longer)
-    if how == "while it runs":
-        stopped.controller.tend()
-    else:
-        stopped.restart()
-        until(lambda: stopped.controller.deployment)
+    read_again(stopped, how)
     refusal = stopped.send(late, status=422)
     assert "announced under the pins of now" in refusal["wanted"]
     assert recorded(stopped) == 0

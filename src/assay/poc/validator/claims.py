@@ -6,10 +6,10 @@ computed anything else has other values.
 """
 
 import base64
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -175,14 +175,19 @@ def sender_of(values: JsonObject, registry: Registry) -> Sender:
     return sender
 
 
+class Block(NamedTuple):
+    """A block of which messages are accepted; None is what is not known of it."""
+
+    height: int | None
+    computed: frozenset[str] | None = None  # hashes of what nodes compute by the pins of its time
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads claims under the pins."""
 
     registry: Registry
-    is_open: Callable[[str, int], bool]  # whether messages of a block at a height are accepted
-    announced: Callable[[str], Collection[str] | None]
-    """Hashes of what nodes computed by the pins of a block's announcement; None where unknown."""
+    blocks: Mapping[str, Block]  # of which messages are accepted, by hash
     positions: int  # positions of a share that callbacks may name
 
     def pins(self, public_key: str) -> str:
@@ -196,7 +201,7 @@ class Reader:
         # Callbacks do not state what was agreed on for their block, and would be judged by what is
         # agreed on now.
         block = values["block_hash"]
-        hashes = self.announced(block)
+        hashes = self.blocks[block].computed
         if hashes is not None and self.registry.computed[sender.build] not in hashes:
             raise refused(
                 "block_hash", block, "of a block that was announced under the pins of now"
@@ -232,7 +237,8 @@ class Reader:
         node_id = values.get("node_id")
         if type(height) is not int or not 0 <= height <= MAX_NONCE:
             raise refused("block_height", height, "a height")
-        if not isinstance(block, str) or not self.is_open(block, height):
+        agreed = self.blocks.get(block) if isinstance(block, str) else None
+        if agreed is None or agreed.height not in (None, height):
             raise refused("block_hash", block, "of a block that is open, at its height")
         if not sender.has(node_id):
             raise refused("node_id", node_id, "of a machine that the pins list for this key")

@@ -24,7 +24,7 @@ from assay.errors import StorageError
 from assay.files.jsonl import JsonObject, dumps
 from assay.files.sqlite import Database
 from assay.poc.net.shares import disk_room, fair_share
-from assay.poc.validator.claims import named_nonces, restrict_claim
+from assay.poc.validator.claims import Block, named_nonces, restrict_claim
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, draw, first_turn, message_seed
 from assay.poc.verdict.ledger import Ledger
 
@@ -374,12 +374,15 @@ class Inbox:
             )
             return rows.rowcount == 1
 
-    def blocks(self, limit: int) -> dict[str, sa.Row[Any]]:
-        """Return the latest blocks by hash: height, and hashes of what nodes computed by the pins
-        of the announcement, None where an older version took it.
-        """
+    def blocks(self, limit: int) -> dict[str, Block]:
+        """Return the latest blocks, by hash."""
         query = "SELECT block_hash, block_height, computed FROM blocks ORDER BY seq DESC LIMIT ?"
-        return {row.block_hash: row for row in self._rows(query, limit)}
+        return {
+            row.block_hash: Block(
+                row.block_height, row.computed and frozenset(row.computed.split())
+            )
+            for row in self._rows(query, limit)
+        }
 
     def unfinished(self, limit: int) -> list[Draw]:
         """Return draws whose evidence may not be in the ledger yet, the oldest first."""

@@ -1,7 +1,7 @@
 """What a validator is made of, and what it says of itself."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -17,7 +17,7 @@ from assay.poc.net.server_settings import ServerSettings
 from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
-from assay.poc.validator.claims import Reader
+from assay.poc.validator.claims import Block, Reader
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.inbox_writer import InboxWriter
 from assay.poc.validator.laws import Noises
@@ -194,18 +194,7 @@ class ValidatorController(Runtime):
     @property
     def reader(self) -> Reader:
         """What reads claims under the pins of now."""
-        return Reader(self.registry, self.is_open, self.announced, self.settings.positions)
-
-    def is_open(self, block_hash: str, block_height: int) -> bool:
-        """Return whether messages of a block are accepted."""
-        heights = self.open_blocks
-        return block_hash in heights and heights[block_hash] in (None, block_height)
-
-    def announced(self, block_hash: str) -> Collection[str] | None:
-        """Return hashes of what nodes computed by the pins under which a block was announced."""
-        is_pinned = self.registry.network.round.block_hash is not None
-        block = None if is_pinned else self._blocks.get(block_hash)
-        return None if block is None or block.computed is None else block.computed.split()
+        return Reader(self.registry, self.open_blocks, self.settings.positions)
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
@@ -221,18 +210,18 @@ class ValidatorController(Runtime):
         return new
 
     @property
-    def open_blocks(self) -> Mapping[str, int | None]:
-        """Heights of the open blocks by hash, the newest first; None where the pins do not say."""
+    def open_blocks(self) -> Mapping[str, Block]:
+        """The open blocks by hash, the newest first."""
         pinned = self.registry.network.round
         if pinned.block_hash is not None:
-            return {pinned.block_hash: pinned.block_height}
-        return {name: block.block_height for name, block in self._blocks.items()}
+            return {pinned.block_hash: Block(pinned.block_height)}
+        return self._blocks
 
     def blocks(self) -> list[JsonObject]:
         """Return the open blocks, the newest first."""
         return [
-            {"block_hash": name, "block_height": height}
-            for name, height in self.open_blocks.items()
+            {"block_hash": name, "block_height": block.height}
+            for name, block in self.open_blocks.items()
         ]
 
     @property

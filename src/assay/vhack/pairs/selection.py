@@ -192,6 +192,5 @@ def check_groups(
         return None
     return (
         f"{len(scored)} groups {origin}are too few for a verdict by {method}: it needs {least}. "
-        f"Add pairs of "
-        f"other groups (--pairs generated:48 has 30){alternative}"
+        f"Add pairs of other groups (--pairs generated:48 has 30){alternative}"
     )
