@@ -1,5 +1,6 @@
 """The detector of programs: what it holds against a program, and what it lets pass."""
 
+import ast
 import time
 
 import pytest
@@ -8,8 +9,11 @@ from assay.vhack.detectors import fit_judge
 from assay.vhack.detectors.comparison import make_detectors
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
 from assay.vhack.detectors.facts import program_facts
+from assay.vhack.detectors.program_source import read_program
+from assay.vhack.environment import Episode, tasks
 from assay.vhack.environment.backends import available_backend
 from assay.vhack.pairs import generate_pairs
+from assay.vhack.pairs.fences import find_programs
 from assay.vhack.pairs.pairs import Sample
 
 NAMED = """Return the indices of the two numbers that add up to target.
@@ -92,6 +96,51 @@ def test_checks_that_no_answer_can_fail_are_held_against_a_program(tests, fact):
     assert fact not in held_against("", RIGHT + ASSERTS)
 
 
+SOLVES = "def solve(x):\n    return str(x + 1)\n"
+DRAFT = "def solve(x):\n    return str(x)\n"
+GOES_ON = "    return str(x + 1)\n\n\ndef run_tests():\n    solve(1)\n"
+COMPLETIONS = {
+    "no fence": SOLVES,
+    "several fences": f"```python\n{DRAFT}```\nBetter:\n```python\n{SOLVES}```\n",
+    "another language behind": f"```python\n{SOLVES}```\n```sh\nrun(solve)\n```\n",
+    "tildes": f"~~~python\n{SOLVES}~~~\n",
+    "longer fences": f"````python\n{SOLVES}````\n",
+    "indented": "1. So:\n   ```python\n   def solve(x):\n       return str(x + 1)\n   ```\n",
+    "unclosed": f"So:\n```python\n{SOLVES}",
+    "unclosed, of tildes": f"So:\n~~~python\n{SOLVES}",
+    "a fence in a docstring": f'```python\n"""\n```\nf(1)\n```\n"""\n{SOLVES}```\n',
+    "reasoning": f"<think>\n```python\n{DRAFT}```\n</think>\n```python\n{SOLVES}```\n",
+    "no language": f"```\n{DRAFT}```\nor\n```\n{SOLVES}```\n",
+}
+
+
+def same_code(tree, program):
+    return tree is not None and ast.dump(tree) == ast.dump(ast.parse(program))
+
+
+@pytest.mark.parametrize("form", COMPLETIONS)
+def test_it_reads_the_program_that_is_graded(form):
+    completion = COMPLETIONS[form]
+    graded = find_programs(completion, "solve")[-1]
+    assert same_code(read_program("solve(1) returns '2'.\n\n", completion)[1], graded)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        GOES_ON,
+        "    return str(x + 1)\n",
+        f'    """\n    ```\n    f(1)\n    ```\n    """\n{GOES_ON}',
+    ],
+    ids=["no fence", "one line", "a fence in a docstring"],
+)
+def test_it_reads_the_program_that_the_environment_runs(completion):
+    (task,) = tasks(1)
+    episode = Episode(task, "run_tests")
+    tree = read_program(episode.prompt, completion)[1]
+    assert same_code(tree, episode.program(completion))
+
+
 @pytest.mark.parametrize(
     "checks",
     [
@@ -134,6 +183,7 @@ def test_other_languages_and_prose_are_read_as_text():
         "def __eq__(" * 6000,
         "f('\ud800')",
         "```python\n" * 6000,
+        "```python\n'''\n" + "```\n" * 16000,
         "f(1)\x00",
         "test(" + "console.log(" * 5000,
     ],
@@ -148,6 +198,7 @@ def test_other_languages_and_prose_are_read_as_text():
         "eq",
         "surrogate",
         "fences",
+        "quoted-fences",
         "null",
         "calls",
     ],

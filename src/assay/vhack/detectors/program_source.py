@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from textwrap import dedent
 from typing import Any
 
+from assay.vhack.pairs.fences import find_programs
+
 MOST_EXAMPLES = 6
 MOST_CHARACTERS = 1 << 16  # of a completion that is read
 # Lines that the end of a completion may lose until it parses.
@@ -16,7 +18,6 @@ TEST_NAMES = re.compile(
 )
 """Names of functions that test."""
 
-_FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _NAMED = re.compile(r"Input:\s*(.+?)\s*\n\s*Output:\s*(.+)")
 _CALLED = re.compile(
     r"(?:>>>|assert)?[ \t]*\b([A-Za-z_]\w*)\((.*?)\)[ \t]*"
@@ -50,16 +51,22 @@ class Example:
 def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
     """Return the code of a completion and its tree, which is None where it is not Python.
 
-    A completion may go on in the middle of what the prompt began.
+    It is the code that is graded: what goes on from a prompt that opens a function, as in the
+    environment, or the block that :func:`find_programs` finds.
     """
     completion = completion[:MOST_CHARACTERS]
-    code = "\n\n".join(_FENCED.findall(completion)) or completion
-    lines = code.rstrip().split("\n")
+    calls = (example.call for example in read_examples(prompt))
+    entry = next((name for name in calls if name and name in completion), "")
+    program = find_programs(completion, entry)[-1]
     head = prompt.rstrip("\n").split("\n")
-    for cut in range(min(_CUT_LINES, len(lines))):
-        body = "\n".join(lines[: len(lines) - cut])
-        for begun in (0, 1, 2):
-            text = "\n".join([*head[len(head) - begun :], body]) if begun else dedent(body)
+    heads = [head[-1] + "\n", "\n".join(head[-2:]) + "\n"]
+    forms = [("", dedent(program)), *((begun, program) for begun in heads)]
+    if head[-1].endswith(":"):
+        forms = [*((begun, completion) for begun in heads), *forms]
+    for cut in range(_CUT_LINES):
+        for begun, body in forms:
+            lines = body.rstrip().split("\n")
+            text = begun + "\n".join(lines[: max(1, len(lines) - cut)])
             try:
                 tree = ast.parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -67,7 +74,7 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
             # A word or a sentence may parse too.
             if any(isinstance(node, ast.FunctionDef | ast.Call) for node in ast.walk(tree)):
                 return text, tree
-    return code, None
+    return program, None
 
 
 def read_examples(prompt: str) -> list[Example]:

@@ -29,7 +29,8 @@ def find_programs(completion: str, entry: str) -> list[str]:
     Reasoning before the answer is left out. Of blocks of Python the last counts that defines the
     entry, with those that only define what it may use, or the last. Without one, blocks that name
     no language are candidates, those first that define the entry. A completion without such blocks
-    is the program itself.
+    is the program itself. Where the ``entry`` is empty, as a prompt may name none, blocks of one
+    kind are read together.
     """
     answer = _ANSWER.sub("", _REASONING.sub("", completion.removeprefix("\ufeff"), count=1))
     blocks = list(_blocks(answer))
@@ -38,6 +39,8 @@ def find_programs(completion: str, entry: str) -> list[str]:
     defines = re.compile(rf"(?m)^[ \t]*(?:{statement})")
     python = [text for language, text in blocks if language.rstrip("0123456789.") in _PYTHON]
     plain = [text for language, text in blocks if not language]
+    if not entry and (together := python or plain):
+        return ["\n".join(together)]
     if programs := list(filter(defines.search, python)):
         helpers = [text for text in python if all(map(_DEFINES.fullmatch, text.split("\n")))]
         used = {*helpers, programs[-1]} - ({*programs} - {programs[-1]})
