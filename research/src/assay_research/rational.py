@@ -23,8 +23,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.poc import Noise
 from assay.poc.verdict.entries import HONEST
-from assay.poc.verdict.life import PLACES, error_share
-from assay.poc.verdict.life_test import APART, EPOCH
+from assay.poc.verdict.life import APART, EPOCH, PLACES, error_share
 from assay.poc.verdict.pool_faults import STRIKES, FaultyPool, count_strikes
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.e_values import log_sum

@@ -11,6 +11,7 @@ from assay.errors import DataError, UsageError
 from assay.models import load_tokenizer
 from assay.poc.responses import Request, Sampling, read_requests
 from assay.poc.responses.requests import encode_requests
+from assay.poc.responses.stop_search import StopSearch
 from tests.poc.responses.test_receipts import mutated
 
 FITS = {"reference": "small", "vocab_size": 512, "max_positions": 128}
@@ -140,9 +141,8 @@ def test_a_growing_answer_ends_where_the_whole_does_and_only_its_tail_is_decoded
     )
     ends = [request.is_ended(text[:end], (), Bytes()) for end in range(1, len(text) + 1)]
     decoded.clear()
-    grown = [
-        request.is_ended(text[:end], (), Bytes(), grows=True) for end in range(1, len(text) + 1)
-    ]
+    search = StopSearch(request.stop, request.ids, Bytes())
+    grown = [search.add(token) for token in text]
     assert grown.index(True) == ends.index(True) == 2 + 4 + 1 + 2 + 4 - 1
     assert max(decoded) < 64 < len(text)
 

@@ -17,8 +17,8 @@ SEED = ResponseSeed(**FIELDS)
 
 
 def test_the_text_is_that_of_the_format():
-    assert SEED.text == "17:assay.responses/16:tokens1:u2:r11:K64:" + "0" * 64 + "1:B1:0"
-    assert SEED.text_of("sketch") == SEED.text.replace("6:tokens", "6:sketch")
+    assert SEED.text() == "17:assay.responses/16:tokens1:u2:r11:K64:" + "0" * 64 + "1:B1:0"
+    assert SEED.text("sketch") == SEED.text().replace("6:tokens", "6:sketch")
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -41,7 +41,7 @@ def test_fields_cannot_be_shifted_into_each_other():
     one = ResponseSeed(**FIELDS | {"user_seed": "ab", "request_id": "c"})
     other = ResponseSeed(**FIELDS | {"user_seed": "a", "request_id": "bc"})
     spoofed = ResponseSeed(**FIELDS | {"user_seed": "", "request_id": "0:2:ab1:c"})
-    assert len({one.text, other.text, spoofed.text}) == 3
+    assert len({one.text(), other.text(), spoofed.text()}) == 3
 
 
 IMPOSSIBLE = {
@@ -63,4 +63,4 @@ def test_what_cannot_be_part_of_a_text_is_refused(name: str, value: object):
 
 
 def test_a_client_may_give_no_seed():
-    assert "0:2:r1" in ResponseSeed(**FIELDS | {"user_seed": ""}).text
+    assert "0:2:r1" in ResponseSeed(**FIELDS | {"user_seed": ""}).text()

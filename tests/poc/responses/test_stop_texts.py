@@ -34,10 +34,8 @@ def first_end(tokenizer: Any, request: Request, output: Sequence[int]) -> int | 
 
 
 def first_end_grown(tokenizer: Any, request: Request, output: Sequence[int]) -> int | None:
-    counts = range(1, len(output) + 1)
-    return next(
-        (n for n in counts if request.is_ended(output[:n], (), tokenizer, grows=True)), None
-    )
+    search = StopSearch(request.stop, request.ids, tokenizer)
+    return next((count for count, token in enumerate(output, 1) if search.add(token)), None)
 
 
 def drawn_tokens(tokenizer: Any, draw: random.Random) -> list[int]:
@@ -131,8 +129,7 @@ def test_stops_of_replacement_characters_are_found_in_long_answers_as_in_the_who
             draw.choice(["nowhere", "a\ufffd", "\ufffd" * draw.choice([2, 40]), "漢\ufffd"])
         )
         request = Request(prompt=tuple(prompt), request_id="r", stop=tuple(stops))
-        search = StopSearch(request.stop, request.ids, tokenizer)
-        grown = next((n for n, token in enumerate(output, 1) if search.add(token)), None)
+        grown = first_end_grown(tokenizer, request, output)
         assert grown == first_end(tokenizer, request, output), (prompt, output, stops)
 
 

@@ -144,7 +144,7 @@ def vectors() -> dict[str, Any]:
                 "digest": seed.digest,
                 "block_hash": seed.block_hash,
                 "index": seed.index,
-                "text": seed.text,
+                "text": seed.text(),
                 "words": seed.words().tolist(),
                 "sketch_words": seed.words("sketch").tolist(),
                 "steps": STEPS,

@@ -7,7 +7,7 @@ import pytest
 
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict.entries import AccountEvidence, LedgerUpdate, Standing, verdict_on_life
-from assay.poc.verdict.ledger_export import read_export
+from assay.poc.verdict.ledger_audit import read_export
 from assay.poc.verdict.ledger_tables import open_database
 from assay.poc.verdict.pool_faults import POOLS, STRIKES, FaultyPool, count_strikes
 from assay.stats.places import Places

@@ -11,8 +11,7 @@ import pytest
 from assay.poc import Noise
 from assay.poc.verdict import Life
 from assay.poc.verdict.laws import pack_scores
-from assay.poc.verdict.life import error_share
-from assay.poc.verdict.life_test import EPOCH
+from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats import LogNoise
 from assay.stats.noise_laws import Spread

@@ -14,7 +14,7 @@ from assay.cli import run
 from assay.poc import Noise, Round, prove
 from assay.poc.verdict import Account, Ledger, Life
 from assay.poc.verdict.entries import LedgerUpdate
-from assay.poc.verdict.ledger_export import read_export
+from assay.poc.verdict.ledger_audit import read_export
 from assay.poc.verdict.ledger_tables import open_database, read_noise
 from tests.poc.validator.conftest import body_of, pins_text, proof_of, validating  # noqa: F401
 from tests.usual import usual

@@ -118,7 +118,7 @@ def respond(
         fingerprint=HFEngine(model, batch_size=1, seq_len=longest).fingerprint,
     )
     seeds = [header.seed(request, block_hash) for request in requests]
-    if len({seed.text for seed in seeds}) < len(seeds):
+    if len({seed.text() for seed in seeds}) < len(seeds):
         raise UsageError(
             "two requests of one id, seed and index",
             wanted="a seed of its own for every response",

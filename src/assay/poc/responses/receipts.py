@@ -9,7 +9,6 @@ of proofs, and a line is refused before it is parsed if it is longer, or has mor
 receipt. docs/responses.md has the format.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from typing_extensions import override
 
 from assay.errors import DataError, ModelError, UsageError
@@ -68,14 +67,8 @@ MOST_RECEIPTS = 2**20
 MOST_FILE_TOKENS = 2**24
 
 
-def _listed(ids: Any) -> tuple[Any, ...]:
-    if not isinstance(ids, list):
-        raise ValueError("a list of token ids")
-    return tuple(ids)
-
-
-# A list of token ids; check_ids() checks their values.
-Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]
+# A list of token ids, of which the first wrong one is named; check_ids() checks their ranges.
+Ids = Annotated[tuple[int, ...], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -198,20 +191,17 @@ class Receipt(ResponseName):
         if self.chat_template is not None:
             check_digest("chat_template", self.chat_template)
         object.__setattr__(self, "output", check_ids("the output", self.output, fewest=0))
-        object.__setattr__(self, "sketches", self._checked_sketches())
-
-    def _checked_sketches(self) -> NDArray[np.float16]:
-        numbers = np.asarray(self.sketches, dtype=np.float16)
+        sketches = np.asarray(self.sketches, dtype=np.float16)
         expected_shape = (len(sketch_steps(len(self.output))), SKETCH_SIZE)
-        if numbers.size == 0:
-            return numbers.reshape(0, SKETCH_SIZE)
-        if numbers.shape != expected_shape or not np.isfinite(numbers).all():
+        if sketches.size == 0:
+            sketches = sketches.reshape(0, SKETCH_SIZE)
+        elif sketches.shape != expected_shape or not np.isfinite(sketches).all():
             raise UsageError(
-                f"sketches for {len(self.output)} tokens, of shape {numbers.shape}",
+                f"sketches for {len(self.output)} tokens, of shape {sketches.shape}",
                 wanted=f"finite numbers of shape {expected_shape}, or no sketches",
                 do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
             )
-        return numbers
+        object.__setattr__(self, "sketches", sketches)
 
     @property
     def seeded(self) -> bool:
@@ -220,12 +210,7 @@ class Receipt(ResponseName):
 
     def without_prompt(self) -> "Receipt":
         """Return the receipt with the hash of the prompt in place of its ids."""
-        if self.prompt.ids is None:
-            return self
-        # Unlike a new one, it is not checked again.
-        receipt = copy.copy(self)
-        object.__setattr__(receipt, "prompt", replace(self.prompt, ids=None))
-        return receipt
+        return replace(self, prompt=replace(self.prompt, ids=None))
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""

@@ -396,9 +396,7 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
                 do="ask the node for the answer to this request, and list the stop and "
                 "stop_token_ids that were sent",
             )
-        if receipt.finish != "stop":
-            continue
-        if not request.is_ended(output, ends, model.tokenizer):
+        if receipt.finish == "stop" and not request.is_ended(output, ends, model.tokenizer):
             raise ProofMismatch(
                 f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, "
                 f"the last {output[-1]}",

@@ -84,23 +84,10 @@ class Request(ResponseName):
             )
         return self.prompt
 
-    def is_ended(
-        self,
-        output: Sequence[int],
-        end_tokens: Collection[int],
-        tokenizer: Any,
-        *,
-        grows: bool = False,
-    ) -> bool:
-        """Whether an output has come to an end of its own: by its last token, or by a stop text.
-
-        Of an output that ``grows``, and was asked about at every token, the last one alone counts.
-        """
-        if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
-            return True
+    def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
+        """Whether an output has come to an end of its own: by its last token, or by a stop text."""
         search = StopSearch(self.stop, self.ids, tokenizer)
-        ended = [search.add(token) for token in output]
-        return ended[-1] if grows else any(ended)
+        return output[-1] in {*end_tokens, *self.stop_token_ids} or any(map(search.add, output))
 
 
 def read_requests(

@@ -238,7 +238,7 @@ class ResponseVerdict:
         return [
             LedgerUpdate(
                 account=account,
-                round=response_identity(header.seed(response.receipt).text),
+                round=response_identity(header.seed(response.receipt).text()),
                 block_hash=response.receipt.block_hash,
                 noise=self.noise,
                 nonces=range(len(blocks)),

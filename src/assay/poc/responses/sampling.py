@@ -188,7 +188,7 @@ class ResponseSeed(ResponseName):
         >>> seed = ResponseSeed(
         ...     user_seed="", request_id="r1", public_key="K", digest="0" * 64, block_hash="B"
         ... )
-        >>> seed.text[:38]
+        >>> seed.text()[:38]
         '17:assay.responses/16:tokens0:2:r11:K6'
     """
 
@@ -202,12 +202,7 @@ class ResponseSeed(ResponseName):
         check_name("public_key", self.public_key, do="pass the public key as the chain prints it")
         check_digest("digest", self.digest)
 
-    @property
-    def text(self) -> str:
-        """The seed text of the noise of tokens."""
-        return self.text_of("tokens")
-
-    def text_of(self, stream: Stream) -> str:
+    def text(self, stream: Stream = "tokens") -> str:
         """Return the seed text of a stream: tag, stream and fields, each after its byte length."""
         fields = (
             self.user_seed,
@@ -221,7 +216,7 @@ class ResponseSeed(ResponseName):
 
     def words(self, stream: Stream = "tokens") -> NDArray[np.uint32]:
         """Return SHA-256 of the seed text of a stream as 8 big-endian words, uint32 [8]."""
-        words_18: NDArray[np.uint32] = streams.seeds([self.text_of(stream)], 256)
+        words_18: NDArray[np.uint32] = streams.seeds([self.text(stream)], 256)
         return words_18.reshape(8)
 
     def step_seeds(self, steps: Sequence[int], stream: Stream = "tokens") -> NDArray[np.uint32]:

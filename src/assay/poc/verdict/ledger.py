@@ -27,7 +27,6 @@ from assay.poc.verdict.entries import (
     make_entry,
     round_identity,
 )
-from assay.poc.verdict.ledger_export import export_lines
 from assay.poc.verdict.ledger_tables import (
     ACCOUNTS,
     AT_ONCE,
@@ -440,3 +439,27 @@ def find_repeated(nonces: Sequence[int], recorded: Collection[int]) -> list[tupl
             repeated.append((place, REPEATED))
         before.add(nonce)
     return repeated
+
+
+def export_lines(connection: sa.Connection) -> Iterator[str]:
+    """Yield the lines of an export."""
+    genesis, count, hash = connection.execute(
+        sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)
+    ).one()
+    yield text_of(genesis)
+    query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text"))
+    written = set[str]()
+    query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law)).order_by(
+        UPDATES.c.seq
+    )
+    for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+        if law not in written:
+            yield f'{{"law":{text_of(text)}}}'
+        written.add(law)
+        yield text_of(entry)
+    yield head_line(count, hash)
+
+
+def head_line(count: int, hash: str) -> str:
+    """Return the last line of an export."""
+    return dumps({"head": {"count": count, "hash": hash}})

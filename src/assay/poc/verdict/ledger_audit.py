@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice, zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ from assay.files.jsonl import read_lines
 from assay.files.sqlite import Database
 from assay.files.sqlite_schema import SCHEMA, schema_changes, table_names
 from assay.poc.verdict.entries import Entry, Genesis, sha256, verdict_on_life
-from assay.poc.verdict.ledger import AccountState, find_repeated
-from assay.poc.verdict.ledger_export import head_line, not_an_export, read_export
+from assay.poc.verdict.ledger import AccountState, export_lines, find_repeated, head_line
 from assay.poc.verdict.ledger_tables import (
     ACCOUNTS,
     AT_ONCE,
@@ -33,6 +34,10 @@ from assay.poc.verdict.ledger_tables import (
     MIGRATIONS,
     OF_ACCOUNT,
     UPDATES,
+    insert_account,
+    insert_entry,
+    insert_genesis,
+    insert_law,
     open_database,
     read_noise,
     text_of,
@@ -136,15 +141,11 @@ class _EntryChain:
             if isinstance(entry, str):
                 self._add_fault(entry)
                 return
-            for noted, note in (
-                (
-                    entry.time < before - CLOCK,
-                    f"more than {CLOCK:g} s older than what stands before them",
-                ),
-                (entry.time > latest, "in the future"),
-            ):
-                if noted:
-                    self._noted[note].append(row.seq)
+            if entry.time < before - CLOCK:
+                older = f"more than {CLOCK:g} s older than what stands before them"
+                self._noted[older].append(row.seq)
+            if entry.time > latest:
+                self._noted["in the future"].append(row.seq)
             before = entry.time
             self.entries = self.entries + 1
             self.hash = row.hash
@@ -177,14 +178,15 @@ class _EntryChain:
             entry = Entry.parse(text, "its text")
         except DataError as error:
             return error.seen
-        if entry.seq != row.seq:
-            return f"in the place of entry {entry.seq}"
-        if entry.previous != self.hash:
-            return "it does not follow the entry before it"
         columns = (row.round, row.name, row.law, row.public_key, row.digest, row.build, row.preset)
-        if columns != (entry.round, entry.name, entry.law, *vars(entry.account).values()):
-            return "its columns are not what its text says"
-        return entry if row.known == entry.law else f"the law {entry.law[:12]} is missing"
+        stated = (entry.round, entry.name, entry.law, *vars(entry.account).values())
+        is_wrong = {
+            f"in the place of entry {entry.seq}": entry.seq != row.seq,
+            "it does not follow the entry before it": entry.previous != self.hash,
+            "its columns are not what its text says": columns != stated,
+            f"the law {entry.law[:12]} is missing": row.known != entry.law,
+        }
+        return next((reason for reason, wrong in is_wrong.items() if wrong), entry)
 
 
 def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[LedgerFault]:
@@ -194,64 +196,55 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
     if chain.genesis is None:
         return []
     faults = list[LedgerFault]()
-    owner = None
-    state = AccountState(chain.genesis)
-    seen = defaultdict[str, set[int]](set)
-    has_credit = False
     query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
     query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
-    for account, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
-        if account != owner:
-            owner = account
-            state = AccountState(chain.genesis)
-            seen = defaultdict(set)
-            has_credit = False
-        entry = Entry.parse(text, "an entry")
-        try:
-            follows = state.take(entry, read_noise(connection, entry.law))
-            has_credit = has_credit or entry.outcome.credited is not None
-            if not has_credit:  # of before 0.4, when an accusation opened no fault
-                follows = follows.model_copy(update={"fault": state.life.called_fault})
-            reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
-            if not reason and has_credit:  # of one version or later, as those before it
-                reason = _find_unequal(entry, follows, _OF_FAULTS)
-        except AssayError as error:  # not a law, or one of which no test can be made
-            reason = error.seen
-        seen[entry.round].update(entry.nonces)
-        if reason:
-            faults.append(LedgerFault(entry=entry.seq, reason=reason))
+    rows = connection.execute(query, execution_options={"yield_per": AT_ONCE})
+    for _, texts in groupby(rows, key=attrgetter("account")):
+        state = AccountState(chain.genesis)
+        seen = defaultdict[str, set[int]](set)
+        has_credit = False
+        for _, text in texts:
+            entry = Entry.parse(text, "an entry")
+            try:
+                follows = state.take(entry, read_noise(connection, entry.law))
+                has_credit = has_credit or entry.outcome.credited is not None
+                names: tuple[str, ...] = (*_EXACT, *_NUMBERS, *_OF_FAULTS)
+                if not has_credit:  # of before 0.4, when an accusation opened no fault
+                    follows = follows.model_copy(update={"fault": state.life.called_fault})
+                    names = (*_EXACT, *_NUMBERS)
+                reason = _find_difference(entry, follows, seen[entry.round], chain.genesis, names)
+            except AssayError as error:  # not a law, or one of which no test can be made
+                reason = error.seen
+            seen[entry.round].update(entry.nonces)
+            if reason:
+                faults.append(LedgerFault(entry=entry.seq, reason=reason))
     return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
 
 
 def _find_difference(
-    entry: Entry, follows: Entry, recorded: set[int], genesis: Genesis
+    entry: Entry, follows: Entry, recorded: set[int], genesis: Genesis, names: Sequence[str]
 ) -> str | None:
-    """Return how an entry differs from what follows from its evidence; None if it does not."""
+    """Return how an entry differs from what follows from its evidence; None if it does not.
+
+    ``names`` are the numbers of its outcome that are compared.
+    """
     if entry.excluded != find_repeated(entry.nonces, recorded):
         return "the nonces that do not count are not those that were there before"
     if entry.fault != follows.fault:
         return f"fault {entry.fault!r:.80}, where the evidence gives {follows.fault!r:.80}"
-    if reason := _find_unequal(entry, follows, (*_EXACT, *_NUMBERS)):
-        return reason
+    for name in names:
+        stated = getattr(entry.outcome, name)
+        computed = getattr(follows.outcome, name)
+        is_near = name in _NUMBERS and None not in (stated, computed)
+        if stated != computed and not (
+            is_near and math.isclose(stated, computed, rel_tol=CLOSE, abs_tol=CLOSE)
+        ):
+            return f"{name} {stated!r}, where the evidence gives {computed!r}"
     # Of the numbers as stated: on the threshold, two machines may differ.
     verdict = verdict_on_life(entry.evidence, alpha=genesis.alpha, beta=genesis.beta)
     if entry.outcome.verdict == verdict:
         return None
     return f"verdict {entry.outcome.verdict}, where its numbers give {verdict}"
-
-
-def _find_unequal(entry: Entry, follows: Entry, names: Sequence[str]) -> str | None:
-    """Return the first number of an outcome that does not follow from its evidence, if any."""
-    for name in names:
-        stated = getattr(entry.outcome, name)
-        computed = getattr(follows.outcome, name)
-        if name in _NUMBERS and None not in (stated, computed):
-            equal = math.isclose(stated, computed, rel_tol=CLOSE, abs_tol=CLOSE)
-        else:
-            equal = stated == computed
-        if not equal:
-            return f"{name} {stated!r}, where the evidence gives {computed!r}"
-    return None
 
 
 def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:
@@ -330,6 +323,54 @@ class LedgerSource:
                 ),
                 notes=chain.notes,
             )
+
+
+def read_export(path: Path, database: Database) -> str:
+    """Fill an empty ledger from a canonical export; return its last line, the head."""
+    first, *_ = next(_lines_of(path), ("", ""))
+    with database.write() as connection:
+        insert_genesis(connection, Genesis.parse(first, f"{path}, line 1"))
+        for text, source in islice(_lines_of(path), 1, None):
+            if text.startswith('{"law":'):
+                insert_law(connection, text[7:-1])
+            elif not text.startswith('{"head":'):
+                entry = Entry.parse(text, source)
+                try:
+                    insert_entry(connection, insert_account(connection, entry.account), entry, text)
+                except sa.exc.IntegrityError as error:
+                    raise not_an_export(
+                        source,
+                        f"a law that no line before it gives, or a name given twice ({error.orig})",
+                    ) from None
+        # The copy is written out again: what is not an export line for line is refused.
+        for read_line, wanted in zip_longest(_lines_of(path), export_lines(connection)):
+            text, source = read_line or ("", f"{path}, the end")
+            if text != wanted and not (
+                wanted and text.startswith(start := '{"head":') and wanted.startswith(start)
+            ):
+                raise not_an_export(
+                    source,
+                    f"not the line that an export of these entries has there, {wanted!s:.80}",
+                )
+    return text
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file, each with its place."""
+    for number, line in read_lines(path):
+        try:
+            yield line.decode().removesuffix("\n"), f"{path}, line {number}"
+        except UnicodeDecodeError:
+            raise not_an_export(f"{path}, line {number}", "bytes that are not UTF-8") from None
+
+
+def not_an_export(source: str, reason: str) -> DataError:
+    """Return the error of a file that is neither a ledger nor an export."""
+    return DataError(
+        f"{source}: {reason}",
+        wanted="a ledger, or an export of one",
+        do="ask for the file again, or write one with `assay poc ledger export`",
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Faults at fixed places: nonces without credit, and fraud if the fault does not end.
 
-A pool has the nonces of about 64 audits of 16 (`assay.poc.verdict.life_test.EPOCH`). What stands at
+A pool has the nonces of about 64 audits of 16 (`assay.poc.verdict.life.EPOCH`). What stands at
 places that a pool calls faulty is neither paid nor credited, so who lies there earns nothing by it.
 A machine is repaired, or it is not: every complete pool of the last `POOLS` that shows a fault is a
 strike, and `MOVED` strikes where all its places are others than before, since a broken row or rank
