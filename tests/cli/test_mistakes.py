@@ -277,6 +277,8 @@ WITHOUT_TORCH = (
     "poc calibrate --model model --pins /proc/pins.toml -o c.json",
     "vhack sample --model model --tasks os:nope -o s.jsonl",
     *(f"vhack evaluate{words}" for words in ("", " --samples text.txt")),
+    "poc selftest --model reference:qwen3 --url http://127.0.0.1:1/api/v1/pow",
+    "poc selftest --model reference:qwen3 --preset decode",
 )
 
 

@@ -1,7 +1,6 @@
 """The self-test of an engine: it finds what changes bits, by how much, and says nothing else."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +105,6 @@ def test_bits_are_the_low_ones_that_differ(steps, bits):
 def test_the_exit_code_is_that_of_the_worst_setting(found, code):
     rows = tuple(SettingResult(setting="x", outcome=outcome) for outcome in found)
     assert SelfTest(comparisons=rows, engine={}).exit_code == code
-
-
-def test_a_preset_that_decodes_is_refused(small_checkpoint):
-    launch = Launch(model=str(small_checkpoint), device="cpu")
-    with pytest.raises(UsageError):
-        run_selftest(launch, replace(ROUND, preset="decode"))
 
 
 def test_a_model_that_cannot_be_loaded_is_no_row(tmp_path: Path):

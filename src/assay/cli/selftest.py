@@ -75,18 +75,19 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
     )
     launch = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device", "frame"}))
     options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
+    pipeline = assay.poc.get_pipeline(preset)
+    _check_preset(pipeline, remote=chosen.url is not None)
     if chosen.url is None:
-        launch.check_engine(assay.poc.get_pipeline(preset))
+        launch.check_engine(pipeline)
     else:
         _check_remote(chosen)
     calibration = (
         None if chosen.calibration is None else assay.poc.Calibration.load(chosen.calibration)
     )
-    from assay.poc.selftest import check_round, run_remote_selftest, run_selftest
+    from assay.poc.selftest import run_remote_selftest, run_selftest
 
-    check_round(round)
     if chosen.url is None:
-        launch.read_frame(assay.poc.get_pipeline(preset))
+        launch.read_frame(pipeline)
         launch.check_loadable()
         with progress_bar("testing", "engines") as progress:
             result = run_selftest(
@@ -136,6 +137,22 @@ def _read_key(path: Path | None) -> str:
             do="write one into it, or leave --api-key-file out",
         )
     return words[0]
+
+
+def _check_preset(pipeline: "assay.poc.Pipeline", *, remote: bool) -> None:
+    """Refuse a preset that decodes, and for a server one whose values its jobs do not return."""
+    if pipeline.steps:
+        raise UsageError(
+            f"preset {pipeline.name}, whose tokens part after the first that differs",
+            wanted="one whose values are compared nonce by nonce",
+            do="choose another preset",
+        )
+    if remote and pipeline.output == "distance":
+        raise UsageError(
+            f"preset {pipeline.name} with --url",
+            wanted="one that publishes vectors, which a job returns",
+            do="pass --preset artifact or tokens-1",
+        )
 
 
 def _check_remote(chosen: SelftestSettings) -> None:

@@ -161,10 +161,9 @@ def run_selftest(
         progress: Function that is called with (engines done, engines in all).
 
     Raises:
-        UsageError: The preset decodes, or an option is out of range.
+        UsageError: An option is out of range.
         ModelError: The model cannot be loaded, or not run in its usual setting.
     """
-    check_round(round)
     settings = _hf_variants if launch.engine == "hf" else _started_variants
     variants = settings(launch, round, batch_size)
     chosen = range(0, 2 * nonces, 2)  # so that others have a place between them
@@ -208,23 +207,16 @@ def run_remote_selftest(
 
     Args:
         url: Address of the server, with its prefix: ``http://127.0.0.1:8000/api/v1/pow``.
-        round: Round of the nonces, with the model as the server names it.
+        round: Round of the nonces, of a preset that publishes vectors and does not decode, with
+            the model as the server names it.
         key: Key for the server; empty where it has none.
         batch_size: Nonces of the usual batch.
         nonces: Number of nonces.
         noise: Honest noise between two engines like this one.
 
     Raises:
-        UsageError: The preset decodes or publishes distances, which jobs do not.
         ModelError: The server does not answer, or refuses.
     """
-    check_round(round)
-    if get_pipeline(round.preset).output == "distance":
-        raise UsageError(
-            f"preset {round.preset} with --url",
-            wanted="one that publishes vectors, which a job returns",
-            do="pass --preset artifact or tokens-1",
-        )
     chosen = range(0, 2 * nonces, 2)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(timeout=ANSWER_SECONDS, headers=headers) as client:
@@ -236,16 +228,6 @@ def run_remote_selftest(
         again = ask(smaller)(chosen)
         rows.append(compare(f"batches of {smaller}", usual, again, noise, reason=reason))
     return SelfTest(comparisons=tuple(rows), engine={"url": url})
-
-
-def check_round(round: Round) -> None:
-    """Refuse a round whose nonces decode: tokens part after the first that differs."""
-    if get_pipeline(round.preset).steps:
-        raise UsageError(
-            f"preset {round.preset}, whose tokens part after the first that differs",
-            wanted="one whose values are compared nonce by nonce",
-            do="choose another preset",
-        )
 
 
 def _repeated(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from assay.cli import run
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError
 from assay.poc import Round
 from assay.poc.selftest import run_remote_selftest
 from assay.poc.service import ServiceSettings
@@ -63,11 +63,6 @@ def test_a_server_that_refuses_is_an_error(wrong, server):
     )
     with pytest.raises(ModelError):
         run_remote_selftest(url, round, key=wrong.get("key", KEY), batch_size=8, nonces=4)
-
-
-def test_distances_have_no_jobs(server):
-    with pytest.raises(UsageError):
-        run_remote_selftest(server, Round(block_hash="b", public_key="k", seq_len=4), key=KEY)
 
 
 def test_the_command_asks_a_server(server, tmp_path, capsys, monkeypatch):
