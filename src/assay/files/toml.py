@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,10 @@ def parse_toml(text: str) -> JsonObject:
     return tables
 
 
-def read_toml(path: str | Path, parse: Callable[[str], JsonObject] = parse_toml) -> JsonObject:
-    """Return the tables of a TOML file of at most 4 MiB; other content is a DataError.
-
-    Args:
-        path: File to read.
-        parse: Parser of its text, which raises the errors of :func:`parse_toml`.
-    """
+def read_toml(path: str | Path) -> JsonObject:
+    """Return the tables of a TOML file of at most 4 MiB; other content is a DataError."""
     try:
-        return parse(read_whole(path, LONGEST_TOML).decode())
+        return parse_toml(read_whole(path, LONGEST_TOML).decode())
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} is not UTF-8"
         raise malformed(path, reason, "a TOML file") from error

@@ -129,19 +129,6 @@ def test_ten_thousand_nodes_are_looked_up_and_not_searched(small_model):
     assert looks["=="] < 20 * 300
 
 
-def test_of_two_files_only_the_one_that_changed_is_read_again(files, tmp_path):
-    """Reading ten thousand nodes takes most of what a change costs, and every message waits for
-    it.
-    """
-    first, again = (files(nodes=_nodes("", keys=keys)) for keys in ("A", "AB"))
-    assert again.network is not first.network  # the test writes both
-    before = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", ServiceSettings())
-    (tmp_path / "nodes.toml").write_text(_nodes("", keys="C"))
-    after = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", ServiceSettings())
-    assert after.network is before.network is again.network
-    assert after.computed == before.computed
-
-
 def test_the_nodes_file_may_list_nodes_that_the_pins_do_not(files, small_model):
     pins = pins_text(small_model, keys=())
     registry = files(pins=pins, nodes=nodes_text(("node_X",)))

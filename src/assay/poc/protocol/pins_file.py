@@ -30,8 +30,8 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject
 from assay.files.names import existing_spelling, normal_form
 from assay.files.reading import read_whole
+from assay.files.toml import read_toml
 from assay.poc.protocol.checks import DIGEST, MAX_NONCE, check_name, check_number
-from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_COUNT, Round
@@ -267,7 +267,7 @@ class NetworkPins(Table):
             DataError: The file cannot be read, is larger than 4 MiB, or is no pins file; names the
                 key.
         """
-        return cls.of(read_node_tables(path), path)
+        return cls.of(read_toml(path), path)
 
     @classmethod
     def of(cls, tables: JsonObject, path: str | Path) -> Self:

@@ -2,11 +2,10 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 from unicodedata import normalize
 from urllib.parse import urlsplit
 
@@ -14,10 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from assay.errors import DataError, UsageError
 from assay.files.names import normal_form
+from assay.files.toml import read_toml
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.server_settings import ServerSettings, check_secrets
 from assay.poc.net.signatures import Signatures
-from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from assay.models.catalogue import ModelInfo
     from assay.poc.net.deployment import Deployment
 
-T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -138,9 +136,9 @@ class Registry:
     ) -> "Registry":
         """Read both files, of which errors name the key."""
         return cls(
-            _latest(NetworkPins.load, pins),
+            NetworkPins.load(pins),
             model,
-            _latest(_entries, nodes) if nodes else (),
+            _entries(nodes) if nodes else (),
             settings,
         )
 
@@ -238,23 +236,9 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
                 )
 
 
-def _latest(read: Callable[[Path], T], path: Path) -> T:
-    """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a
-    change costs.
-    """
-    now = path.stat() if path.is_file() else None
-    content: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
-    return content
-
-
-@lru_cache(maxsize=4)
-def _kept(read: Callable[[Path], Any], path: Path, now: tuple[int, ...] | None) -> Any:
-    return read(path)
-
-
 def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
-        entries = _NodesFile.model_validate(read_node_tables(path)).nodes
+        entries = _NodesFile.model_validate(read_toml(path)).nodes
     except ValidationError as error:
         # The input may be a secret.
         fault: Any = error.errors(include_url=False, include_input=False)[0]
