@@ -211,8 +211,6 @@ class Reader:
             raise refused(
                 "preset", "vectors" if "artifacts" in values else "distances", pipeline.name
             )
-        nonces: list[Any]
-        claimed: Sequence[float | str]
         nonces, claimed = self._vectors(values) if vectors else self._distances(values)
         self._check_nonces(nonces, node_id, sender.node_count)
         agreed = self.registry.network.round
@@ -244,7 +242,7 @@ class Reader:
             raise refused("node_id", node_id, "of a machine that the pins list for this key")
         return int(node_id)  # type: ignore[arg-type]  # a number, as the node has it
 
-    def _distances(self, values: JsonObject) -> tuple[list[int], list[float]]:
+    def _distances(self, values: JsonObject) -> tuple[list[Any], Sequence[float | str]]:
         target = values.get("r_target")
         agreed = self.registry.network.round.r_target
         if target != agreed or isinstance(target, bool):
@@ -265,7 +263,7 @@ class Reader:
                 raise refused("dist", distance, f"a distance below {agreed}")
         return nonces, distances
 
-    def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
+    def _vectors(self, values: JsonObject) -> tuple[list[Any], Sequence[float | str]]:
         packing = describe_packing(self.registry.pipeline)
         size = packed_size(self.registry.pipeline)
         if values.get("encoding") != packing:

@@ -174,13 +174,8 @@ class Inbox:
         self._most = most
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
-        self._epoch: Epoch | None = None
-        self._served = (
-            0,
-            0.0,
-            0.0,
-            time.monotonic(),
-        )  # seconds of an epoch, those on disk, and when they were counted
+        # Since when an epoch has been served, by its number: with the time before this start.
+        self._since: dict[int, float] = {}
         with self.database.write() as connection:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
@@ -264,11 +259,8 @@ class Inbox:
                     "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)",
                     pulls,
                 )
-        self._senders, self._epoch, self._free = (
-            senders,
-            epoch,
-            disk_room(self.database.path.parent),
-        )
+        self._senders = senders
+        self._free = disk_room(self.database.path.parent)
         self._kept.update(grown)
         return fresh
 
@@ -316,8 +308,8 @@ class Inbox:
     def roll(self) -> None:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""
         with self.database.write() as connection:
-            epoch = self._roll(connection, time.time())
-        self._epoch, self._free = epoch, disk_room(self.database.path.parent)
+            self._roll(connection, time.time())
+        self._free = disk_room(self.database.path.parent)
 
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
         """Return the epoch of now. The secret after it is on disk already, so that its commitment
@@ -326,34 +318,29 @@ class Inbox:
         An epoch has passed once it was served for so long: neither a clock that is set ends it, nor
         a time in which no process ran and no client read the commitment that follows.
         """
-        where = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
-        epoch = self._epoch
+        current = (
+            "SELECT number, secret, begins, ends, served FROM epochs "
+            "WHERE begins IS NOT NULL AND ends IS NULL"
+        )
         clock = time.monotonic()
-        current = f"SELECT number, secret, begins, ends {where}"
-        served, seconds, written, counted = self._served
-        if epoch is None and (row := connection.exec_driver_sql(current).first()):
-            epoch = Epoch(**row._mapping)
-            seconds = written = connection.exec_driver_sql(f"SELECT served {where}").scalar_one()
-        elif epoch is not None and epoch.number != served:  # it began with the last call
-            seconds = written = 0.0
-        seconds += clock - counted
-        if epoch is not None and seconds < self.epoch_seconds:
-            if seconds - written > min(SERVED_EVERY, self.epoch_seconds / 16):
-                connection.exec_driver_sql(
-                    "UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number)
-                )
-                written = seconds
-            self._served = (epoch.number, seconds, written, clock)
-            return epoch
-        self._served = (epoch.number if epoch else 0, seconds, written, clock)
-        number = epoch.number + 1 if epoch else 1
+        row = connection.exec_driver_sql(current).first()
+        if row is not None:
+            served = clock - self._since.setdefault(row.number, clock - row.served)
+            if served < self.epoch_seconds:
+                if served - row.served > min(SERVED_EVERY, self.epoch_seconds / 16):
+                    connection.exec_driver_sql(
+                        "UPDATE epochs SET served = ? WHERE number = ?", (served, row.number)
+                    )
+                return Epoch(*row[:4])
+        number = 1 if row is None else row.number + 1
+        self._since[number] = clock
         insert = "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
-        if epoch is None:
+        if row is None:
             connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))
         connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, number - 1))
         connection.exec_driver_sql("UPDATE epochs SET begins = ? WHERE number = ?", (now, number))
         connection.exec_driver_sql(insert, (number + 1, token_bytes(SECRET_BYTES)))
-        return Epoch(**connection.exec_driver_sql(current).one()._mapping)
+        return Epoch(*connection.exec_driver_sql(current).one()[:4])
 
     def epochs(self, limit: int) -> list[JsonObject]:
         """Return what anyone may know of the latest epochs, the newest first."""

@@ -58,9 +58,8 @@ class Intake:
         if kind is None:
             await self._app(scope, receive, send)
             return
-        take = partial(self._take, kind)
         response = await observed(
-            take,
+            partial(self._take, kind),
             Request(scope, receive),
             path=scope["path"],
             metrics=self._controller.metrics,

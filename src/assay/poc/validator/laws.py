@@ -1,7 +1,7 @@
 """The noise laws of the builds that a network pins."""
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject
@@ -41,7 +41,7 @@ class Noises:
         self._batch_size = batch_size
         pinned = registry.network.calibrations(registry.model) if chosen is None else ()
         self._measured = [Calibration.load(path) for path in pinned] if chosen is None else [chosen]
-        self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
+        self._found = lru_cache(KEPT)(self._find)
         self.laws = [self._law(build, settings) for build in registry.model.builds]
         """For every build the nonces that its law needs, and their power; or which command measures
         a law.
@@ -51,38 +51,32 @@ class Noises:
 
     def of(self, build: Build, round: Round | None = None) -> Noise | None:
         """Return the noise law of a node in a round; None where none was measured."""
-        key = (build.model_dump_json(), "" if round is None else round.block_hash)
-        if key not in self._kept:
-            self._kept[key] = self._find(build, round)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        return self._found(build, None if round is None else round.block_hash)
 
     def _law(self, build: Build, settings: ServerSettings) -> JsonObject:
         noise = self.of(build)
         registry = self._registry
         if noise is None:
-            round = Round(
-                block_hash="any",
-                public_key="any",
-                preset=registry.pipeline.name,
-                seq_len=registry.network.round.seq_len,
-            )
             return {
                 "build": build.name,
                 "missing": missing_law(
                     registry.model.reference,
                     registry.model.digest,
-                    round,
+                    self._round("any"),
                     frame=registry.network.frame(registry.model.digest),
                 ),
             }
         nonces, power = plan_sample(noise, LARGEST_SAMPLE, None, registry.alpha, settings.beta)
         return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
 
-    def _find(self, build: Build, round: Round | None) -> Noise | None:
-        registry = self._registry
+    def _round(self, block_hash: str) -> Round:
+        """Return a round of a block; whose it is does not matter to a law."""
+        agreed = self._registry.network.round
         preset = self._registry.pipeline.name
+        return Round(block_hash=block_hash, public_key="any", preset=preset, seq_len=agreed.seq_len)
+
+    def _find(self, build: Build, block_hash: str | None) -> Noise | None:
+        registry = self._registry
         if len(build.dtype) > 1:
             raise CalibrationError(
                 f"the build {build.name!r} of {' and '.join(build.dtype)}",
@@ -95,8 +89,14 @@ class Noises:
         formats = build.dtype[0], self._deployment.dtype
         if not self._measured:
             return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
-        of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
-        of |= {"controls": [control.dtype for control in self._deployment.controls]}
-        seq_len = (registry.network.round if round is None else round).seq_len
-        of["validator"] = self._deployment.engine(seq_len, self._batch_size).fingerprint
-        return find_build_noise(self._measured, build, **of, formats=formats, round=round)
+        engine = self._deployment.engine(registry.network.round.seq_len, self._batch_size)
+        return find_build_noise(
+            self._measured,
+            build,
+            digest=registry.model.digest,
+            preset=registry.pipeline.name,
+            formats=formats,
+            round=None if block_hash is None else self._round(block_hash),
+            validator=engine.fingerprint,
+            controls=[control.dtype for control in self._deployment.controls],
+        )
