@@ -10,6 +10,9 @@ loading.
       -o research/results/divided_gradients.json
     python research/benchmarks/divided_gradients.py --device cuda --model shape:qwen3-4b \
       --shares 2 4 --samples 24 -o OUTPUT
+
+With ``--room GB`` other tensors hold all but so many GB of each GPU: what a division is for. The
+whole model is measured without and with them, and a way that does not fit says so.
 """
 
 import os
@@ -25,8 +28,10 @@ from _common import note, parser, publish, round_to, timed
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing import ProcessRaisedException
 from vhack_gradients import texts
 
+from assay.errors import OutOfMemory
 from assay.models import load_model
 from assay.models.load import load_tokenizer
 from assay.vhack import Sample, per_sample_gradients, weight_svd
@@ -47,7 +52,18 @@ def load(chosen, device):
     return model.module.to(device), tokenizer, samples
 
 
-def measure(module, tokenizer, samples):
+def hold(room, devices):
+    """Return tensors that leave so many GB of each device, the model's own among them."""
+    held = []
+    for device in devices:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+        size = max(0, free - int(room * 1e9))
+        held.append(torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}"))
+    return held
+
+
+def measure(module, tokenizer, samples, held=()):
     """Return gradients by module, and the seconds and memory that factors and gradients took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -56,8 +72,12 @@ def measure(module, tokenizer, samples):
         lambda: dict(per_sample_gradients(samples, module, tokenizer=tokenizer, svd=svd))
     )
     if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        peak = max(torch.cuda.max_memory_allocated(device) for device in devices)
+        peaks = [
+            torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
+        ]
+        for tensor in held:
+            peaks[tensor.device.index] -= tensor.numel()
+        peak = max(peaks)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return rows, {
@@ -79,7 +99,8 @@ def share(rank, chosen, way, shares, folder):
     # Whole in memory first: what is measured begins with the divided model.
     module, tokenizer, samples = load(chosen, "cpu")
     divided = WAYS[way](module, init_device_mesh(device.type, (shares,))).to(device)
-    torch.save(measure(divided, tokenizer, samples), f"{folder}/{way}-{shares}-{rank}.pt")
+    held = hold(chosen.room, [rank]) if chosen.room else ()
+    torch.save(measure(divided, tokenizer, samples, held), f"{folder}/{way}-{shares}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -101,7 +122,25 @@ def spread(chosen, shares, folder):
     dispatched = dispatch_model(
         module, places, main_device="cpu" if chosen.device == "cpu" else 0, offload_dir=str(folder)
     )
-    return measure(dispatched, tokenizer, samples)
+    held = hold(chosen.room, range(shares)) if chosen.room else ()
+    return measure(dispatched, tokenizer, samples, held)
+
+
+def divide(way, chosen, shares, folder):
+    """Return what every process measured of a model that is divided so, and what did not fit."""
+    try:
+        if way == "whole":
+            whole = load(chosen, "cuda:0")
+            return [measure(*whole, hold(chosen.room, [0]))], None
+        if way == "device_map":
+            return [spread(chosen, shares, folder)], None
+        torch.multiprocessing.spawn(share, (chosen, way, shares, folder), nprocs=shares)
+    except (torch.OutOfMemoryError, OutOfMemory, ProcessRaisedException) as error:
+        if "OutOfMemory" not in f"{type(error).__name__} {error}":
+            raise
+        return [], str(error).strip().splitlines()[-1][:200]
+    files = [f"{folder}/{way}-{shares}-{rank}.pt" for rank in range(shares)]
+    return [torch.load(file, weights_only=True) for file in files], None
 
 
 def largest_error(rows, whole):
@@ -117,25 +156,30 @@ def main():
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--shares", type=int, nargs="+", default=[2])
     arguments.add_argument("--samples", type=int, default=8)
+    arguments.add_argument("--room", type=float, default=0.0, help="GB of each GPU; 0 leaves all")
     chosen = arguments.parse_args()
     whole, cost = measure(*load(chosen, "cuda:0" if chosen.device == "cuda" else "cpu"))
     rows = {"whole": cost}
     note(f"whole: {cost}")
+    ways = ["whole"] if chosen.room else []
     for shares in chosen.shares:
-        with tempfile.TemporaryDirectory() as folder:
-            results = {"device_map": [spread(chosen, shares, Path(folder))]}
-            for way in WAYS:
-                torch.multiprocessing.spawn(share, (chosen, way, shares, folder), nprocs=shares)
-                files = [f"{folder}/{way}-{shares}-{rank}.pt" for rank in range(shares)]
-                results[way] = [torch.load(file, weights_only=True) for file in files]
-        for way, processes in results.items():
+        for way in (*ways, "device_map", *WAYS):
+            with tempfile.TemporaryDirectory() as folder:
+                processes, failure = divide(way, chosen, shares, Path(folder))
             costs = [cost for _, cost in processes]
-            rows[f"{way} {shares}"] = {
-                "error": round_to(max(largest_error(found, whole) for found, _ in processes), 3),
-                **{name: max(cost[name] for cost in costs) for name in costs[0]},
-            }
-            note(f"{way} {shares}: {rows[f'{way} {shares}']}")
-        settings = {name: getattr(chosen, name) for name in ("model", "dtype", "samples")}
+            name = f"{way} {1 if way == 'whole' else shares}"
+            rows[name] = (
+                {"does_not_fit": failure}
+                if failure
+                else {
+                    "error": round_to(
+                        max(largest_error(found, whole) for found, _ in processes), 3
+                    ),
+                    **{figure: max(cost[figure] for cost in costs) for figure in costs[0]},
+                }
+            )
+            note(f"{name}: {rows[name]}")
+        settings = {name: getattr(chosen, name) for name in ("model", "dtype", "samples", "room")}
         publish("divided_gradients", settings | {"rows": rows}, chosen.output)
 
 

@@ -138,25 +138,20 @@ def one(chosen, arm, folder):
         "device": chosen.device,
         "dtype": "float32",
         "seed": chosen.seeds[0],
-    }
-    how |= {
         "tasks": 1024,
         "prompts": chosen.prompts,
         "group": chosen.group,
         "max_new_tokens": chosen.longest,
         **TASKS,
-    }
-    how |= {
         "steps": chosen.steps,
         "micro_batch": chosen.micro_batch,
         "save_every": 10,
         "lr": chosen.lr,
-    }
-    how |= {
         "arm": name,
         "detector": "labels=" + "+".join(channels) if detector == "monitor" else detector or None,
+        "difficulty": (2, 4),
+        "refresh": int(renewed or 0),
     }
-    how |= {"difficulty": (2, 4), "refresh": int(renewed or 0)}
     store_exploits(TrainSettings(**how), folder / "pool.jsonl", chosen.exploit == "partial")
     settings = TrainSettings(
         **how, teacher=str(folder / "pool.jsonl"), teacher_share=1 / chosen.group

@@ -85,7 +85,8 @@ class Case:
 
 
 TENSOR = {"tensor_parallel_size": 2}
-STAGES = {"pipeline_parallel_size": 2}
+# Two stages work on a step each, and the next one is ready.
+STAGES = {"pipeline_parallel_size": 2, "max_num_seqs": 3 * BATCH, "kv_cache_memory_bytes": 2**33}
 ENGINES = {"data_parallel_size": 2}
 EXPERTS = {"enable_expert_parallel": True}
 CASES = {
@@ -168,7 +169,7 @@ class Measured:
         chosen = self.chosen
         steps = chosen.steps if self.case.chain else 0
         length = chosen.seq_len + steps + 2
-        options = {"max_model_len": length, "max_num_seqs": BATCH, **self.case.options}
+        options = {"max_model_len": length, "max_num_seqs": BATCH}
         options["max_num_batched_tokens"] = max(length, BATCH * chosen.seq_len)
         if chosen.device == "cuda" and chosen.alone:
             options["gpu_memory_utilization"] = 0.5
@@ -186,7 +187,7 @@ class Measured:
             seq_len=chosen.seq_len,
             frame=frame,
             in_flight=BATCH if self.case.chain else 0,
-            **options,
+            **options | self.case.options,
         )
 
     def prove(self, engine, block, count):

@@ -197,13 +197,15 @@ def most_positions(config: Any) -> int:
 async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str) -> Client:
     """Return the client of an ``AsyncLLM`` with prepared workers, in the engine's event loop.
 
-    Its throttle lets in as many nonces as fill one step of every engine and have the next one
-    ready.
+    Its throttle lets in as many nonces as fill one step of every stage of every engine and have the
+    next one ready.
     """
     scheduler = llm.vllm_config.scheduler_config
-    engines = int(llm.vllm_config.parallel_config.data_parallel_size)
+    parallel = llm.vllm_config.parallel_config
+    engines = int(parallel.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
-    fills = engines * max(1, min(2 * step, int(scheduler.max_num_seqs)))
+    steps = 1 + int(parallel.pipeline_parallel_size)
+    fills = engines * max(1, min(steps * step, int(scheduler.max_num_seqs)))
     client = Client(
         llm,
         Throttle(settings, llm.output_processor.get_num_unfinished_requests, fills),
