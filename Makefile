@@ -102,7 +102,9 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a service, of one that stores receipts, and of a validator
+soak: $(READY)  ## every test as often as it says, then 200 SIGKILLs of a service, of one that stores receipts, and of a validator
+	ASSAY_SOAK=1 $(MAKE) test-all
+	ASSAY_SOAK=1 $(MAKE) test-vllm VLLM_TESTS=
 	for part in service receipts validator; do \
 	  PYTHONPATH=src:research/src $(BIN)/python research/benchmarks/soak.py $$part -o research/results/$${part}_soak.json || exit; done
 

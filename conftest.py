@@ -84,11 +84,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark the tests of a folder; of those that were asked for, put files of long tests first: one
-    met at the end would run alone.
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Leave out what only a soak runs, and mark the tests of a folder; of those that were asked
+    for, put files of long tests first: one met at the end would run alone.
     """
     root = Path(__file__).parent
+    soaking = [item for item in items if item.get_closest_marker("soak")]
+    if soaking and not usual.SOAK:
+        config.hook.pytest_deselected(items=soaking)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
     for item in items:
         for folder, marker in FOLDERS.items():
             if item.path.is_relative_to(root / folder):

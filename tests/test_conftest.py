@@ -26,6 +26,10 @@ def test_of_one_that_it_names_itself(needs):
 
 def test_of_none(needs):
     needs()
+
+@pytest.mark.soak
+def test_of_a_soak():
+    raise AssertionError("it ran")
 """
 PATCHED = """
 import ast
@@ -81,6 +85,12 @@ def test_where_ci_runs_a_missing_program_is_a_failure(bare):
     assert ended.returncode == 1
     assert "1 passed" in ended.stdout
     assert "skipped" not in ended.stdout
+
+
+@pytest.mark.slow
+def test_a_soak_runs_what_other_runs_leave_out(bare):
+    ended = bare(ASSAY_SOAK="1")
+    assert ended.stdout.splitlines()[-1].startswith("1 failed, 1 passed, 3 skipped in ")
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Random legal sequences of calls against the service and a model of upstream's states.
 
 ``ASSAY_WALKS`` is the number of sequences, and ``ASSAY_WALKS_FROM`` the seed of the first, so that
-processes can share them. `make test` walks a few, and `make test-all` two hundred.
+processes can share them. `make test` walks a few, `make test-all` a hundred, and `make soak` ten
+thousand.
 """
 
 import os
@@ -15,9 +16,10 @@ from tests.chain.client import LEVELS, PATH
 from tests.chain.mlnode import PUBLISHED
 from tests.chain.states import NONCES, Upstream, draw
 from tests.poc.service.conftest import Service, rig, serving  # noqa: F401
+from tests.usual import tries
 from tests.waiting import until
 
-WALKS = int(os.environ.get("ASSAY_WALKS", "200"))
+WALKS = int(os.environ.get("ASSAY_WALKS", tries(10_000, 100)))
 FEW = 30
 FIRST = int(os.environ.get("ASSAY_WALKS_FROM", "0"))
 STEPS = 10

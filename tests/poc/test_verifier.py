@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -197,19 +198,15 @@ def stating(proof: Proof, dtype: str) -> Proof:
     return Proof.build(header, proof.records, proof.footer.seconds)
 
 
+TOLD = (("poc-2.0", "reference:qwen3"), ("hardened", "reference:llama"))
+LIES = product(("poc-2.0", "artifact", "hardened"), ("reference:qwen3", "reference:llama"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset",
-    [
-        "poc-2.0",
-        pytest.param("artifact", marks=pytest.mark.slow),
-        pytest.param("hardened", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize(
-    "reference_model",
-    ["reference:qwen3", pytest.param("reference:llama", marks=pytest.mark.slow)],
-    indirect=True,
+    ("preset", "reference_model"),
+    [pytest.param(*lie, marks=() if lie in TOLD else pytest.mark.soak) for lie in LIES],
+    indirect=["reference_model"],
 )
 def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference_model):
     """int8 weights stand out in float16. A node that states bfloat16 has the wider law, if the

@@ -174,5 +174,5 @@ def _settings(max_examples: int) -> settings:
 
 TestService = _Few.TestCase
 TestService.settings = _settings(examples(10))
-TestServiceLonger = pytest.mark.slow(pytest.mark.timeout(900)(ServiceMachine.TestCase))
+TestServiceLonger = pytest.mark.soak(pytest.mark.timeout(900)(ServiceMachine.TestCase))
 TestServiceLonger.settings = _settings(30)
