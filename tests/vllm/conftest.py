@@ -173,7 +173,7 @@ def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
     call = engine.client.direct.call
 
     async def of_no_nonces(method: str, *args: Any) -> Any:
-        return await call(method, *((*args[:3], -1, *args[4:]) if method == "assay_pass" else args))
+        return await call(method, *((*args[:2], -1) if method == "assay_pass" else args))
 
     patch.setattr(engine.client.direct, "call", of_no_nonces)
 

@@ -11,21 +11,21 @@ nonce.
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, count
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
 from assay.errors import reason_of
-from assay.models.device import free_bytes
-from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
+from assay.models.device import free_bytes, to_device
+from assay.poc.engines.base import noise_inputs, token_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
@@ -38,8 +38,6 @@ CALLS = 2
 waits for both.
 """
 
-# seconds in which the next call follows if there is one; its reply has the values of the one before
-FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
 # Calls that fail one after the other until all nonces are requests.
 FAILURES = 3
@@ -109,9 +107,6 @@ class DirectPath:
         self.call = call
         self.sizers: dict[int, CallSizer] = {}
         self._running = self._failures = 0
-        self._names = count()
-        self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
-        self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
 
     async def open(self, key: str, seq_len: int) -> CallSizer:
@@ -161,29 +156,10 @@ class DirectPath:
         """Run nonces in the workers, and return their values, none of them if they did not run.
 
         A call that has fewer nonces than were admitted, because its stream ends, says nothing about
-        the next one, and none may follow it.
+        the next one.
         """
-        is_whole = len(nonces) == admitted
-        name = f"{key} {next(self._names)}"
-        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
-        try:
-            await self._ask(
-                "assay_pass", name, key, shares, sizer.batch // self._engines, not is_whole
-            )
-            while not waiting.done():
-                others = set(self._asked)
-                timeout = None if others else FOLLOWS
-                await asyncio.wait(
-                    {waiting, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not (others or self._asked or waiting.done()):
-                    await self._ask("assay_flush")
-                    if not waiting.done():
-                        waiting.set_result([{"error": "the workers do not know the call"}])
-        finally:
-            del self._waiting[name]
-        replies = waiting.result()
+        replies = await self.call("assay_pass", key, shares, sizer.batch // self._engines)
         self.reason = next((reply["error"] for reply in replies if "error" in reply), None)
         if self.reason is not None:
             self._failures += 1
@@ -191,36 +167,11 @@ class DirectPath:
         self._failures = 0
         self.calls += 1
         self.nonces += len(nonces)
-        if is_whole:
-            sizer.ran(
-                admitted,
-                max((reply["seconds"] for reply in replies if "values" in reply), default=0.0),
-            )
+        if len(nonces) == admitted:
+            sizer.ran(admitted, max((reply.get("seconds", 0.0) for reply in replies), default=0.0))
         return {
             nonce: values for reply in replies for nonce, values in unpack_values(reply).items()
         }
-
-    async def _ask(self, method: str, *args: Any) -> None:
-        """Call a method of every worker, and hand what it returns to the calls that wait for it.
-
-        A call that is given up does not take along the values of another one, which are in its
-        reply.
-        """
-        asking = asyncio.ensure_future(self.call(method, *args))
-        self._asked.add(asking)
-        asking.add_done_callback(self._settle)
-        await asyncio.shield(asking)
-
-    def _settle(self, call: "asyncio.Future[list[Any]]") -> None:
-        self._asked.discard(call)
-        if call.cancelled() or call.exception() is not None:
-            return
-        replies_by_call: dict[str, list[dict[str, Any]]] = {}
-        for reply in chain.from_iterable(call.result()):
-            replies_by_call.setdefault(reply["call"], []).append(reply)
-        for name, replies in replies_by_call.items():
-            if name in self._waiting and not self._waiting[name].done():
-                self._waiting[name].set_result(replies)
 
     def describe(self) -> dict[str, Any]:
         """Return what the engine's route shows: whether nonces run so now, why not, and how many
@@ -252,30 +203,6 @@ class DirectPath:
 # the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a
 # model runner may still be read by a step. vLLM's CUDA graphs have its own cache in them, so passes
 # are recorded in others.
-
-
-class DeviceTimer:
-    """Measures the device time of queued work until :meth:`stop`, without synchronising."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[Any] = []
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            self._events[0].record()
-        self._seconds = -time.perf_counter()
-
-    def stop(self) -> None:
-        """Take the end of the work; a CPU has done it by now."""
-        self._seconds += time.perf_counter()
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """Wait for the end, and return the time of the device."""
-        if not self._events:
-            return self._seconds
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
 class PassGraph:
@@ -458,8 +385,8 @@ class DirectPasses:
         return max(1, min(most, int(scheduler.max_num_seqs)))
 
     @torch.inference_mode()
-    def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
-        """Queue passes, and return the published values; None on workers that do not answer.
+    def run(self, spec: Spec, nonces: list[int], batch: int) -> NDArray[Any] | None:
+        """Run passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
         the rest.
@@ -471,11 +398,10 @@ class DirectPasses:
             raise RuntimeError("a step of vLLM is not finished")
         parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
         rows = [self._rows(spec, part) for part in parts]
-        return (
-            HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
-            if is_first_of_group()
-            else None
-        )
+        if not is_first_of_group():
+            return None
+        values = self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces))
+        return values.cpu().numpy()
 
     def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return what is read of the hidden states of one pass, [B, D]."""
@@ -581,7 +507,8 @@ class DirectPasses:
         if spec.frame is not None:
             # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would
             # notice others.
-            ids_N = device_tokens(self._streams, inputs, spec.frame, seq_len=seq_len)
+            ids_BT = token_inputs(inputs, spec.frame, seq_len=seq_len)
+            ids_N = to_device(ids_BT.astype(np.int32).reshape(-1), device)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for

@@ -17,6 +17,7 @@ numbers that are kept of a nonce that decodes.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError, reason_of
 from assay.models.frame import Frame
-from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs, token_inputs
+from assay.poc.engines.base import drawn_seeds, margins, noise_inputs, token_inputs
 from assay.poc.protocol.pipelines import (
     SKETCH_EVERY,
     SKETCH_SIZE,
@@ -40,7 +41,7 @@ from assay.poc.protocol.pipelines import (
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
+from assay.poc.vllm.direct import DirectPasses, direct_path_blocker
 from assay.poc.vllm.points import Chains
 from assay.poc.vllm.rows import (
     CLAIMED,
@@ -78,9 +79,6 @@ class WorkerExtension:
     vllm_config: Any
     assay_hooks: "Hooks"
     assay_passes: DirectPasses
-    assay_pending: Callable[[], Reply] | None = (
-        None  # waits for the values of the last call, until they are asked for
-    )
 
     def assay_install(self) -> Reply:
         """Wrap the model runner once, and describe this worker."""
@@ -93,7 +91,6 @@ class WorkerExtension:
                 runner, config, self.assay_hooks.transform, activations=measured
             )
         return {
-            "problems": [],
             "decodes": decoding_blocker(runner, config) is None,
             **describe(runner, config),
         }
@@ -157,63 +154,26 @@ class WorkerExtension:
         except Exception as error:  # memory, or a name of vLLM
             return {"batch": 0, "reason": _describe_failure(error)}
 
-    def assay_pass(
-        self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool
-    ) -> list[Reply]:
-        """Queue this engine's share of a call, and return the values of the call before.
+    def assay_pass(self, key: str, shares: list[list[int]], batch: int) -> Reply:
+        """Run this engine's share of a call, in passes of so many nonces.
 
-        A device that had to wait for the reply to one call and for the next to be queued would idle
-        for some milliseconds between the two. With ``wait`` the values of this call are returned as
-        well.
-
-        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each
-        reply has the name of its call; the last worker of a group adds the values as
-        ``assay_collect`` does; ``error`` is the reason if they did not run.
-        """
-        before = self.assay_pending
-        self.assay_pending = self.assay_begin(call, key, shares, batch)
-        replies = [] if before is None else [before()]
-        return replies + self.assay_flush() if wait else replies
-
-    def assay_flush(self) -> list[Reply]:
-        """Return what the last call has computed, if nothing has asked for it yet."""
-        pending = self.assay_pending
-        self.assay_pending = None
-        return [] if pending is None else [pending()]
-
-    def assay_begin(
-        self, call: str, key: str, shares: list[list[int]], batch: int
-    ) -> Callable[[], Reply]:
-        """Queue this engine's share of a call; return what waits for the values and makes the
-        reply.
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. The
+        last worker of a group returns the values as ``assay_collect`` does, and the ``seconds``
+        that they took; ``error`` is the reason if they did not run.
         """
         # An engine that steps by itself keeps its rank under this name only.
-        nonces = shares[
-            self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
-        ]
-        stream = self.assay_hooks.rows.get(key)
-        if stream is None:
-            return partial(dict, call=call, error="the stream has ended")
+        rank = self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
+        nonces = shares[rank]
+        began = time.perf_counter()
         try:
-            timer = DeviceTimer(self.model_runner.device)
-            values = self.assay_passes.begin(stream.spec, nonces, batch) if nonces else None
-            timer.stop()
-        except Exception as error:
-            return partial(dict, call=call, error=_describe_failure(error))
-        return partial(_reply, call, nonces, values, timer)
-
-
-def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
-    """Wait for the values of a call, which only some workers have."""
-    try:
-        values_of_call = (
-            {}
-            if values is None
-            else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
-        )
-        return {"call": call, **values_of_call}
-    except Exception as error:
-        return {"call": call, "error": _describe_failure(error)}
+            stream = self.assay_hooks.rows.get(key)
+            assert stream is not None, "the stream has ended"
+            values = self.assay_passes.run(stream.spec, nonces, batch) if nonces else None
+        except Exception as error:  # memory, or a kernel
+            return {"error": _describe_failure(error)}
+        if values is None:
+            return {}
+        return pack_values(nonces, values) | {"seconds": time.perf_counter() - began}
 
 
 def _describe_failure(error: Exception) -> str:

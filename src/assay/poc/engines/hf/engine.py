@@ -2,7 +2,7 @@
 
 :func:`plain_batches` does one thing after the other. :func:`overlapped_batches` keeps a CUDA device
 busy: while batch n runs, the embeddings of batch n + 1 are made and the states of batch n − 1 are
-transformed, each on a stream of its own. The host waits for one event per batch, behind which the
+transformed, each on a stream of its own. The host waits for the values of a batch, behind which the
 next batch is queued already.
 
 Legend of shapes: B nonces of a batch, T positions, P positions of the prompt, N tokens, V
@@ -39,7 +39,6 @@ from assay.models.model import Model
 from assay.models.precision import WIDE, is_wide, own_precision
 from assay.poc.engines.base import (
     Engine,
-    HostCopy,
     Values,
     noise_inputs,
     padded_batches,
@@ -408,8 +407,8 @@ def overlapped_batches(
         with torch.cuda.stream(tail), torch.inference_mode():
             tail.wait_event(ready)
             states_BD.record_stream(tail)
-            values = HostCopy(transform(states_BD, padded))
-        return {pipeline.output: values.numpy()[:count]}
+            values = transform(states_BD, padded).cpu().numpy()
+        return {pipeline.output: values[:count]}
 
     before: tuple[int, list[Input], Tensor, torch.cuda.Event] | None = None
     # No stream stays current across a yield: the caller may use the device for something else.
