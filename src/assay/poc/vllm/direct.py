@@ -11,7 +11,7 @@ nonce.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -26,8 +26,9 @@ from assay import streams
 from assay.errors import reason_of
 from assay.models.device import free_bytes, to_device
 from assay.poc.engines.base import noise_inputs, token_inputs
+from assay.poc.protocol.round import Input
 from assay.poc.protocol.transforms import Transform
-from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
+from assay.poc.vllm.rows import Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.arrays import dtype_name, torch_dtype
 
@@ -49,6 +50,10 @@ CACHE_SPECS = {"FullAttentionSpec"}
 """Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from
 step to step.
 """
+# Number of input values that are made at once: vLLM leaves little of a GPU's memory free.
+MAX_VALUES = 2**24
+# Number of state values that are summed at once; they are held three times in float32.
+MAX_SUMMED = 2**23
 MAX_TABLES = 8  # shapes of passes whose metadata is kept
 # Bytes of activations that a recorded pass may keep from vLLM.
 MAX_GRAPH = 2**30
@@ -408,22 +413,7 @@ class DirectPasses:
         seq_len = spec.round.seq_len
         states_ND = self._forward(spec, nonces)
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
-        if spec.pipeline.read == "last":
-            # A view would keep the states of every pass.
-            return states_BTD[:, -1].clone()
-        reading = self._transform(spec).reading(spec.round.inputs(nonces), seq_len)
-        assert reading is not None
-        at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
-        parts = (
-            torch.split(values, at_once)
-            for values in (states_BTD, reading.weights.to(states_BTD.device))
-        )
-        return torch.cat(
-            [
-                reading._replace(weights=part_BT).sum(part)
-                for part, part_BT in zip(*parts, strict=True)
-            ]
-        )
+        return read_states(self._transform(spec), spec.round.inputs(nonces), states_BTD)
 
     def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the
@@ -605,6 +595,19 @@ class DirectPasses:
         """Return vLLM's own cache of the first layer of this worker."""
         cache: Tensor = _attention_layers(self._runner, self._config)[0].kv_cache
         return cache
+
+
+def read_states(transform: Transform, inputs: Sequence[Input], states_BTD: Tensor) -> Tensor:
+    """Return what a pipeline reads of the states of nonces, [B, D]."""
+    seq_len, width = states_BTD.shape[1:]
+    reading = transform.reading(inputs, seq_len)
+    if reading is None:
+        # A view would keep the states of every pass.
+        return states_BTD[:, -1].clone()
+    at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * width))
+    weights_BT = reading.weights.to(states_BTD.device)
+    parts = zip(states_BTD.split(at_once), weights_BT.split(at_once), strict=True)
+    return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in parts])
 
 
 def _attention_layers(runner: Any, config: Any) -> list[Any]:

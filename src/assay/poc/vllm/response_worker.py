@@ -4,9 +4,8 @@ What a worker must know of a response comes with its request, in ``extra_args`` 
 ``SamplingParams``. Two methods of the model runner are wrapped as
 :class:`assay.poc.vllm.WorkerExtension` does it, and for its reasons: ``execute_model`` names the
 new requests, and while ``sample_tokens`` begins the hidden states of a step are there. The state at
-position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
-the next such state is known, and those before it are not looked at. States are copied once a step,
-all together, and become sketches a few dozen at a time.
+position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
+and become sketches a few dozen at a time.
 
 On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device
 without the next. So places go there from pinned memory, and sketches are made on a stream of their
@@ -30,15 +29,21 @@ from torch import Tensor
 
 from assay import streams
 from assay.models.device import to_device
-from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.transforms import sketch_states
+from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import call_before, is_first_of_group, spans
+from assay.poc.vllm.rows import (
+    Chunk,
+    call_before,
+    is_first_of_group,
+    read_step,
+    sketch_in_parts,
+    sketched_tokens,
+)
 from assay.poc.vllm.worker import WorkerExtension
 
-# Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free.
-MOST_NORMALS = 2**22
+# States that wait until they are sketched together.
+AT_ONCE = 256
 MOST_RESPONSES = 8192
 """Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server
 side left behind.
@@ -47,7 +52,6 @@ side left behind.
 STEPS_AHEAD = (
     4  # steps of drafts by which a runner's positions on the host may be wrong: two are in flight
 )
-NEVER = 2**40  # length of a prompt that never ends
 # key of `extra_args`. What a client puts there is thrown away before a request reaches the workers
 ARGUMENT = "assay"
 
@@ -139,10 +143,6 @@ class Capture:
         self._runner = runner
         self._raw = raw
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
-        # Requests of the step before, and their tokens in it.
-        self._scheduled: dict[str, int] = {}
-        # Steps that need no look, if the requests stay the same.
-        self._idle = 0
         # The states of each step, and on a GPU the event after which they are there.
         self._waiting: deque[tuple[list[SketchedState], list[Tensor], Any]] = deque()
         speculative = getattr(config, "speculative_config", None)
@@ -151,9 +151,6 @@ class Capture:
         self._device = torch.device(runner.device)
         on_gpu = self._device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._at_once = max(
-            1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size()))
-        )
         call_before(runner, "execute_model", self._open, self)
         call_before(runner, "sample_tokens", self._capture, self)
 
@@ -192,50 +189,28 @@ class Capture:
                 )
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
-        # The steps in which nothing can be due are counted down while the same requests go on by
-        # one token each.
-        scheduled = getattr(scheduler_output, "num_scheduled_tokens", None) or {}
-        goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(
-            scheduled
-        )
-        self._idle = self._idle - 1 if goes_on and not scheduler_output.scheduled_new_reqs else 0
-        self._scheduled = scheduled
 
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Copy the states of this step that are sketched."""
-        if not self._kept or self._idle > 0 or (captured := spans(self._runner)) is None:
+        if not self._kept or (step := read_step(self._runner)) is None:
             return
-        states_ND, step = captured
-        # The token that the first position of each request gives; a request that is not recorded
-        # gives none.
-        responses = map(self._kept.get, step.names)
-        first_N = (
-            step.computed
-            + 1
-            - np.array([NEVER if response is None else response.prompt for response in responses])
-        )
-        after_N = first_N + self._slack + step.lengths
-        due_N = _next_sketched(first_N - self._slack) < after_N
-        if not self._slack:
-            self._idle = 1 + int((_next_sketched(after_N) - after_N).min())
+        states_ND, chunks = step
         places = []
         step_states = []
         step_rows = []
-        for row in np.flatnonzero(due_N):
-            first = int(first_N[row])
-            start = int(step.starts[row])
-            length = int(step.lengths[row])
-            response = self._kept[step.names[row]]
-            low = int(_next_sketched(first - self._slack))
-            for token in range(low, first + self._slack + length, SKETCH_EVERY):
+        for chunk in chunks:
+            if (response := self._kept.get(chunk.request_id)) is None:
+                continue
+            # The token that the first position gives. With drafts the host's count is a bound.
+            first = chunk.computed + 1 - response.prompt
+            high = first + self._slack + chunk.length
+            for token in sketched_tokens(first - self._slack, high):
                 if self._slack:
-                    state, state_1D = self._choose(
-                        states_ND[start : start + length], start, response, token
-                    )
+                    state, state_1D = self._choose(states_ND, chunk, response, token)
                     step_rows.append(state_1D)
                 else:
-                    places.append(start + token - first)
+                    places.append(chunk.start + token - first)
                     state = SketchedState(response, token)
                 step_states.append(state)
         if places:
@@ -247,11 +222,11 @@ class Capture:
                 else torch.cuda.current_stream(self._device).record_event()
             )
             self._waiting.append((step_states, step_rows, event))
-        if sum(len(states) for states, _, _ in self._waiting) >= self._at_once:
+        if sum(len(states) for states, _, _ in self._waiting) >= AT_ONCE:
             self._flush()
 
     def _choose(
-        self, states_LD: Tensor, start: int, response: KeptResponse, token: int
+        self, states_ND: Tensor, chunk: Chunk, response: KeptResponse, token: int
     ) -> tuple[SketchedState, Tensor]:
         """Copy the state [1, D] at a position that only the device can find: with drafts the host's
         count is a bound.
@@ -259,12 +234,12 @@ class Capture:
         A draft that is not accepted leaves a wrong state at its position, which is computed again
         and replaces it.
         """
-        positions_L = self._runner.execute_model_state.input_batch.positions[
-            start : start + len(states_LD)
-        ]
+        rows = slice(chunk.start, chunk.start + chunk.length)
+        positions_L = self._runner.execute_model_state.input_batch.positions[rows]
         hits_L = positions_L == response.prompt - 1 + token
-        return SketchedState(response, token, hits_L.any()), states_LD.index_select(
-            0, hits_L.to(torch.uint8).argmax().reshape(1)
+        place_1 = hits_L.to(torch.uint8).argmax().reshape(1)
+        return SketchedState(response, token, hits_L.any()), states_ND[rows].index_select(
+            0, place_1
         )
 
     @torch.inference_mode()
@@ -284,20 +259,7 @@ class Capture:
                 words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
                 tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
                 seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
-                parts = [
-                    slice(start, start + self._at_once)
-                    for start in range(0, len(states), self._at_once)
-                ]
-                made_S = (
-                    torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in parts])
-                    .cpu()
-                    .numpy()
-                )
+                made_S = sketch_in_parts(states_SD, seeds_S).cpu().numpy()
             for state, sketch in zip(states, made_S, strict=True):
                 if state.there is None or bool(state.there):
                     state.kept.sketches[state.token] = sketch.tobytes()
-
-
-def _next_sketched(tokens: Any) -> Any:
-    """Return the first token, from each of these on, that is sketched."""
-    return -(-np.maximum(tokens, 0) // SKETCH_EVERY) * SKETCH_EVERY
