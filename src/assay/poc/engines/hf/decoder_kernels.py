@@ -351,15 +351,11 @@ def normalised(
     h: Tensor, update: Tensor | None, weight_D: Tensor, eps: float, by: Arithmetic | None
 ) -> tuple[Tensor, Tensor | Rounded]:
     """Return ``h + update``, and its norm; both are contiguous, as the result is."""
-    width = h.shape[-1]
-    rows = h.numel() // width
     total = h if update is None else torch.empty_like(h)
-    y, scales = _outputs(h.shape, h, by)
-    grid, sizes = _tiles(rows, width, by)
-    _normalise[grid](
-        h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, **sizes
-    )
-    return total, y if scales is None else Rounded(y, scales)
+    inputs = (h, update, weight_D, total)
+    rows = h.numel() // h.shape[-1]
+    normed = _launch(_normalise, inputs, h.shape, by, rows, eps, ADD=update is not None)
+    return total, normed
 
 
 def turned(
@@ -407,30 +403,21 @@ def turned(
 def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     """Return silu(gate) · up of contiguous rows [..., 2 F], which hold the gate and then up."""
     width = x.shape[-1] // 2
-    rows = x.numel() // (2 * width)
-    y, scales = _outputs((*x.shape[:-1], width), x, by)
-    grid, sizes = _tiles(rows, width, by, full_rows=by is not None and by.block is None)
-    _gate[grid](x, y, scales, rows, **sizes)
-    return y if scales is None else Rounded(y, scales)
+    full_rows = by is not None and by.block is None
+    shape = (*x.shape[:-1], width)
+    return _launch(_gate, (x,), shape, by, x.numel() // (2 * width), full_rows=full_rows)
 
 
 def rounded(x: Tensor, by: Arithmetic) -> Rounded:
     """Return what ``by.round`` returns of a contiguous tensor."""
-    width = x.shape[-1]
-    rows = x.numel() // width
-    y, scales = _outputs(x.shape, x, by)
-    grid, sizes = _tiles(rows, width, by)
-    _round[grid](x, y, scales, rows, **sizes)
-    return Rounded(y, scales)
+    return _launch(_round, (x,), x.shape, by, x.numel() // x.shape[-1])
 
 
 def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     """Copy each row of [N, D] to all of its places [S] in the result, which follow one another."""
     rows, width = x.shape
-    y, scales = _outputs((len(places), width), x, by)
-    grid, sizes = _tiles(rows, width, by)
-    _spread[grid](x, places, y, scales, rows, len(places), TOP=len(places) // rows, **sizes)
-    return y if scales is None else Rounded(y, scales)
+    count = len(places)
+    return _launch(_spread, (x, places), (count, width), by, rows, count, TOP=count // rows)
 
 
 def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
@@ -442,6 +429,28 @@ def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
     del sizes["GROUP"]
     _combine[grid](x, places, shares, y, rows, TOP=top, **sizes)
     return y
+
+
+def _launch(
+    kernel: Any,
+    inputs: tuple[Tensor | None, ...],
+    shape: tuple[int, ...],
+    by: Arithmetic | None,
+    rows: int,
+    *numbers: float,
+    full_rows: bool = True,
+    **constants: int,
+) -> Any:
+    """Run a kernel over the rows of a matrix; return what it writes, rounded where ``by`` says so.
+
+    Its arguments are the inputs, the output, the scales of that, the number of rows, and others.
+    """
+    x = inputs[0]
+    assert x is not None
+    y, scales = _outputs(shape, x, by)
+    grid, sizes = _tiles(rows, shape[-1], by, full_rows=full_rows)
+    kernel[grid](*inputs, y, scales, rows, *numbers, **constants, **sizes)
+    return y if scales is None else Rounded(y, scales)
 
 
 def _outputs(shape: tuple[int, ...], x: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
