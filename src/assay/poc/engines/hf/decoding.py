@@ -1,8 +1,8 @@
 """Decoding on transformers: what follows a prompt step by step, and replays of others' values.
 
-A preset with steps decodes tokens with seeded noise, or a chain of points. `Draws` and `ChainDraws`
-say what a batch of each begins with, what its model reads after a value, and what is published;
-`Decoder` runs either.
+A preset with steps decodes tokens with seeded noise, or a chain of points. `StepDraws` runs a batch
+of either by the kernels of eager torch; `Draws` and `ChainDraws` say what it begins with, what its
+model reads after a value, and what is published.
 
 Legend of shapes: B nonces of a batch, R rows of the padded batch, T positions, P positions of the
 prompt, N tokens or points, V vocabulary, Q points to choose from, D hidden size, S sketches, K
@@ -52,6 +52,59 @@ class StepDraws(ABC):
     prompts: Tensor
     steps: int
     routing: AbstractContextManager[object] = nullcontext()
+
+    @torch.inference_mode()
+    def decode(self) -> Values:
+        """Return what the model decodes, one step after the other.
+
+        Raises:
+            BadWeights: A state behind a point is NaN or infinite.
+        """
+        passes = steps_of_passes(self.model.config, self.prompts.shape[1], self.steps)
+        # A pass begins with an empty cache here.
+        first_steps = {steps[0] for steps in passes}
+        inputs = [self.prompts]
+        with own_precision(self.model), self.routing:
+            for step in range(self.steps):
+                x_RT = inputs[-1]
+                if step in first_steps:
+                    cache = DynamicCache(config=self.model.module.config)
+                    cached = 0
+                    x_RT = torch.cat(inputs, dim=1)
+                states_RTD = self._run(x_RT, cached, past_key_values=cache, use_cache=True)
+                cached += x_RT.shape[1]
+                inputs.append(self.follow(states_RTD[:, -1:], step))
+            return self.decoded()
+
+    @torch.inference_mode()
+    def replay(self, claimed_BN: NDArray[Any]) -> Values:
+        """Return what is compared with claimed values, by one forward pass over prompt and claims.
+
+        Raises:
+            BadWeights: As :meth:`decode`.
+        """
+        first = self.prompts.shape[1]
+        count = len(claimed_BN)
+        padding_RN = claimed_BN[-1:].repeat(len(self.prompts) - count, axis=0)
+        claimed_RN = np.concatenate([claimed_BN, padding_RN])
+        x_RT = torch.cat([self.prompts, self.after_claims(claimed_RN)], dim=1)
+        parts = []
+        with own_precision(self.model), self.routing:
+            for steps in steps_of_passes(self.model.config, first, self.steps):
+                states_RTD = self._run(x_RT[:, : first + steps.stop - 1], 0, use_cache=False)
+                parts.append(states_RTD[:, first - 1 + steps.start :])
+            return self.replayed(torch.cat(parts, dim=1), claimed_RN, count)
+
+    def _run(self, x_RT: Tensor, cached: int, **options: Any) -> Float[Tensor, "R T D"]:
+        """Return the states of ids or inputs that follow ``cached`` others."""
+        length = x_RT.shape[1]
+        self.begin(cached, length)
+        name = "input_ids" if x_RT.ndim == 2 else "inputs_embeds"
+        positions_T = torch.arange(cached, cached + length, device=self.model.device)
+        positions_RT = positions_T.expand(len(x_RT), -1)
+        output = backbone(self.model.module)(**{name: x_RT}, position_ids=positions_RT, **options)
+        states_RTD: Tensor = output.last_hidden_state
+        return states_RTD
 
     def begin(self, cached: int, length: int) -> None:  # noqa: B027 - only a mixture's routers ask
         """Say that the next pass has ``length`` positions behind ``cached`` others."""
@@ -205,70 +258,3 @@ class ChainDraws(StepDraws):
         if not bool(torch.isfinite(scores_RNQ).all()):
             raise not_finite(f"{self.model.reference} returned NaN or infinity")
         return scores_RNQ
-
-
-class Decoder:
-    """Decodes and replays by the kernels of eager torch."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._backbone = backbone(model.module)
-
-    @torch.inference_mode()
-    def decode(self, draws: StepDraws) -> Values:
-        """Return what the model decodes, one step after the other.
-
-        Raises:
-            BadWeights: A state behind a point is NaN or infinite.
-        """
-        passes = steps_of_passes(self.model.config, draws.prompts.shape[1], draws.steps)
-        # A pass begins with an empty cache here.
-        first_steps = {steps[0] for steps in passes}
-        inputs = [draws.prompts]
-        with own_precision(self.model), draws.routing:
-            for step in range(draws.steps):
-                x_RT = inputs[-1]
-                if step in first_steps:
-                    cache = DynamicCache(config=self.model.module.config)
-                    cached = 0
-                    x_RT = torch.cat(inputs, dim=1)
-                states_RTD = self._states(
-                    draws, x_RT, cached, past_key_values=cache, use_cache=True
-                )
-                cached += x_RT.shape[1]
-                inputs.append(draws.follow(states_RTD[:, -1:], step))
-            return draws.decoded()
-
-    @torch.inference_mode()
-    def replay(self, draws: StepDraws, claimed_BN: NDArray[Any]) -> Values:
-        """Return what is compared with claimed values, by one forward pass over prompt and claims.
-
-        Raises:
-            BadWeights: As :meth:`decode`.
-        """
-        first = draws.prompts.shape[1]
-        count = len(claimed_BN)
-        padding_RN = claimed_BN[-1:].repeat(len(draws.prompts) - count, axis=0)
-        claimed_RN = np.concatenate([claimed_BN, padding_RN])
-        x_RT = torch.cat([draws.prompts, draws.after_claims(claimed_RN)], dim=1)
-        parts = []
-        with own_precision(self.model), draws.routing:
-            for steps in steps_of_passes(self.model.config, first, draws.steps):
-                states_RTD = self._states(
-                    draws, x_RT[:, : first + steps.stop - 1], 0, use_cache=False
-                )
-                parts.append(states_RTD[:, first - 1 + steps.start :])
-            return draws.replayed(torch.cat(parts, dim=1), claimed_RN, count)
-
-    def _states(
-        self, draws: StepDraws, x_RT: Tensor, cached: int, **options: Any
-    ) -> Float[Tensor, "R T D"]:
-        """Return the states of ids or inputs that follow ``cached`` others."""
-        length = x_RT.shape[1]
-        draws.begin(cached, length)
-        name = "input_ids" if x_RT.ndim == 2 else "inputs_embeds"
-        positions_T = torch.arange(cached, cached + length, device=self.model.device)
-        positions_RT = positions_T.expand(len(x_RT), -1)
-        output = self._backbone(**{name: x_RT}, position_ids=positions_RT, **options)
-        states_RTD: Tensor = output.last_hidden_state
-        return states_RTD

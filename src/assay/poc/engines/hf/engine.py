@@ -45,7 +45,7 @@ from assay.poc.engines.base import (
     token_inputs,
 )
 from assay.poc.engines.hf.compiled_forward import FUSED, CompiledForward
-from assay.poc.engines.hf.decoding import ChainDraws, Decoder, Draws, StepDraws
+from assay.poc.engines.hf.decoding import ChainDraws, Draws, StepDraws
 from assay.poc.engines.hf.shapes import check_fits, check_shape, fitting_batch
 from assay.poc.protocol.checks import MAX_BATCH
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -116,7 +116,6 @@ class HFEngine(Engine):
         self.device = model.device
         self.frame = model.frame
         self._backbone = backbone(model.module)
-        self._decoder = Decoder(model)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled else None
@@ -242,9 +241,9 @@ class HFEngine(Engine):
             with self._explained(), self.between_layers(pipeline.layers, padded[0].round):
                 draws = self.draws(padded, pipeline)
                 if claimed_MN is None:
-                    values = self._decoder.decode(draws)
+                    values = draws.decode()
                 else:
-                    values = self._decoder.replay(draws, claimed_MN[start : start + count])
+                    values = draws.replay(claimed_MN[start : start + count])
             values = {name: array[:count] for name, array in values.items()}
             # An infinite margin is that of an id without a token, so only NaN is refused.
             if any(np.isnan(array).any() for array in values.values()):
