@@ -97,16 +97,12 @@ class ResponseExtension(WorkerExtension):
         if not hasattr(self, "assay_capture"):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
 
-    def assay_sketches(
-        self, ranges: dict[str, list[int]], forgotten: list[str]
-    ) -> dict[str, bytes]:
-        """Return sketches by number range, and drop requests that have ended.
+    def assay_sketches(self, counts: dict[str, int], forgotten: list[str]) -> dict[str, bytes]:
+        """Return the first sketches of requests, so many of each, and forget others.
 
         One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
         """
-        sketches = self.assay_capture.read(
-            {name: range(*numbers) for name, numbers in ranges.items()}
-        )
+        sketches = self.assay_capture.read(counts)
         self.assay_capture.drop(forgotten)
         return sketches if is_first_of_group() else {}
 
@@ -155,21 +151,19 @@ class Capture:
         call_before(runner, "sample_tokens", self._capture, self)
 
     @property
-    def there(self) -> dict[str, range]:
-        """The requests that have kept states, and the numbers of their sketches."""
+    def there(self) -> dict[str, int]:
+        """The requests that have kept states, and how many sketches they have."""
         self._flush()
-        return {name: range(len(response.sketches)) for name, response in self._kept.items()}
+        return {name: len(response.sketches) for name, response in self._kept.items()}
 
-    def read(self, ranges: dict[str, range]) -> dict[str, bytes]:
-        """Return sketches of requests by number, up to the first missing one."""
+    def read(self, counts: dict[str, int]) -> dict[str, bytes]:
+        """Return the first sketches of requests, up to the first missing one."""
         self._flush()
         bytes_by_name = {}
-        for name, numbers in ranges.items():
-            sketches_of_request = self._kept[name].sketches if name in self._kept else {}
-            places = takewhile(
-                sketches_of_request.__contains__, (SKETCH_EVERY * number for number in numbers)
-            )
-            bytes_by_name[name] = b"".join(sketches_of_request[place] for place in places)
+        for name, count in counts.items():
+            sketches = self._kept[name].sketches if name in self._kept else {}
+            tokens = takewhile(sketches.__contains__, sketched_tokens(0, SKETCH_EVERY * count))
+            bytes_by_name[name] = b"".join(sketches[token] for token in tokens)
         return bytes_by_name
 
     def drop(self, names: list[str]) -> None:
