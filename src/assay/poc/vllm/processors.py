@@ -8,8 +8,8 @@ The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 r
 on GPUs, :class:`ProcessorV2`. With drafts a request has a row for every draft token there, and
 vLLM's rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or
 with none, the tokens are the same. Nothing there waits for the device. A small model's step takes
-as long on the host as on the device, so parameters are laid out only when the batch changes, and go
-to the device in one copy. Which step a request is at the device knows by the position of its row.
+as long on the host as on the device, so V2 lays parameters out only when the batch changes. Which
+step a request is at, the device knows by the position of its row.
 
 Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary.
 """
@@ -73,17 +73,6 @@ class Row(NamedTuple):
         )
 
 
-class BatchV1(NamedTuple):
-    """What stays the same while the seeded requests of the batch do."""
-
-    height: int  # rows of the logits, those of other requests included
-    rows: list[Row]
-    places: Tensor | None  # rows of the logits, int64 [N]; None if they are all
-    words: Tensor  # of the streams, uint32 [N, 8]
-    sampler: Sampler
-    prompts: Tensor | None  # whether a prompt has a token, [N, V]; None where that changes nothing
-
-
 class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
     """Turns the logits of seeded requests into scores, whose largest is the sample."""
 
@@ -91,7 +80,6 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         self._device = torch.device(device)
         self._streams = streams.get_backend("auto", str(self._device))
         self._rows: dict[int, Row] = {}
-        self._batch: BatchV1 | None = None
 
     def is_argmax_invariant(self) -> bool:
         """Return False: the noise decides which token is the largest."""
@@ -99,52 +87,30 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: Any) -> None:
         """Follow the requests that came, went and moved."""
-        if process_dict_updates(self._rows, batch_update, Row.of):
-            self._batch = None
+        process_dict_updates(self._rows, batch_update, Row.of)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the logits with scores in the rows of seeded requests."""
         if not self._rows:
             return logits
-        batch = self._batch
-        if batch is None or batch.height != len(logits):
-            batch = self._batch = self._made(*logits.shape)
-        l_NV = logits if batch.places is None else logits.index_select(0, batch.places)
+        vocab_size = logits.shape[1]
+        rows = self._rows.values()
+        sampler = Sampler(
+            [row.carried.sampling or UNTOUCHED for row in rows], vocab_size, self._device
+        )
         history = {}
-        if batch.prompts is not None:
-            outputs = [row.output for row in batch.rows]
-            history = {
-                "prompt_NV": batch.prompts,
-                "counts_NV": count_tokens(outputs, logits.shape[1], self._device),
-            }
-        steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(
-            self._device, non_blocking=True
-        )
-        seeds_N = self._streams.row_seeds(batch.words, steps_N)
-        s_NV = batch.sampler.add_noise(
-            batch.sampler.penalise(l_NV, **history), seeds_N, in_place=True
-        )
-        return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
-
-    def _made(self, height: int, vocab_size: int) -> BatchV1:
-        row_places = sorted(self._rows)
-        rows = [self._rows[place] for place in row_places]
-        samplings = [row.carried.sampling or Sampling() for row in rows]
-        sampler = Sampler(samplings, vocab_size, self._device)
-        prompts = [row.prompt for row in rows]
+        if sampler.penalises:
+            prompts_NV = count_tokens([row.prompt for row in rows], vocab_size, self._device)
+            counts_NV = count_tokens([row.output for row in rows], vocab_size, self._device)
+            history = {"prompt_NV": prompts_NV > 0, "counts_NV": counts_NV}
         words = torch.tensor([row.carried.tokens for row in rows], dtype=torch.uint32)
-        return BatchV1(
-            height=height,
-            rows=rows,
-            places=None
-            if len(row_places) == height
-            else torch.tensor(row_places).to(self._device, non_blocking=True),
-            words=words.to(self._device, non_blocking=True),
-            sampler=sampler,
-            prompts=count_tokens(prompts, vocab_size, self._device) > 0
-            if sampler.penalises
-            else None,
+        steps = torch.tensor([len(row.output) for row in rows])
+        seeds_N = self._streams.row_seeds(
+            to_device(words, self._device), to_device(steps, self._device)
         )
+        places_N = to_device(list(self._rows), self._device)
+        l_NV = sampler.penalise(logits.index_select(0, places_N), **history)
+        return logits.index_copy_(0, places_N, sampler.add_noise(l_NV, seeds_N, in_place=True))
 
 
 class BatchV2(NamedTuple):

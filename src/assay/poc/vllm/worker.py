@@ -368,11 +368,13 @@ def decoding_blocker(runner: Any, config: Any) -> str | None:
     With drafts a request has several rows of logits, and a sampler that is spread over the workers
     has no whole rows.
     """
-    if getattr(config, "speculative_config", None) is not None:
-        return "decoding beside speculative decoding"
-    if getattr(runner, "batch_sharder", None) is not None:
-        return "decoding with a sampler that is spread over the workers"
-    return None
+    drafts = getattr(config, "speculative_config", None)
+    sharder = getattr(runner, "batch_sharder", None)
+    checks = (
+        (drafts, "decoding beside speculative decoding"),
+        (sharder, "decoding with a sampler that is spread over the workers"),
+    )
+    return next((reason for part, reason in checks if part is not None), None)
 
 
 class Decode(NamedTuple):
