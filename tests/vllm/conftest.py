@@ -196,4 +196,4 @@ def values_of(hooks, key, nonces):
     """Collect what the hooks of a worker hold of a request; nothing of it may be at fault."""
     reply = hooks.collect(key, list(nonces))
     assert (reply["failed"], reply["nonces"], hooks.errors) == ({}, list(nonces), 0)
-    return np.frombuffer(reply["values"], reply["dtype"]).reshape(len(nonces), reply["width"])
+    return np.frombuffer(reply["values"], reply["dtype"]).reshape(reply["shape"])

@@ -80,7 +80,7 @@ class Workers:
             "nonces": nonces,
             "values": values.tobytes(),
             "dtype": "float32",
-            "width": 0,
+            "shape": [len(nonces)],
         }
 
     async def generate(self, prompt, sampling, name, priority):

@@ -7,6 +7,7 @@ which one is missing.
 Legend of shapes: T positions, D hidden size, S states, K numbers of a sketch.
 """
 
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ T = TypeVar("T")
 MAX_STREAMS = 16
 # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
 MAX_ROWS = 4096
+# The id of a nonce's request, to which vLLM adds a suffix.
+REQUEST_ID = re.compile(r"(?P<key>assay-.*)\.(?P<nonce>[0-9]{1,16})(-[^.]*)?", re.DOTALL)
 # Characters of the reason for which a nonce or a call did not run.
 LONGEST_REASON = 300
 # Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free.
@@ -52,27 +55,20 @@ def request_id(key: str, nonce: int) -> str:
 
 def split_id(text: str) -> tuple[str, int] | None:
     """Return key and nonce of a request id with vLLM's suffix; None for other requests."""
-    key, _, number = text.rpartition(".")
-    digits = number.partition("-")[0]
-    if not key.startswith("assay-") or not (
-        digits.isascii() and digits.isdigit() and len(digits) <= 16
-    ):
-        return None
-    return key, int(digits)
+    match = REQUEST_ID.fullmatch(text)
+    return match and (match["key"], int(match["nonce"]))
 
 
 def pack_values(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
     """Return values of nonces as they leave a worker, in plain types.
 
-    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the
-    numbers of each, or 0 for distances.
+    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``shape``.
     """
-    width = values.shape[1] if values.ndim > 1 else 0
     return {
         "nonces": nonces,
         "values": values.tobytes(),
         "dtype": str(values.dtype),
-        "width": width,
+        "shape": list(values.shape),
     }
 
 
@@ -82,10 +78,8 @@ def unpack_values(reply: dict[str, Any]) -> dict[int, Any]:
     """
     if "values" not in reply:
         return {}
-    width = reply["width"]
-    values = np.frombuffer(reply["values"], dtype=reply["dtype"])
-    rows = values.reshape(len(reply["nonces"]), width) if width else values
-    return dict(zip(reply["nonces"], rows, strict=True))
+    values = np.frombuffer(reply["values"], dtype=reply["dtype"]).reshape(reply["shape"])
+    return dict(zip(reply["nonces"], values, strict=True))
 
 
 class Spec(NamedTuple):

@@ -90,6 +90,7 @@ class WorkerExtension:
                 runner, config, self.assay_hooks.transform, activations=measured
             )
         return {
+            "problems": [],  # which the engine's route shows
             "decodes": decoding_blocker(runner, config) is None,
             **describe(runner, config),
         }
