@@ -606,7 +606,7 @@ def read_states(transform: Transform, inputs: Sequence[Input], states_BTD: Tenso
         return states_BTD[:, -1].clone()
     at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * width))
     weights_BT = reading.weights.to(states_BTD.device)
-    parts = zip(states_BTD.split(at_once), weights_BT.split(at_once), strict=True)
+    parts = zip(*(torch.split(part, at_once) for part in (states_BTD, weights_BT)), strict=True)
     return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in parts])
 
 

@@ -410,7 +410,9 @@ def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
 
 def rounded(x: Tensor, by: Arithmetic) -> Rounded:
     """Return what ``by.round`` returns of a contiguous tensor."""
-    return _launch(_round, (x,), x.shape, by, x.numel() // x.shape[-1])
+    y = _launch(_round, (x,), x.shape, by, x.numel() // x.shape[-1])
+    assert isinstance(y, Rounded)
+    return y
 
 
 def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
@@ -440,7 +442,7 @@ def _launch(
     *numbers: float,
     full_rows: bool = True,
     **constants: int,
-) -> Any:
+) -> Tensor | Rounded:
     """Run a kernel over the rows of a matrix; return what it writes, rounded where ``by`` says so.
 
     Its arguments are the inputs, the output, the scales of that, the number of rows, and others.
