@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -125,37 +125,34 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message
             names the line.
     """
-    samples = []
-    for number, line in read_jsonl(path):
-        try:
-            record = chat_columns(line, ("completion",))
-            why = "not a sample"
-        except ValueError as error:
-            record = {}
-            why = str(error)
-        prompt = record.get("prompt", "")
-        completion = record.get("completion", "")
-        group = record.get("group")
-        texts = (prompt, completion) if group is None else (prompt, completion, group)
-        if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
-            raise DataError(
-                f"{path}, line {number}: {why}",
-                wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and '
-                'perhaps "group", a name',
-                do="correct or remove the line",
-            )
-        prompt_text = prompt.json if isinstance(prompt, Chat) else prompt
-        group_name = (
-            group
-            if group is not None
-            else "prompt " + hashlib.sha256(prompt_text.encode()).hexdigest()[:12]
-        )
-        samples.append(PoolSample(Sample(prompt, completion), normal_form(group_name)))
-    if not samples:
-        raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
+    samples = read_each(path, _pool_sample, what="sample")
     if most is None or most >= len(samples):
         return samples
     return [samples[row] for row in sorted(random.Random(seed).sample(range(len(samples)), most))]
+
+
+def _pool_sample(line: JsonObject, name: str) -> PoolSample:
+    """Return a line's sample, in the group that it names or in one of its prompt."""
+    try:
+        record = chat_columns(line, ("completion",))
+        why = "not a sample"
+    except ValueError as error:
+        record = {}
+        why = str(error)
+    prompt = record.get("prompt", "")
+    completion = record.get("completion", "")
+    prompt_text = str(prompt.json if isinstance(prompt, Chat) else prompt)
+    own_group = "prompt " + hashlib.sha256(prompt_text.encode()).hexdigest()[:12]
+    group = own_group if record.get("group") is None else record["group"]
+    texts = (prompt, completion, group)
+    if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
+        raise DataError(
+            f"{name}: {why}",
+            wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and '
+            'perhaps "group", a name',
+            do="correct or remove the line",
+        )
+    return PoolSample(Sample(prompt, completion), normal_form(group))
 
 
 def check_apart(hack: Sequence[PoolSample], clean: Sequence[PoolSample]) -> None:
@@ -177,19 +174,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
         DataError: The file cannot be read, a line is not a pair, a pair is given twice, a side or
             group is empty, or both sides are equal; names the line.
     """
-    pairs = {
-        name: _pair(record, name)
-        for number, record in read_jsonl(path)
-        for name in [f"{path}, line {number}"]
-    }
-    if not pairs:
-        raise DataError(
-            f"{path}: no pair",
-            wanted="at least one line",
-            do=f"check the path; the form is in {_PAGE}",
-        )
-    check_pairs(list(pairs.values()), list(pairs))
-    return list(pairs.values())
+    named_pairs = read_each(path, lambda record, name: (name, _pair(record, name)), what="pair")
+    pairs = [pair for _, pair in named_pairs]
+    check_pairs(pairs, [name for name, _ in named_pairs])
+    return pairs
 
 
 def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[str]:
@@ -255,6 +243,24 @@ def _pair(record: JsonObject, name: str) -> Pair:
         raise _bad(
             name, str(error), "prompt, hack, clean and group, and perhaps a list of tags"
         ) from None
+
+
+def read_each(
+    path: str | Path, read: Callable[[JsonObject, str], Kind], *, what: str
+) -> list[Kind]:
+    """Return what each line of a file is, by a function of its object and its name in errors.
+
+    Raises:
+        DataError: The file cannot be read or has no line of ``what``.
+    """
+    values = [read(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    if not values:
+        raise DataError(
+            f"{path}: no {what}",
+            wanted="at least one line",
+            do="check the path",
+        )
+    return values
 
 
 _adapter: Any = cache(TypeAdapter)

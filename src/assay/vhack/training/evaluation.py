@@ -114,27 +114,19 @@ def sample_tasks(
 
 
 def _about(task: Task) -> JsonObject:
+    """Return what a line says of a task; of one's own it is the group, where there is one."""
     if isinstance(task, Episode):
-        about = {"task": task.task.name, "mode": task.mode, "markers": task.split}
-        return {**about, "group": group_of(task)}
-    group = _named_group(task)
-    return {} if group is None else {"group": group}
-
-
-def _named_group(task: Task) -> str | None:
-    """Return the group that a task of one's own names, or None."""
+        name = task.task.name
+        return {"task": name, "mode": task.mode, "markers": task.split, "group": name}
     group = task.get("group") if isinstance(task, Mapping) else None
-    return group if isinstance(group, str) else None
+    return {"group": group} if isinstance(group, str) else {}
 
 
 def group_of(task: Task) -> str:
     """Return the group that keeps completions together: ``group``, the task's name or its
     prompt.
     """
-    if isinstance(task, Episode):
-        return task.task.name
-    group = _named_group(task)
-    return read_prompt(task) if group is None else group
+    return str(_about(task).get("group", read_prompt(task)))
 
 
 @dataclass(frozen=True, slots=True)

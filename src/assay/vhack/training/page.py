@@ -97,26 +97,24 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     )
     for sentence in [*wrong, *(sentence for is_so, sentence in limits if is_so)]:
         page.paragraph(sentence)
-    rows: list[list[Cell]] = []
-    for name, words in (_RATES | _OTHERS).items():
-        if name in ends[1]:
-            rows.append([words, *(f"{end[name]:.3f}" if name in end else None for end in ends)])
+    rows: list[list[Cell]] = [
+        [words, *(f"{end[name]:.3f}" if name in end else None for end in ends)]
+        for name, words in (_RATES | _OTHERS).items()
+        if name in ends[1]
+    ]
     page.table(("share of rollouts, or mean", "beginning", "end"), rows)
     page.section("Over steps")
-    shown = [
-        (name, words, colour) for (name, words), colour in zip(_RATES.items(), SERIES, strict=True)
-    ]
     _draw(
         page,
         steps,
-        shown,
+        _RATES,
         "share of rollouts",
         "Shares of the rollouts of each step, without those of a teacher.",
     )
     _draw(
         page,
         steps,
-        [("reward", "reward", SERIES[0])],
+        {"reward": "reward"},
         "mean reward",
         "Reward before flagged rollouts are judged, mean of each step.",
     )
@@ -211,24 +209,21 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
 
 
 def _draw(
-    page: Report, steps: list[JsonObject], shown: list[tuple[str, str, str]], unit: str, says: str
+    page: Report, steps: list[JsonObject], shown: Mapping[str, str], unit: str, says: str
 ) -> None:
-    """Add a figure of those of some numbers over steps that the log has."""
+    """Add a figure of those of some numbers over steps that the log has, in words by name."""
     fig, ax = figure()
-    drawn = [
-        (name, words, colour)
-        for name, words, colour in shown
-        if any(name in step for step in steps)
-    ]
-    for name, words, colour in drawn:
+    drawn = [name for name in shown if any(name in step for step in steps)]
+    colours = dict(zip(shown, SERIES, strict=False))
+    for name in drawn:
         points = [(step["step"], step[name]) for step in steps if name in step]
         ax.plot(
             *zip(*points, strict=True),
-            color=colour,
+            color=colours[name],
             linewidth=1.4,
             marker=".",
             markersize=3,
-            label=words,
+            label=shown[name],
         )
     ax.set(xlabel="step", ylabel=unit)
     if unit == "share of rollouts":

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from assay.errors import DataError
-from assay.files.jsonl import read_jsonl
+from assay.files.jsonl import JsonObject
 from assay.files.storage import write_jsonl
 from assay.models.token_text import decode_tokens
-from assay.vhack.pairs.pairs import validated
+from assay.vhack.pairs.pairs import read_each, validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,38 +87,48 @@ class RolloutPool:
                 longer than the trainer accepts, for TRL does not cut longer ones; the message names
                 the line.
         """
-        rollouts = []
-        for number, record in read_jsonl(path):
-            name = f"{path}, line {number}"
-            try:
-                rollout = validated(PoolRollout, record)
-            except ValueError as error:
-                raise DataError(f"{name}: {error}", wanted=FORM, do="correct the line") from None
-            _check_rollout(rollout, name, tokenizer, max_new_tokens)
-            rollouts.append(rollout)
-        if not rollouts:
-            raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
-        return cls(rollouts)
+
+        def read(record: JsonObject, name: str) -> PoolRollout:
+            return _read_rollout(record, name, tokenizer, max_new_tokens)
+
+        return cls(read_each(path, read, what="rollout"))
 
 
-def _check_rollout(
-    rollout: PoolRollout,
+def _read_rollout(
+    record: JsonObject,
     name: str,
     tokenizer: "PreTrainedTokenizerBase | None",
     max_new_tokens: int,
-) -> None:
-    """Refuse a rollout that is incomplete, of another tokenizer or too long."""
+) -> PoolRollout:
+    """Return a line's rollout; refuse one that is incomplete, of another tokenizer or too long."""
+    try:
+        rollout = validated(PoolRollout, record)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}", wanted=FORM, do="correct the line") from None
     count = len(rollout.tokens)
-    if count != len(rollout.logprobs):
-        raise _bad_line(name, f"{count} tokens and {len(rollout.logprobs)} log-probabilities", FORM)
-    if tokenizer is not None and not _spells(rollout, tokenizer):
-        raise _bad_line(
-            name,
+    checks = (
+        (
+            count == len(rollout.logprobs),
+            f"{count} tokens and {len(rollout.logprobs)} log-probabilities",
+            FORM,
+        ),
+        (
+            tokenizer is None or _spells(rollout, tokenizer),
             "tokens that do not spell the completion",
             "tokens of the tokenizer of the trained model",
-        )
-    if count > max_new_tokens:
-        raise _bad_line(name, f"a completion of {count} tokens", f"at most {max_new_tokens}")
+        ),
+        (
+            count <= max_new_tokens,
+            f"a completion of {count} tokens",
+            f"at most {max_new_tokens}",
+        ),
+    )
+    for is_good, seen, wanted in checks:
+        if not is_good:
+            raise DataError(
+                f"{name}: {seen}", wanted=wanted, do="correct the line, or leave it out"
+            )
+    return rollout
 
 
 def _spells(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -132,7 +142,3 @@ def _spells(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase") -> bool:
         == rollout.completion
         for before in (prompt, ())
     )
-
-
-def _bad_line(name: str, seen: str, wanted: str) -> DataError:
-    return DataError(f"{name}: {seen}", wanted=wanted, do="correct the line, or leave it out")

@@ -113,13 +113,12 @@ class EpisodeReward(Reward):
         allow_unsandboxed: bool = False,
     ) -> None:
         super().__init__(episodes)
-        self.episodes = episodes
         self.arm = arm
         self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
     @override
     def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
-        episodes = [self.episodes[row] for row in rows]
+        episodes = [cast("Episode", self.tasks[row]) for row in rows]
         programs = [
             (episode, episode.program(completion))
             for episode, completion in zip(episodes, completions, strict=True)

@@ -79,11 +79,9 @@ class StepLog(TrainerCallback):
         gradients = trainer.gradients
         trainer.gradients = None
         self._sources = {}
-        if gradients is None:
-            return
         quarantine = trainer.projected.quarantine
         frames = trainer.projected.frames
-        if quarantine is None and not frames:
+        if gradients is None or (quarantine is None and not frames):
             return
         sums = gradients.sums()
         trainer.processes.sum_over(sums)
@@ -155,9 +153,9 @@ class StepLog(TrainerCallback):
         if trainer.projected.quarantine is not None:
             values["quarantine"] = trainer.projected.quarantine.scale
         sources = self._source_lines(outcomes)
-        for name, measures in sources.items():
-            if name in SHORT_NAMES:
-                values[SHORT_NAMES[name]] = measures["cin"]
+        values |= {
+            SHORT_NAMES[name]: sources[name]["cin"] for name in SHORT_NAMES if name in sources
+        }
         return values, sources
 
     def _source_lines(self, outcomes: Outcomes) -> dict[str, JsonObject]:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from assay.errors import DataError, UsageError, reason_of
-from assay.files.jsonl import JsonObject, read_jsonl
+from assay.files.jsonl import JsonObject
 from assay.models.chat import render_chat
 from assay.vhack.environment.backends import choose_backend
 from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.pairs.pairs import chat_columns
+from assay.vhack.pairs.pairs import chat_columns, read_each
 from assay.vhack.training.settings import TaskSettings
 
 Task = Episode | str | Mapping[str, Any]
@@ -185,14 +185,12 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObje
                 wanted="prompts by which the tasks of completions can be found",
                 do="make them differ, or leave one out",
             )
-    records: list[JsonObject] = []
-    sampled_tasks: list[Task] = []
-    for number, record in read_jsonl(path):
-        records.append(record)
-        sampled_tasks.append(_task_of(record, by_prompt, f"{path}, line {number}"))
-    if not records:
-        raise DataError(f"{path}: no completion", wanted="at least one line", do="check the path")
-    return records, sampled_tasks
+    sampled_tasks = read_each(
+        path,
+        lambda record, name: (record, _task_of(record, by_prompt, name)),
+        what="completion",
+    )
+    return [record for record, _ in sampled_tasks], [task for _, task in sampled_tasks]
 
 
 def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Task:
