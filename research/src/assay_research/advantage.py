@@ -25,7 +25,7 @@ from assay.errors import DataError
 from assay.models.decoder import decoder_layers
 from assay.models.model import AnyModel, AnyTokenizer
 from assay.models.spelling import encode_prompt
-from assay.vhack.detectors.forward import forward_samples
+from assay.vhack.detectors.evidence import forward_samples
 from assay.vhack.directions.gradients.batches import Encoded, context_length, encode
 from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair

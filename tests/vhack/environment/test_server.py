@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Limits, jobs, run, server
+from assay.vhack.environment import Call, Limits, run, server
 from tests.waiting import until
 
 every_server = pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_program_ends_with_the_process_that_watches_it(shut_in, started, monke
 def test_a_server_that_is_closed_ends_its_jobs_and_leaves_nothing(shut_in):
     own = server.Server(shut_in)
     root = own.root
-    text = jobs.job_text(SLEEPS, Limits(seconds=600), backend=shut_in)
+    text = server.job_text(SLEEPS, Limits(seconds=600), backend=shut_in)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(own.perform, text, Limits(seconds=600))
         until(lambda: len(family(own.pid)) >= (4 if shut_in == "bwrap" else 2), 30)

@@ -18,9 +18,8 @@ from typing import Any
 from assay.errors import DataError
 from assay.files.jsonl import loads
 from assay.vhack.environment.backends import choose_backend
-from assay.vhack.environment.jobs import job_text
 from assay.vhack.environment.runs import NOT_COMPARED, Call, Limits, Outcome, Result
-from assay.vhack.environment.server import perform
+from assay.vhack.environment.server import job_text, perform
 
 _KINDS = ("value", "error", "opaque")
 _NAME = 100  # characters of the name of an exception or a type
