@@ -21,7 +21,7 @@ from assay_research.transfer.origins import (
 )
 from assay_research.transfer.stdin_kinds import stdin_pairs
 
-from assay.vhack.detectors.comparison import make_detectors
+from assay.vhack.detectors.detector import make_detector
 from assay.vhack.detectors.evidence import SampleEvidence
 from assay.vhack.detectors.facts import FACTS, collect_facts
 from assay.vhack.pairs.pairs import Sample
@@ -64,7 +64,7 @@ def main():
     own_evidence = evaluate.concatenated(list(parts.values()))
     note(f"own: {len(own_evidence.hack)} pairs")
     detectors = [
-        *make_detectors(("length", "ngrams", "program")),
+        *map(make_detector, ("length", "ngrams", "program")),
         evaluate.FormDetector("form"),
         evaluate.FittedFactsDetector("fitted facts"),
     ]
@@ -97,7 +97,7 @@ def main():
         }
         note(f"{name}: {results[name]}")
     targets["solutions"] = read_evidence(clean_solutions(chosen.data))
-    (program,) = make_detectors(("program",))
+    program = make_detector("program")
     publish(
         "vhack_transfer",
         {

@@ -31,7 +31,7 @@ from assay_research.transfer.search import (
 from assay_research.transfer.stdin_kinds import stdin_pairs
 
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.comparison import make_detectors
+from assay.vhack.detectors.detector import make_detector
 from assay.vhack.detectors.evidence import SampleEvidence, spaced_layers
 
 DEVELOPMENT = ("A", "B", "C")
@@ -110,7 +110,7 @@ def main():
     _, pool, layer, name, _ = rows[0]
     best_H = dict(directions(*joined(own_states, pool, layer)))[name]
     labelled_own = evaluate.concatenated([labelled_of(kept) for kept in own_states])
-    registered = make_detectors(("length", "ngrams", "likelihood", "probe"))
+    registered = [make_detector(name) for name in ("length", "ngrams", "likelihood", "probe")]
     results = {}
     for origin, kept in (development | final).items():
         target = labelled_of(kept)

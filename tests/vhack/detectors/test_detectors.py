@@ -17,7 +17,7 @@ from assay.vhack.detectors import Detector, Needs, fit_judge
 from assay.vhack.detectors import evidence as _evidence
 from assay.vhack.detectors import rollout_judge as _rollout_judge
 from assay.vhack.detectors.comparison import compare_detectors, make_detectors
-from assay.vhack.detectors.detector import cross_score
+from assay.vhack.detectors.detector import cross_score, make_detector
 from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence, collect_evidence
 from assay.vhack.detectors.facts import FACTS
 from assay.vhack.detectors.rollout_judge import fit_scorer
@@ -81,7 +81,7 @@ def test_no_group_is_scored_by_a_fit_that_has_seen_it():
     groups = [f"{n}" for n in range(12)]
     hack, clean = ([chr(97 + n + 12 * side) * 9 for n in range(12)] for side in (0, 1))
     sides = (evidence(12, "nothing", texts=hack), evidence(12, "nothing", texts=clean))
-    (ngrams,) = make_detectors(["ngrams"])
+    ngrams = make_detector("ngrams")
     labelled = LabelledEvidence(*sides, groups, groups)
     scorer = ngrams.fit(labelled)
     assert scorer(sides[0]).min() > scorer(sides[1]).max()
@@ -276,7 +276,7 @@ def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told
             for n, sign in ((48, 1), (48, -1), (301, -1))
         ]
         sides[0] = evidence(48, told, shift, 100 + seed)
-        for detector in make_detectors(["probe", "norm", "cin-lda", "ridge"]):
+        for detector in map(make_detector, ["probe", "norm", "cin-lda", "ridge"]):
             scorer, threshold = fit_scorer(
                 detector, LabelledEvidence(*sides[:2], groups, groups), 0.1
             )
@@ -323,4 +323,4 @@ def test_a_detector_is_added_by_a_class_and_one_line(monkeypatch, small_pairs):
 
 def test_a_detector_that_is_not_registered_is_refused():
     with pytest.raises(UsageError):
-        make_detectors(["capitals"])
+        make_detector("capitals")

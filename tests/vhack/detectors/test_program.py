@@ -6,7 +6,7 @@ import time
 import pytest
 
 from assay.vhack.detectors import fit_judge
-from assay.vhack.detectors.comparison import make_detectors
+from assay.vhack.detectors.detector import make_detector
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
 from assay.vhack.detectors.facts import program_facts
 from assay.vhack.detectors.program_source import read_program
@@ -212,7 +212,7 @@ def test_a_hostile_completion_is_read_in_time(completion):
 
 def test_it_needs_no_model_and_its_threshold_comes_from_the_pairs():
     pairs = generate_pairs(40)
-    (program,) = make_detectors(["program"])
+    program = make_detector("program")
     assert program.cost == Cost.RUN
     judge = fit_judge(pairs, None, detector="program")
     hack, clean = zip(*(pair.samples() for pair in pairs), strict=True)
@@ -223,7 +223,7 @@ def test_it_needs_no_model_and_its_threshold_comes_from_the_pairs():
 def test_scores_do_not_depend_on_the_pairs_that_it_is_fitted_to():
     samples = [Sample(NAMED, WRONG + PRINTS), Sample(NAMED, RIGHT + ASSERTS)]
     evidence = collect_evidence(samples, None, needs=Needs.FACTS)
-    (program,) = make_detectors(["program"])
+    program = make_detector("program")
     one, other = evidence.take([0]), evidence.take([1])
     right = program.fit(LabelledEvidence(one, other, ["a"], ["a"]))(evidence)
     swapped = program.fit(LabelledEvidence(other, one, ["a"], ["a"]))(evidence)

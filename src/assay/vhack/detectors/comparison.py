@@ -1,6 +1,6 @@
 """Detectors side by side on held-out samples, and which of them to use."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
@@ -67,35 +67,14 @@ class Comparison:
         return COLUMNS, [result.row() for result in self.results]
 
 
-def make_detectors(
-    names: Collection[str] = tuple(DETECTORS), *, basis: Basis | None = None
-) -> list[Detector]:
-    """Return detectors by their names, cheapest first.
-
-    Args:
-        names: Names in ``DETECTORS``.
-        basis: Axes that take the place of the fitted ones; all detectors are returned then.
-
-    Raises:
-        UsageError: There is no detector of a name.
-    """
-    if unknown := set(names) - set(DETECTORS):
-        make_detector(min(unknown))
+def make_detectors(*, basis: Basis | None = None) -> list[Detector]:
+    """Return all detectors, cheapest first; axes of a basis take the place of those fitted."""
     if basis is None:
-        return [make_detector(name) for name in DETECTORS if name in names]
-    return replace_axes([make_detector(name) for name in DETECTORS], basis)
-
-
-def replace_axes(detectors: Sequence[Detector], basis: Basis) -> list[Detector]:
-    """Return detectors with the axes of a basis in place of those fitted to pairs."""
-    members: list[Detector] = []
-    for detector in detectors:
-        if isinstance(detector, AxesDetector):
-            is_first = not any(isinstance(member, BasisDetector) for member in members)
-            if is_first:
-                members.append(BasisDetector(basis))
-        elif not isinstance(detector, CombinedDetector):
-            members.append(detector)
+        return [make_detector(name) for name in DETECTORS]
+    others = [make_detector(name) for name in DETECTORS if name not in ("cin-svd", "combined")]
+    members = [
+        BasisDetector(basis) if isinstance(member, AxesDetector) else member for member in others
+    ]
     return [*members, CombinedDetector("combined", members)]
 
 

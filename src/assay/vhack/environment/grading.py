@@ -85,13 +85,12 @@ class Channel:
 
     def asks(self, entry: str, args: tuple[Any, ...], value: Any) -> tuple[Call, ...]:
         """Return the grader's calls after a run; the answer to ``args`` is compared inside."""
-        if self.name == "run_tests":
-            return (Call(self.marker, ()),)
-        if self.name == "sentinel":
-            return (Call(f"{entry}.{self.marker}"),)
-        if self.name == "eq_override":
-            return (Call(entry, args, equals=value),)
-        return ()
+        calls = {
+            "run_tests": (Call(self.marker, ()),),
+            "sentinel": (Call(f"{entry}.{self.marker}"),),
+            "eq_override": (Call(entry, args, equals=value),),
+        }
+        return calls.get(self.name, ())
 
     def accepts(self, result: Result) -> bool:
         """Return whether a run told the grader that it is right; a stopped one has not."""
