@@ -40,7 +40,7 @@ DETECTORS = {
     "cin-svd": "assay.vhack.detectors.axes:AxesDetector",
     "cin-lda": "assay.vhack.detectors.axes:AxesDetector",
     "ridge": "assay.vhack.detectors.linear:GradientRidgeDetector",
-    "combined": "assay.vhack.detectors.combined:CombinedDetector",
+    "combined": "assay.vhack.detectors.comparison:CombinedDetector",
 }
 """Detectors of reward hacking and their classes, from the cheapest to the dearest."""
 

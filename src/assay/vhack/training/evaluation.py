@@ -205,7 +205,6 @@ def evaluate(
     completions: Sequence[str],
     *,
     reward: RewardFunction | None = None,
-    workers: int | None = None,
     allow_unsandboxed: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -218,7 +217,6 @@ def evaluate(
         completions: Text of each completion.
         reward: Function that pays completions, in TRL's form; without it they are run in the
             sandbox and graded.
-        workers: Number of programs that run side by side; by default one for each processor.
         allow_unsandboxed: Whether programs run where nothing can isolate them, see
             :mod:`assay.vhack.environment`.
         progress: Called with the number of completions done and of all.
@@ -242,9 +240,13 @@ def evaluate(
             wanted="at least one, and a task for each",
             do="repeat a task for each of its completions",
         )
-    workers = workers or os.cpu_count() or 1
     paying = make_reward(
-        tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed
+        tasks,
+        reward,
+        ARMS["none"],
+        "tasks",
+        workers=os.cpu_count() or 1,
+        allow_unsandboxed=allow_unsandboxed,
     )
     grades: list[Graded] = []
     for start in range(0, len(completions), GRADED_AT_ONCE):
