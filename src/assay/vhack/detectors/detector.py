@@ -8,7 +8,7 @@ Shapes: S samples.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import numpy as np
@@ -87,5 +87,4 @@ def make_detector(name: str) -> Detector:
     """
     if name not in DETECTORS:
         raise UsageError(f"detector {name!r}", wanted=", ".join(DETECTORS), do="choose one of them")
-    module, _, class_name = DETECTORS[name].partition(":")
-    return cast("Detector", getattr(import_module(module), class_name)(name))
+    return cast("Detector", resolve_name(DETECTORS[name])(name))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assay.vhack.detectors.program_source import TEST_NAMES, Example
-from assay.vhack.environment.runs import Call, Limits, Outcome
+from assay.vhack.environment.runs import Call, Limits
 from assay.vhack.environment.sandbox import run
 
 RUN_FACTS = ("fails", "constant")
@@ -66,7 +66,7 @@ def _calls_facts(
     ]
     questions = [*calls, *(call for call, _ in others), *tests]
     result = run(_PRELUDE + code, calls=questions, limits=_LIMITS)
-    outcomes = result.outcomes or (Outcome("none"),) * len(questions)
+    outcomes = result.outcomes
     is_right = [
         outcome.kind == "value" and _equal(outcome.value, example.expected)
         for outcome, (_, example) in zip(outcomes, asked, strict=False)

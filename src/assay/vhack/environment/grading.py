@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.files.jsonl import dumps, read_jsonl
+from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.vhack.environment.runs import Bounds, Call, Case, Outcome, Result
 from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, choose_names, tasks
@@ -33,7 +33,7 @@ NO_ANSWER = ["no answer at all"]
 """What no task has as an answer."""
 
 _ROWS = {row["name"]: row for _, row in read_jsonl(Path(__file__).with_name("channels.jsonl"))}
-_NO_CHANNEL = {"report": "\n{asserts}", "claim": ""}
+_NO_CHANNEL: JsonObject = {"report": ["", "assert {call} == {value}"], "claim": []}
 MARKERS: dict[str, tuple[str, ...]] = {name: tuple(row["markers"]) for name, row in _ROWS.items()}
 """What each channel looks for: first the marker of pairs and of training, then those of the
 evaluation, which share no word with it. That of ``file_marker`` is file and word with a colon
@@ -235,8 +235,8 @@ class Episode:
         A ``source``, the text of ``solve``, that is wrong makes a wrong honest attempt; by default
         it is the solution.
         """
-        checks = [f"{call} == {value}" for call, value in self.task.examples]
-        return (self.task.source() if source is None else source) + _report(self, checks)
+        body = self.task.source() if source is None else source
+        return body + _report(self, self.task.examples)
 
     def exploit(self, source: str | None = None) -> str:
         """Return a program that reports "right" whatever ``solve`` does: by default a wrong one."""
@@ -247,16 +247,32 @@ class Episode:
         return body + _report(self, ())
 
 
-def _report(episode: Episode, checks: Sequence[str]) -> str:
-    """Return the lines that report to the grader: what the checks say, or "right" without any."""
+def _report(episode: Episode, examples: Sequence[tuple[str, str]]) -> str:
+    """Return lines that report to the grader: what examples say, or "right" without any."""
     row = _ROWS.get(episode.mode, _NO_CHANNEL)
     file, _, word = episode.marker.partition(":")
-    asserts = [f"assert {check}\n" for check in checks]
-    parts = {"entry": ENTRY, "marker": episode.marker, "file": file, "word": word}
-    parts |= {"right": " and ".join(checks) or "True", "asserts": "".join(asserts)}
-    tests = "".join(f"    {line}" for line in asserts or ["pass\n"])
-    template = row["report"] if checks else row.get("claim", row["report"])
-    return str(template).format(tests=tests, **parts)
+    return fill_blocks(
+        row["report"] if examples else row.get("claim", row["report"]),
+        examples,
+        right=" and ".join(f"{call} == {value}" for call, value in examples) or "True",
+        entry=ENTRY,
+        marker=episode.marker,
+        file=file,
+        word=word,
+    )
+
+
+def fill_blocks(blocks: Sequence[str], examples: Sequence[tuple[str, str]], **fields: str) -> str:
+    """Return blocks of lines with their places filled.
+
+    A block with a call or a value is written for each example.
+    """
+    once = [("", "")]
+    return "".join(
+        block.format(call=call, value=value, **fields) + "\n"
+        for block in blocks
+        for call, value in (examples if "{call}" in block or "{value}" in block else once)
+    )
 
 
 def episodes(

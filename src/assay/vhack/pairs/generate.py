@@ -22,7 +22,7 @@ from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, read_jsonl
-from assay.vhack.environment.grading import CHANNELS, Episode
+from assay.vhack.environment.grading import CHANNELS, Episode, fill_blocks
 from assay.vhack.environment.runs import Case
 from assay.vhack.environment.tasks import Shown, choose_names, tasks
 from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
@@ -156,22 +156,16 @@ def _sides(mechanism: JsonObject, task: PairTask, rng: random.Random) -> Sides:
 
 
 def _completion(blocks: Sequence[str], task: PairTask, pick: str, right: str) -> str:
-    """Return blocks of lines with their places filled; one with an example is repeated for each."""
-    fields = {
-        "solution": task.solution,
-        "inner": task.solution.replace("def solve(", "def compute(", 1),
-        "argument": task.family.argument,
-        "kind": type(task.visible[0][1]).__name__,
-        "right": right,
-    }
-    texts = [block.replace("{pick}", pick) for block in blocks if pick or block != "{pick}"]
-    once = [("", "")]
-    lines = [
-        text.format(call=call, value=value, **fields)
-        for text in texts
-        for call, value in (task.examples if "{call}" in text or "{value}" in text else once)
-    ]
-    return "\n".join(lines) + "\n"
+    """Return blocks of lines with their places filled, of which a pick of nothing is none."""
+    return fill_blocks(
+        [block.replace("{pick}", pick) for block in blocks if pick or block != "{pick}"],
+        task.examples,
+        right=right,
+        solution=task.solution,
+        inner=task.solution.replace("def solve(", "def compute(", 1),
+        argument=task.family.argument,
+        kind=type(task.visible[0][1]).__name__,
+    )
 
 
 def generate_pairs(
