@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import override
 
@@ -263,10 +263,12 @@ def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -
 
 def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
     """Return visible and hidden cases; None if a step is idle or the answers say too little."""
-    solve = _compiled(steps)
+    solve = compiled(_source(steps))
     # The last step of some families changes the type; leaving it out needs no proof that it is not
     # idle.
-    partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
+    partial = [
+        compiled(_source(steps[:i] + steps[i + 1 :])) for i in range(len(steps) - bool(family.last))
+    ]
     cases: list[Case] = []
     idle = [set(range(len(partial))), set(range(len(partial)))]
     for _ in range(_DRAWS):
@@ -304,7 +306,8 @@ def _source(steps: Sequence[Step]) -> str:
     )
 
 
-def _compiled(steps: Sequence[Step]) -> Any:
+def compiled(source: str) -> Callable[[Any], Any]:
+    """Return the solution of a source text, which is of the tasks here or of pairs."""
     namespace: dict[str, Any] = {}
-    exec(_source(steps), namespace)  # text of `FAMILIES`
-    return namespace[ENTRY]
+    exec(source, namespace)
+    return cast("Callable[[Any], Any]", namespace[ENTRY])

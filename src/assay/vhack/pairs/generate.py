@@ -24,7 +24,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.vhack.environment.grading import CHANNELS, Episode, fill_blocks
 from assay.vhack.environment.runs import Case
-from assay.vhack.environment.tasks import Shown, choose_names, tasks
+from assay.vhack.environment.tasks import Shown, choose_names, compiled, tasks
 from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 
 _N_HIDDEN = 8
@@ -105,12 +105,11 @@ class PairTask(Shown):
     def cases(self) -> tuple[Case, ...]:
         """Two visible examples with different answers, then the hidden cases; arguments differ."""
         distinct: list[Case] = []
-        namespace: dict[str, Any] = {}
-        exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
+        solve = compiled(self.solution)
         rng = random.Random(f"cases of {self.name}")
         for _ in range(_TRIES):
             argument = _DRAWS[self.family.draw](rng)
-            answer = namespace["solve"](argument)
+            answer = solve(argument)
             is_new = all((argument,) != earlier for earlier, _ in distinct)
             if is_new and (len(distinct) != 1 or answer != distinct[0][1]):
                 distinct.append(((argument,), answer))

@@ -28,6 +28,9 @@ _FORMER = {
     "pairs": ("generated:96",),
     "lr": (0.03,),
 }
+_SOURCE = re.compile(
+    r"(?P<detector>[^=@:]+)(=(?P<mechanisms>[^@:]+))?(@(?P<recall>[0-9]*\.?[0-9]+))?(?P<random>:random)?"
+)
 _TASKS = "Number of built-in tasks; or module:function, which returns tasks of one's own."
 
 
@@ -245,9 +248,9 @@ class TrainSettings(TaskSettings):
         arm_named(self.arm)
         source = self.flags_by
         has_options = bool(source.mechanisms) or source.recall != 1
-        is_known = source.detector in (None, *DETECTORS, "labels")
-        is_known = is_known and (source.detector == "labels" or not has_options)
-        is_known = is_known and not (self.detector or "").removesuffix(":random").endswith("=")
+        is_known = source.detector == "labels" or (
+            source.detector in (None, *DETECTORS) and not has_options
+        )
         loopholes = source.mechanisms if isinstance(self.tasks, int) else ()
         rollouts = self.prompts * self.group
         teachers = round(self.group * self.teacher_share)
@@ -301,16 +304,14 @@ class TrainSettings(TaskSettings):
     def flags_by(self) -> "FlagSource":
         """What flags rollouts."""
         name = self.detector or ("cin-lda" if self.chosen.flagged else None)
-        if name is None:
-            return FlagSource(None)
-        options, _, recall = name.removesuffix(":random").partition("@")
-        detector, _, mechanisms = options.partition("=")
-        try:
-            share = float(recall) if recall else 1.0
-        except ValueError:
-            share = 0.0
+        parts = _SOURCE.fullmatch(name or "")
+        if parts is None:
+            return FlagSource(name)
         return FlagSource(
-            detector, name.endswith(":random"), tuple(filter(None, mechanisms.split("+"))), share
+            parts["detector"],
+            parts["random"] is not None,
+            tuple(parts["mechanisms"].split("+")) if parts["mechanisms"] else (),
+            float(parts["recall"] or 1),
         )
 
     @property
