@@ -32,9 +32,6 @@ _ADD_RULE = 445
 _RESTRICT_SELF = 446
 _VERSION = 1
 _BELOW_PATH = 1
-# The audit log of the machine is no place for what a program tries.
-_QUIET = 1
-_QUIET_FROM = 7
 
 # Rights on files: bits 0 to 12 are of the first version, then moving to another directory (2),
 # truncating (3) and controlling devices (5).
@@ -42,13 +39,15 @@ _WRITE_FILE = 1 << 1
 _READ_FILE = 1 << 2
 _READ_FOLDER = 1 << 3
 _TRUNCATE = 1 << 14
-_FILE_RIGHTS = 1 << 15
-_DEVICE_RIGHTS = 1 << 16
-_DEVICES_FROM = 5
-_TCP = 0b11
-_TCP_FROM = 4
-_SCOPES = 0b11  # abstract unix sockets, signals
-_SCOPES_FROM = 6
+_FILE_RIGHTS = (1 << 15) - 1
+_NEWER = (
+    (5, 1 << 15),  # controlling devices
+    (4, 0b11),  # TCP
+    (6, 0b11),  # abstract unix sockets, signals
+    (7, 1),  # the audit log of the machine, which is no place for what a program tries
+)
+"""What newer versions of Landlock restrict too: the first of them that does, and its bits."""
+
 # Regular files, directories and symbolic links may be made and removed; no program may be executed.
 _FOLDER = sum(1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14))
 
@@ -130,10 +129,8 @@ def restrict_files(readable: Sequence[str], writable: str) -> None:
         writable: A directory in which files can be made, changed and removed.
     """
     version = landlock_version()
-    rights = (_DEVICE_RIGHTS if version >= _DEVICES_FROM else _FILE_RIGHTS) - 1
-    network = _TCP if version >= _TCP_FROM else 0
-    scopes = _SCOPES if version >= _SCOPES_FROM else 0
-    handled = struct.pack("=QQQ", rights, network, scopes)
+    devices, network, scopes, quiet = (bits if version >= first else 0 for first, bits in _NEWER)
+    handled = struct.pack("=QQQ", _FILE_RIGHTS | devices, network, scopes)
     size = ctypes.c_size_t(len(handled))
     ruleset = _check(_LIBC.syscall(_CREATE_RULESET, handled, size, 0), "landlock_create_ruleset")
     _permit(ruleset, writable, _FOLDER)
@@ -148,7 +145,6 @@ def restrict_files(readable: Sequence[str], writable: str) -> None:
         if stat.S_ISCHR(mode):
             permitted |= _WRITE_FILE | _TRUNCATE
         _permit(ruleset, path, permitted)
-    quiet = _QUIET if version >= _QUIET_FROM else 0
     _check(_LIBC.syscall(_RESTRICT_SELF, ruleset, quiet), "landlock_restrict_self")
     os.close(ruleset)
 

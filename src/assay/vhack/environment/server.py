@@ -169,13 +169,10 @@ class Server:
         self.backend = backend
         self._lock = threading.Lock()
         setup: dict[str, object] = {"backend": backend, "root": ""}
-        line = []
-        environment = {}
+        is_bwrap = backend == "bwrap"
+        line = command_line(1, server=True) if is_bwrap else []
         locks = []
-        if backend == "bwrap":
-            line = command_line(1, server=True)
-            environment = {"PATH": PATH}
-        else:
+        if not is_bwrap:
             setup |= landlock_setup() if backend == "landlock" else {}
             remove_abandoned(Path(tempfile.gettempdir()))
             setup["root"], lock = _make_root()
@@ -191,7 +188,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env={"PATH": PATH} if is_bwrap else {},
                 cwd="/",
                 pass_fds=(theirs.fileno(), parent, *locks),
                 start_new_session=True,

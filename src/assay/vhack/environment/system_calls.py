@@ -56,10 +56,10 @@ _EQUAL = 0x15
 _ABOVE = 0x25
 _AT_LEAST = 0x35
 _RETURN = 0x06
-_ALLOW = 0x7FFF0000
-_EPERM = 0x00050001
-_ENOSYS = 0x00050026
-_KILL = 0x80000000
+_ALLOW = (_RETURN, 0, 0, 0x7FFF0000)
+_EPERM = (_RETURN, 0, 0, 0x00050001)
+_ENOSYS = (_RETURN, 0, 0, 0x00050026)
+_KILL = (_RETURN, 0, 0, 0x80000000)
 _NUMBER = 0
 _ARCHITECTURE = 4
 _ARGUMENTS = 16  # offsets in the kernel's struct seccomp_data
@@ -80,26 +80,21 @@ def seccomp_filter(machine: str, *, without: Collection[str] = ()) -> bytes:
             wanted=" or ".join(ARCHITECTURES),
             do="run it on such a machine",
         )
-    allow = (_RETURN, 0, 0, _ALLOW)
-    refuse = (_RETURN, 0, 0, _EPERM)
     program = [
-        (_LOAD, 0, 0, _ARCHITECTURE),
-        (_EQUAL, 1, 0, ARCHITECTURES[machine]),
-        (_RETURN, 0, 0, _KILL),
+        *((_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, ARCHITECTURES[machine]), _KILL),
+        *((_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), _EPERM),
+        *((_ABOVE, 0, 1, _NEWEST), _ENOSYS),
     ]
-    program += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), refuse]
-    program += [(_ABOVE, 0, 1, _NEWEST), (_RETURN, 0, 0, _ENOSYS)]
     for name, number in ALLOWED[machine].items():
         if name in without:
             continue
-        permitted = [allow]
+        permitted = [_ALLOW]
         if name in RESTRICTED:
             argument, values = RESTRICTED[name]
             # The kernel itself looks at the lower half of these arguments only.
             permitted = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
             for value in values:
-                permitted += [(_EQUAL, 0, 1, value), allow]
-            permitted.append(refuse)
+                permitted += [(_EQUAL, 0, 1, value), _ALLOW]
+            permitted.append(_EPERM)
         program += [(_EQUAL, 0, len(permitted), number), *permitted]
-    program.append(refuse)
-    return b"".join(struct.pack("<HBBI", *step) for step in program)
+    return b"".join(struct.pack("<HBBI", *step) for step in (*program, _EPERM))

@@ -96,12 +96,13 @@ def readable() -> list[str]:
     A rule of Landlock holds for all that lies below a directory, without exception. So the entries
     of a directory that may hold installed packages are named one by one.
     """
-    entries = list(SINGLES)
-    for folder in standard_library():
-        entries += [str(path) for path in Path(folder).iterdir() if path.name not in _PACKAGES]
-    for folder in library_folders():
-        entries += [str(path) for path in Path(folder).glob("*.so*") if path.is_file()]
-    return entries
+    entries = [path for folder in standard_library() for path in Path(folder).iterdir()]
+    libraries = [path for folder in library_folders() for path in Path(folder).glob("*.so*")]
+    return [
+        *SINGLES,
+        *(str(path) for path in entries if path.name not in _PACKAGES),
+        *(str(path) for path in libraries if path.is_file()),
+    ]
 
 
 def landlock_setup() -> dict[str, object]:

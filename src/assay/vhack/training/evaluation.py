@@ -75,8 +75,13 @@ def sample_tasks(
             complete the tasks.
         StorageError: The file cannot be written.
     """
-    about: JsonObject = {"model": model.reference, "weights": model.digest}
-    about |= {"dtype": dtype_name(model.dtype), **(origin or {}), **options}
+    about: JsonObject = {
+        "model": model.reference,
+        "weights": model.digest,
+        "dtype": dtype_name(model.dtype),
+        **(origin or {}),
+        **options,
+    }
     prompts = [read_prompt(task) for task in tasks]
     ids = encode_prompts(model, prompts, options["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
