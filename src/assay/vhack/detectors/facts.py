@@ -124,7 +124,9 @@ def tree_facts(tree: ast.Module, examples: Sequence[Example]) -> dict[str, float
     }
 
 
-def split_scopes(tree: ast.Module) -> tuple[_Scope, _Scope, _Scope]:
+def split_scopes(
+    tree: ast.Module,
+) -> tuple[list[ast.FunctionDef], list[ast.FunctionDef], list[ast.stmt]]:
     """Return the functions that test, the other functions, and the statements outside of them."""
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
     functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
@@ -161,7 +163,7 @@ def _checks(scope: ast.AST) -> Iterator[tuple[int, str]]:
             node.value, ast.Compare | ast.BoolOp
         ):
             condition = node.value
-        elif name in {"raises", "assertRaises"}:
+        elif isinstance(node, ast.Call) and name in {"raises", "assertRaises"}:
             condition = ast.Call(ast.Name("all"), [], [])
         elif isinstance(node, ast.Call) and name.startswith("assert"):
             condition = _assertion(node)
@@ -317,14 +319,15 @@ def _squeezed(value: object) -> str:
     return re.sub(r"\s+", "", str(value))
 
 
-def _unread(solutions: _Scope, script: _Scope, examples: Sequence[Example]) -> float:
+def _unread(
+    solutions: Sequence[ast.FunctionDef], script: _Scope, examples: Sequence[Example]
+) -> float:
     """Return the share of functions that return a value and read none of their arguments."""
     if any(example.arguments is None for example in examples):
         names = {_name(node) for root in (*solutions, *script) for node in ast.walk(root)}
         return float(not names & _INPUT)
     ignoring = []
     for function in solutions:
-        assert isinstance(function, ast.FunctionDef)
         names = {part.arg for part in _nodes([function.args], ast.arg)} - {"self", "cls"}
         loaded = {part.id for part in _nodes([function], ast.Name)}
         if names and not function.name.startswith("__"):

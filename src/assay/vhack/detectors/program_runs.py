@@ -151,12 +151,10 @@ def _functions(tree: ast.Module) -> dict[str, int]:
 
 def _target(functions: Mapping[str, int], example: Example) -> str | None:
     """Return the function that an example asks."""
-    if example.call:
-        named = [name for name in functions if name.rsplit(".")[-1] == example.call]
-        return named[0] if named else None
     count = len(example.arguments or ())
+    named = [name for name in functions if name.rsplit(".")[-1] == example.call]
     fitting = [name for name, n in functions.items() if n == count and "._" not in name]
-    return fitting[0] if fitting else None
+    return next(iter(named if example.call else fitting), None)
 
 
 def _changed(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -252,7 +252,7 @@ def _report(episode: Episode, examples: Sequence[tuple[str, str]]) -> str:
     row = _ROWS.get(episode.mode, _NO_CHANNEL)
     file, _, word = episode.marker.partition(":")
     return fill_blocks(
-        row["report"] if examples else row.get("claim", row["report"]),
+        row["claim" if "claim" in row and not examples else "report"],
         examples,
         right=" and ".join(f"{call} == {value}" for call, value in examples) or "True",
         entry=ENTRY,

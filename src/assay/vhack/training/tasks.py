@@ -12,8 +12,8 @@ the reward needs to know of a task, or of :class:`assay.vhack.environment.Episod
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
 from assay.errors import DataError, UsageError, reason_of
@@ -37,22 +37,17 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
         UsageError: The text has another form, the module cannot be imported or fails when it is, or
             it has no such function. The message names the flag.
     """
-    module, _, name = where.partition(":")
-    if not module or not name:
-        raise UsageError(
-            f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward"
-        )
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        function = getattr(import_module(module), name)
+        function = resolve_name(where)
     except (Exception, SystemExit) as error:
         # A module of the user may raise anything while it is imported.
         raise UsageError(
             f"{flag} {where}: {type(error).__name__}: {error}",
-            wanted="a function in a module that can be imported from here",
+            wanted="module:function, of a module that can be imported from here",
             do="check both names, start from the directory of the module, and try "
-            f"python -c 'import {module}'",
+            f"python -c 'import {where.partition(':')[0]}'",
         ) from error
     finally:
         # The module may have changed the path itself.
@@ -60,7 +55,9 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
             sys.path.remove(folder)
     if not callable(function):
         raise UsageError(
-            f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}"
+            f"{flag} {where}, which is no function",
+            wanted="module:function",
+            do="name one, such as mytasks:reward",
         )
     return cast("Callable[..., Any]", function)
 
