@@ -1,4 +1,4 @@
-"""The program inside the sandbox: ``once`` for a job on stdin, ``serve`` as fork server.
+"""The program inside the sandbox: a fork server.
 
 The parent passes this file as text to a bare interpreter; it imports the standard library and three
 more files that are passed with it. A job is JSON, and its report is one line of JSON on a
@@ -12,7 +12,8 @@ process, and writes how it ended to a socket, the status; if that is shut at its
 server ends, the keeper kills it. The *runner* closes every other descriptor, gives up every
 capability, and performs the job. With bubblewrap the keeper makes a new process and mount
 namespace, and the runner mounts a directory in memory. With Landlock the runner can reach a
-directory that the keeper measures and empties. A runner starts no process, and ends with its
+directory that the keeper measures and empties; so it is in a bubblewrap for one job, which may not
+be able to make namespaces. A runner starts no process, and ends with its
 keeper.
 """
 
@@ -59,22 +60,6 @@ _PROGRAM = "program.py"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _STREAMS = (("stdin", "r", -1), ("stdout", "w", -1), ("stderr", "w", 1))
 _BINDINGS = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Import, ast.ImportFrom)
-
-
-def main() -> None:
-    """Serve jobs on the socket, or perform one that reports to a pipe; both are descriptors.
-
-    The third argument is the descriptor of a pidfd of the parent.
-    """
-    message = json.loads(sys.stdin.buffer.read())
-    descriptor = int(sys.argv[2])
-    parent = int(sys.argv[3])
-    if sys.argv[1] == "serve":
-        _serve(message, socket.socket(fileno=descriptor), parent)
-    # Bubblewrap asks to be ended with its parent, which may have ended before it could ask.
-    elif not select.select([parent], [], [], 0)[0]:
-        os.close(parent)
-        _perform(message, descriptor)
 
 
 def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
@@ -387,4 +372,9 @@ def _leave(descriptor: int, report: dict[str, Any], code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Descriptors: of the socket, and of a pidfd of the parent.
+    _serve(
+        json.loads(sys.stdin.buffer.read()),
+        socket.socket(fileno=int(sys.argv[1])),
+        int(sys.argv[2]),
+    )

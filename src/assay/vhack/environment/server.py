@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import selectors
-import signal
 import socket
 import subprocess
 import tempfile
@@ -122,73 +121,47 @@ def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
     return Ended({name: bytes(read) for name, read in output.items()}, timed_out, overflowed)
 
 
-def perform_once(job: bytes, limits: Limits) -> Ended:
-    """Run a job in a bubblewrap of its own."""
-    deadline = time.monotonic() + limits.seconds
-    with ExitStack() as ours:
-        with ExitStack() as theirs:
-            readers, (text, stdout, stderr, report) = descriptors(job, limits, ours, theirs)
-            parent = os.pidfd_open(os.getpid())
-            theirs.callback(os.close, parent)
-            arguments = ("once", str(report), str(parent))
-            process = subprocess.Popen(
-                [*command_line(limits.disk_mib), *python("-c", inside(), *arguments)],
-                stdin=text,
-                stdout=stdout,
-                stderr=stderr,
-                env={"PATH": PATH},
-                cwd="/",
-                pass_fds=(report, parent),
-                start_new_session=True,
-            )
-        try:
-            ended = pump(readers, deadline)
-            if not ended.killed:
-                process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            ended.timed_out = True
-        finally:
-            # The leader may be gone while a child of it lives; the group keeps its number until it
-            # is empty.
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        ended.returncode = None if ended.killed else process.returncode
-        return ended
-
-
 class Server:
     """A running fork server in a sandbox. It raises OSError if it or its jobs do not start.
 
     Attributes:
         backend: What isolates its jobs.
         root: Where its jobs have their directories; empty for bubblewrap, where they are in memory.
+
+    Args:
+        backend: What isolates its jobs.
+        disk_mib: Room for the files of a job in a bubblewrap that is for this job alone, and within
+            which no namespaces are made; None makes them for each of many jobs.
     """
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, disk_mib: int | None = None) -> None:
         self.backend = backend
+        self.root = ""
         self._lock = threading.Lock()
-        setup: dict[str, object] = {"backend": backend, "root": ""}
-        is_bwrap = backend == "bwrap"
-        line = command_line(1, server=True) if is_bwrap else []
+        setup: dict[str, object] = {"backend": backend}
+        line = []
         locks = []
-        if not is_bwrap:
+        if backend != "bwrap":
             setup |= landlock_setup() if backend == "landlock" else {}
             remove_abandoned(Path(tempfile.gettempdir()))
-            setup["root"], lock = _make_root()
+            self.root, lock = _make_root()
             locks.append(lock)
-        self.root = str(setup["root"])
+        elif disk_mib is None:
+            line = command_line(1, server=True)
+        else:
+            line = command_line(disk_mib)
+            setup = {"backend": "unsandboxed"}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A child that this process has forked keeps the socket open, but not the process alive.
         parent = os.pidfd_open(os.getpid())
         with theirs:
             numbers = (str(theirs.fileno()), str(parent))
             self._process = subprocess.Popen(
-                [*line, *python("-c", inside(), "serve", *numbers)],
+                [*line, *python("-c", inside(), *numbers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PATH": PATH} if is_bwrap else {},
+                env={"PATH": PATH} if line else {},
                 cwd="/",
                 pass_fds=(theirs.fileno(), parent, *locks),
                 start_new_session=True,
@@ -196,7 +169,7 @@ class Server:
         for descriptor in (parent, *locks):
             os.close(descriptor)
         try:
-            self._begin(setup)
+            self._begin(setup | {"root": self.root or "/work"})
         except OSError:
             self.close()
             raise
@@ -314,9 +287,7 @@ def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
         with suppress(OSError):
             return running.perform(job, limits)
     # Where bubblewrap works, namespaces within its own may not.
-    if backend == "bwrap":
-        return perform_once(job, limits)
-    fresh = Server(backend)
+    fresh = Server(backend, limits.disk_mib)
     try:
         return fresh.perform(job, limits)
     finally:
