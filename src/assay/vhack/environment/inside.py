@@ -173,8 +173,7 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     """Run the program of a job, report, and leave with its exit code."""
     # A group of its own: a signal to the group it came from would reach what started it, across the
     # namespaces.
-    if os.getpgid(0) != os.getpid():
-        os.setsid()
+    os.setsid()
     descriptor = os.memfd_create("stdin")
     os.write(descriptor, job["stdin"].encode())
     os.lseek(descriptor, 0, os.SEEK_SET)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from typing_extensions import override
 
@@ -33,10 +33,11 @@ N_HIDDEN = 8
 _EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
 _TRIES = 300
 _DRAWS = 120  # of arguments, for one chain
-_MOST_REPEATS = 600  # draws in a row that give nothing new
+_MOST_REPEATS = 1000  # draws in a row that give nothing new
 _MOST_TASKS = 2**16  # which take two minutes to draw
 _LONGEST = 400  # characters of an answer
 
+_Drawn = TypeVar("_Drawn")
 Step = tuple[str, str]
 """What a step says, and its code: templates with places for numbers and letters, drawn anew
 wherever it is used.
@@ -225,26 +226,46 @@ def tasks(
             wanted=f"0 to {_MOST_TASKS} tasks, of difficulties LOW:HIGH from 1 to {HARDEST}",
             do="correct the number (--tasks) or --difficulty",
         )
-    by_statement: dict[str, Task] = {}
-    repeats = 0
-    for index in count():
-        if len(by_statement) == n or repeats > _MOST_REPEATS:
-            break
+
+    def draw(index: int) -> tuple[str | None, Task]:
         rng = random.Random(f"tasks {seed} {index}")
         family = FAMILIES[chosen[index % len(chosen)]]
         task = Task(family, rng.randint(lowest, highest), rng.randrange(2**31))
-        if task.split != split or task.statement in by_statement:
-            repeats += 1
-        else:
-            by_statement[task.statement] = task
-            repeats = 0
-    if len(by_statement) < n:
-        raise UsageError(
-            f"{n} tasks",
-            wanted=f"at most {len(by_statement)} of these kinds",
-            do="ask for fewer (--tasks)",
-        )
-    return list(by_statement.values())
+        return (task.statement if task.split == split else None), task
+
+    return draw_distinct(draw, n, "tasks")
+
+
+def draw_distinct(
+    draw: Callable[[int], tuple[str | None, _Drawn]], n: int, what: str
+) -> list[_Drawn]:
+    """Return the first ``n`` things that are drawn with keys of their own; those without are left
+    out.
+
+    Args:
+        draw: Takes the number of a draw, and returns key and thing.
+        n: Number of things.
+        what: What they are, as in the flag for their number.
+
+    Raises:
+        UsageError: So many draws in a row gave nothing new that there are no more.
+    """
+    by_key: dict[str | None, _Drawn] = {}
+    repeats = 0
+    for index in count():
+        if len(by_key) == n:
+            break
+        if repeats > _MOST_REPEATS:
+            raise UsageError(
+                f"{n} {what}",
+                wanted=f"at most {len(by_key)} of these kinds",
+                do=f"ask for fewer (--{what})",
+            )
+        key, thing = draw(index)
+        repeats = repeats + 1 if key is None or key in by_key else 0
+        if not repeats:
+            by_key[key] = thing
+    return list(by_key.values())
 
 
 def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -> list[str]:

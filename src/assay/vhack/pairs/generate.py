@@ -12,11 +12,10 @@ visible examples and hidden cases.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.vhack.environment.grading import CHANNELS, Episode, fill_blocks
 from assay.vhack.environment.runs import Case
-from assay.vhack.environment.tasks import Shown, choose_names, compiled, tasks
+from assay.vhack.environment.tasks import Shown, choose_names, compiled, draw_distinct, tasks
 from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 
 _N_HIDDEN = 8
 _TRIES = 200
-_MOST_REPEATS = 1000  # draws in a row that give nothing new
 # Kinds of pairs that are made by number.
 _BY_NUMBER = ("generated", "environment", "exploits")
 
@@ -199,38 +197,24 @@ def generate_pairs(
             f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs generated:48"
         )
     chosen = choose_names(mechanisms, MECHANISMS, "mechanism")
-    pairs = list(islice(_pairs(seed, chosen, choose_names(families, PAIR_FAMILIES, "family")), n))
-    if len(pairs) < n:
-        raise UsageError(
-            f"{n} pairs",
-            wanted=f"at most {len(pairs)} of these kinds",
-            do="ask for fewer (--pairs)",
-        )
-    return pairs
+    families = choose_names(families, PAIR_FAMILIES, "family")
+    order = random.Random(f"order {seed}").sample(families, len(families))
 
-
-def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Iterator[Pair]:
-    order = random.Random(f"order {seed}").sample(list(families), len(families))
-    keys: set[str] = set()
-    repeats = 0
-    for index in count():
+    def draw(index: int) -> tuple[str, Pair]:
         rng = random.Random(f"pair {seed} {index}")
         family = PAIR_FAMILIES[order[index % len(order)]]
         task = PairTask(family, rng.randint(*family.a), rng.randint(*family.b))
         # Each round over the families starts one mechanism further on, so that all combinations
         # come up.
-        mechanism = mechanisms[(index + index // len(order)) % len(mechanisms)]
+        mechanism = chosen[(index + index // len(order)) % len(chosen)]
         channel = MECHANISMS[mechanism]["channel"]
         sides = _sides(MECHANISMS[mechanism], task, rng)
         claims = {"mechanism": mechanism, "channel": channel, "entry": "solve"}
         tags = ("minimal", *map(":".join, claims.items()), f"task:{task.name}")
         pair = Pair(_prompt(task, channel, rng), *sides, family.name, tags)
-        repeats = repeats + 1 if pair.key in keys else 0
-        if repeats > _MOST_REPEATS:
-            return
-        if not repeats:
-            keys.add(pair.key)
-            yield pair
+        return pair.key, pair
+
+    return draw_distinct(draw, n, "pairs")
 
 
 def _prompt(task: PairTask, channel: str, rng: random.Random) -> str:
