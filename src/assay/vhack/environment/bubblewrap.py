@@ -26,12 +26,14 @@ _PROBE_SECONDS = 10
 
 def command_line(disk_mib: int, *, server: bool = False) -> list[str]:
     """Return the command line in front of a command; the working directory holds ``disk_mib``."""
-    program = shutil.which(_PROGRAM) or _PROGRAM
-    line = [program, "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
-    # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when
-    # the thread does that happened to start it.
-    line += ["--cap-add", "CAP_SYS_ADMIN"] if server else ["--die-with-parent"]
-    line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    line = [
+        shutil.which(_PROGRAM) or _PROGRAM,
+        *("--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"),
+        # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not
+        # when the thread does that happened to start it.
+        *(("--cap-add", "CAP_SYS_ADMIN") if server else ("--die-with-parent",)),
+        *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
+    ]
     for path in shown():
         line += ["--ro-bind", path, path]
     for path in ROOTS:
@@ -42,12 +44,15 @@ def command_line(disk_mib: int, *, server: bool = False) -> list[str]:
         line += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for device in DEVICES:
         line += ["--dev-bind", device, device]
-    line += ["--ro-bind-try", LINKER_CACHE, LINKER_CACHE]
-    # No /proc is mounted: it would show who else is there, and root outside may write in it,
-    # however it is mapped here.
-    line += ["--dir", "/proc"]
-    line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
-    return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
+    return [
+        *line,
+        *("--ro-bind-try", LINKER_CACHE, LINKER_CACHE),
+        # No /proc is mounted: it would show who else is there, and root outside may write in it,
+        # however it is mapped here.
+        *("--dir", "/proc"),
+        *("--size", str(disk_mib << 20), "--tmpfs", "/work"),
+        *("--remount-ro", "/", "--chdir", "/work", "--"),
+    ]
 
 
 @cache
