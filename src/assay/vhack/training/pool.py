@@ -13,6 +13,7 @@ temperature and all.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,16 +88,14 @@ class RolloutPool:
                 longer than the trainer accepts, for TRL does not cut longer ones; the message names
                 the line.
         """
-
-        def read(record: JsonObject, name: str) -> PoolRollout:
-            return _read_rollout(record, name, tokenizer, max_new_tokens)
-
+        read = partial(_read_rollout, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
         return cls(read_each(path, read, what="rollout"))
 
 
 def _read_rollout(
     record: JsonObject,
     name: str,
+    *,
     tokenizer: "PreTrainedTokenizerBase | None",
     max_new_tokens: int,
 ) -> PoolRollout:
