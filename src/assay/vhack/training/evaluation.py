@@ -210,6 +210,7 @@ def evaluate(
     completions: Sequence[str],
     *,
     reward: RewardFunction | None = None,
+    workers: int | None = None,
     allow_unsandboxed: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -222,6 +223,7 @@ def evaluate(
         completions: Text of each completion.
         reward: Function that pays completions, in TRL's form; without it they are run in the
             sandbox and graded.
+        workers: Number of programs that run side by side; by default one for each processor.
         allow_unsandboxed: Whether programs run where nothing can isolate them, see
             :mod:`assay.vhack.environment`.
         progress: Called with the number of completions done and of all.
@@ -250,7 +252,7 @@ def evaluate(
         reward,
         ARMS["none"],
         "tasks",
-        workers=os.cpu_count() or 1,
+        workers=workers or os.cpu_count() or 1,
         allow_unsandboxed=allow_unsandboxed,
     )
     grades: list[Graded] = []
