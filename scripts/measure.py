@@ -16,7 +16,7 @@ from pathlib import Path
 
 BUDGETS = {
     "src": {"statements": 29_999, "lines88": 72_170},
-    "research": {"statements": 11_363, "lines88": 27_540},
+    "research": {"statements": 11_377, "lines88": 27_564},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
 25 000 statements and 60 000 lines."""

@@ -1,10 +1,11 @@
 """Processor time of `prove` and of the service in two commits, which take turns.
 
-Each turn of a commit is two processes that see its assay first on the path: one proves twice, of
-which the second counts, and one is `assay poc serve`, which generates a round of vectors for a
-receiver, and then computes a job of the chain's client. What counts is the processor time of the
-process for each nonce, because the machine may be shared. Ratios are of neighbouring turns, and
-their median is given with the middle half of them. All numbers of both commits must be equal.
+Each commit has two processes that see its assay first on the path: one proves, and one is `assay
+poc serve`. In each turn both commits prove as many nonces, compute a job of the chain's client, and
+generate a round of vectors for a receiver, each while everything else waits. What counts is the
+processor time of the process for each nonce, because the machine may be shared. Turns are short,
+so that what else runs is the same for both; ratios are those of a turn, and their median is given
+with its 95 % interval, by ranks. All numbers of both commits must be equal.
 
 Pass: the new commit takes at most 2 % more, for each of the three.
 
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 from _common import ROOT, note, parser, publish, round_to
+from scipy.stats import binom
 
 from tests.end_to_end.receiver import Answering
 
@@ -60,8 +63,8 @@ def digest(vectors):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def measure_prove(nonces):
-    """Prove with the assay that is on the path; return seconds for each nonce, and a hash."""
+def prove_slices(nonces):
+    """Prove a slice for every line that is read, and write its seconds a nonce and a hash."""
     import torch
 
     from assay import load_model
@@ -69,40 +72,51 @@ def measure_prove(nonces):
 
     torch.set_num_threads(1)
     loaded = load_model(MODEL, device="cpu")
-    round = Round(block_hash="block", public_key="key", preset="artifact", seq_len=SEQ_LEN)
     engine = HFEngine(loaded, batch_size=BATCH, seq_len=SEQ_LEN, compiled=False)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "proof.jsonl"
-        for _ in range(2):
+        for line in sys.stdin:
+            block = line.strip()
+            round = Round(block_hash=block, public_key="key", preset="artifact", seq_len=SEQ_LEN)
             began = time.process_time()
             proof = prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)
             seconds = (time.process_time() - began) / nonces
-    vectors = b"".join(record.vector.tobytes() for record in proof.records)
-    return {"seconds": seconds, "hash": hashlib.sha256(vectors).hexdigest()}
+            vectors = b"".join(record.vector.tobytes() for record in proof.records)
+            print(json.dumps([seconds, hashlib.sha256(vectors).hexdigest()]), flush=True)
 
 
-class Served:
-    """A service of some commit."""
+class Commit:
+    """A commit at work: a process that proves, a service, and a receiver of its callbacks."""
 
-    def __init__(self, environment, folder):
+    def __init__(self, source, nonces, folder):
         # Not above: the older commit has not what it imports.
         from tests.end_to_end.server import free_port
 
-        self._base = f"http://127.0.0.1:{(port := free_port())}"
-        command = [sys.executable, "-m", "assay", "poc", "serve", "--model", MODEL]
-        command += ["--port", str(port), "--data-dir", folder, "--allow-private-callbacks"]
+        path = os.pathsep.join([str(source.resolve()), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         settings = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.5"}
-        self._process = subprocess.Popen(
-            command,
-            env=environment | settings,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        port = free_port()
+        self._nonces = nonces
+        self._receiver = Receiver()
+        self._base = f"http://127.0.0.1:{port}"
+        self._prover = subprocess.Popen(
+            [sys.executable, __file__, "--prove", str(nonces)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        serve = [sys.executable, "-m", "assay", "poc", "serve", "--model", MODEL]
+        serve += ["--port", str(port), "--data-dir", folder, "--allow-private-callbacks"]
+        with Path(folder, "log").open("wb") as log:
+            self._service = subprocess.Popen(
+                serve, env=environment | settings, stdout=log, stderr=log
+            )
         while not self._ready():
             time.sleep(0.2)
 
     def _ready(self):
-        if self._process.poll() is not None:
+        if self._service.poll() is not None:
             raise RuntimeError("the service ended before it was ready")
         try:
             with urllib.request.urlopen(f"{self._base}/ready", timeout=10) as answer:
@@ -110,105 +124,107 @@ class Served:
         except OSError:
             return False
 
-    def seconds(self):
-        """Return the processor time that the process has used."""
-        times = psutil.Process(self._process.pid).cpu_times()
+    def _seconds(self):
+        """Return the processor time that the service has used."""
+        times = psutil.Process(self._service.pid).cpu_times()
         return times.user + times.system
 
-    def call(self, path, body=None):
-        """Return the reply to a call; without a body it is a GET."""
+    def _call(self, path, body):
+        """Return the reply to a call."""
         request = urllib.request.Request(f"{self._base}/api/v1/pow{path}")
-        if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read())
 
+    def prove(self, block):
+        """Return the processor seconds of each nonce that is proved, and their hash."""
+        self._prover.stdin.write(f"{block}\n")
+        self._prover.stdin.flush()
+        return json.loads(self._prover.stdout.readline())
+
+    def job(self, block):
+        """Return the same of a job that is waited for."""
+        job = BLOCK | {"block_hash": block, "params": PARAMS, "nonces": list(range(self._nonces))}
+        began = self._seconds()
+        reply = self._call("/generate", job | {"wait": True})
+        seconds = (self._seconds() - began) / self._nonces
+        made = {artifact["nonce"]: artifact["vector_b64"] for artifact in reply["artifacts"]}
+        return [seconds, digest(made)]
+
+    def round(self, block):
+        """Return the same of a round that is generated for the receiver."""
+        vectors = self._receiver.vectors = {}
+        began = self._seconds()
+        start = BLOCK | {"block_hash": block, "params": PARAMS, "url": self._receiver.url}
+        self._call("/init/generate", start)
+        while len(vectors) < self._nonces:
+            time.sleep(0.1)
+        self._call("/stop", {})
+        time.sleep(1.5)  # what was computed is delivered, and counts
+        seconds = (self._seconds() - began) / len(vectors)
+        return [seconds, digest({nonce: vectors[nonce] for nonce in range(self._nonces)})]
+
     def close(self):
-        """End the process."""
-        self._process.terminate()
-        self._process.wait(60)
+        """End the processes."""
+        for process in (self._prover, self._service):
+            process.terminate()
+            process.wait(60)
+        self._receiver.close()
 
 
-def measure_service(environment, nonces):
-    """Return processor seconds for each nonce of a round and of a job, and hashes of both."""
-    with TemporaryDirectory() as folder, Receiver() as receiver:
-        served = Served(environment, folder)
-        try:
-            warm = BLOCK | {"params": PARAMS, "nonces": list(range(BATCH)), "wait": True}
-            served.call("/generate", warm)
-            job = warm | {"block_hash": "job", "nonces": list(range(nonces))}
-            began = served.seconds()
-            reply = served.call("/generate", job)
-            of_job = (served.seconds() - began) / nonces
-            made = {artifact["nonce"]: artifact["vector_b64"] for artifact in reply["artifacts"]}
-            began = served.seconds()
-            served.call("/init/generate", BLOCK | {"params": PARAMS, "url": receiver.url})
-            while len(receiver.vectors) < nonces:
-                time.sleep(0.25)
-            served.call("/stop", {})
-            time.sleep(1.5)  # what was computed is delivered, and counts
-            of_round = (served.seconds() - began) / len(receiver.vectors)
-            first = {nonce: receiver.vectors[nonce] for nonce in range(nonces)}
-        finally:
-            served.close()
-    return {
-        "job": {"seconds": of_job, "hash": digest(made)},
-        "round": {"seconds": of_round, "hash": digest(first)},
-    }
-
-
-def measure(source, nonces):
-    """Return the figures of a turn of the assay in a folder."""
-    path = os.pathsep.join([str(source.resolve()), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    proved = subprocess.run(
-        [sys.executable, __file__, "--prove", str(nonces)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    figures = measure_service(environment, nonces)
-    return {"prove": json.loads(proved.stdout.splitlines()[-1]), **figures}
+def median_interval(ratios):
+    """Return the median of ratios, and the ends of its 95 % interval by ranks."""
+    ordered = sorted(ratios)
+    rank = int(binom.ppf(0.025, len(ordered), 0.5))
+    ends = [ordered[max(0, rank - 1)], ordered[min(len(ordered) - 1, len(ordered) - rank)]]
+    return [round_to(statistics.median(ordered), 4), *(round_to(ratio, 4) for ratio in ends)]
 
 
 def main():
     options = parser(__doc__)
     options.add_argument("--old", type=Path, help="src of the older commit")
-    options.add_argument("--nonces", type=int, default=192)
-    options.add_argument("--turns", type=int, default=6)
+    options.add_argument("--nonces", type=int, default=256)
+    options.add_argument("--turns", type=int, default=40)
     options.add_argument("--prove", type=int, help="what this file starts by itself")
     chosen = options.parse_args()
     if chosen.prove:
-        print(json.dumps(measure_prove(chosen.prove)))
+        prove_slices(chosen.prove)
         return
     sources = {"old": chosen.old, "new": ROOT / "src"}
-    turns = []
-    for turn in range(chosen.turns):
-        order = sources if turn % 2 == 0 else reversed(sources)
-        turns.append({commit: measure(sources[commit], chosen.nonces) for commit in order})
-        note(f"{turn + 1} of {chosen.turns}: {turns[-1]}")
     figures = {}
-    for task in ("prove", "job", "round"):
-        seconds = {
-            commit: [round_to(turn[commit][task]["seconds"], 4) for turn in turns]
-            for commit in sources
+    with ExitStack() as stack:
+        commits = {}
+        for name, source in sources.items():
+            folder = stack.enter_context(TemporaryDirectory())
+            commits[name] = Commit(source, chosen.nonces, folder)
+            stack.callback(commits[name].close)
+        for turn in range(-1, chosen.turns):  # the first one warms up
+            for task in ("prove", "job", "round"):
+                seen = {
+                    name: getattr(commits[name], task)(f"{task} {turn}")
+                    for name in sorted(commits, reverse=turn % 2 == 0)
+                }
+                if turn >= 0:
+                    figures.setdefault(task, []).append(seen)
+            note(f"{turn + 1} of {chosen.turns}")
+    tasks = {
+        task: {
+            "processor_seconds_a_nonce": {
+                name: round_to(statistics.median(seen[name][0] for seen in turns), 4)
+                for name in sources
+            },
+            "new_over_old": median_interval([seen["new"][0] / seen["old"][0] for seen in turns]),
+            "same_numbers": all(seen["new"][1] == seen["old"][1] for seen in turns),
         }
-        ratios = [new / old for old, new in zip(*seconds.values(), strict=True)]
-        quarters = statistics.quantiles(ratios, n=4)
-        hashes = {turn[commit][task]["hash"] for turn in turns for commit in sources}
-        figures[task] = {
-            "processor_seconds_a_nonce": seconds,
-            "new_over_old": round_to(statistics.median(ratios), 4),
-            "middle_half": [round_to(quarters[0], 4), round_to(quarters[2], 4)],
-            "same_numbers": len(hashes) == 1,
-        }
+        for task, turns in figures.items()
+    }
     passed = all(
-        task["new_over_old"] <= LIMIT and task["same_numbers"] for task in figures.values()
+        task["new_over_old"][0] <= LIMIT and task["same_numbers"] for task in tasks.values()
     )
-    setting = {"model": MODEL, "seq_len": SEQ_LEN, "batch": BATCH, "nonces": chosen.nonces}
-    publish("chain_throughput", {**setting, "tasks": figures, "passed": passed}, chosen.output)
+    setting = {"model": MODEL, "seq_len": SEQ_LEN, "batch": BATCH}
+    setting |= {"nonces": chosen.nonces, "turns": chosen.turns}
+    publish("chain_throughput", {**setting, "tasks": tasks, "passed": passed}, chosen.output)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ loading.
     python research/benchmarks/divided_gradients.py --device cuda --model shape:qwen3-4b \
       --shares 2 4 --samples 24 -o OUTPUT
 
-With ``--room GB`` other tensors hold all but so many GB of each GPU: what a division is for. The
-whole model is measured without and with them, and a way that does not fit says so.
+With ``--room GB`` a process has so many GB of each GPU, loading apart: what a division is for. The
+whole model is measured with all memory and with that, and a way that does not fit says so.
 """
 
 import os
@@ -52,18 +52,15 @@ def load(chosen, device):
     return model.module.to(device), tokenizer, samples
 
 
-def hold(room, devices):
-    """Return tensors that leave so many GB of each device, the model's own among them."""
-    held = []
-    for device in devices:
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-        size = max(0, free - int(room * 1e9))
-        held.append(torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}"))
-    return held
+def leave_room(chosen, devices):
+    """Let this process have no more of each device than was asked for, the model included."""
+    torch.cuda.empty_cache()
+    for device in devices if chosen.room else ():
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, chosen.room * 1e9 / total), device)
 
 
-def measure(module, tokenizer, samples, held=()):
+def measure(module, tokenizer, samples):
     """Return gradients by module, and the seconds and memory that factors and gradients took."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -72,12 +69,8 @@ def measure(module, tokenizer, samples, held=()):
         lambda: dict(per_sample_gradients(samples, module, tokenizer=tokenizer, svd=svd))
     )
     if torch.cuda.is_available():
-        peaks = [
-            torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
-        ]
-        for tensor in held:
-            peaks[tensor.device.index] -= tensor.numel()
-        peak = max(peaks)
+        devices = range(torch.cuda.device_count())
+        peak = max(torch.cuda.max_memory_allocated(device) for device in devices)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return rows, {
@@ -99,8 +92,8 @@ def share(rank, chosen, way, shares, folder):
     # Whole in memory first: what is measured begins with the divided model.
     module, tokenizer, samples = load(chosen, "cpu")
     divided = WAYS[way](module, init_device_mesh(device.type, (shares,))).to(device)
-    held = hold(chosen.room, [rank]) if chosen.room else ()
-    torch.save(measure(divided, tokenizer, samples, held), f"{folder}/{way}-{shares}-{rank}.pt")
+    leave_room(chosen, [rank])
+    torch.save(measure(divided, tokenizer, samples), f"{folder}/{way}-{shares}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -122,8 +115,8 @@ def spread(chosen, shares, folder):
     dispatched = dispatch_model(
         module, places, main_device="cpu" if chosen.device == "cpu" else 0, offload_dir=str(folder)
     )
-    held = hold(chosen.room, range(shares)) if chosen.room else ()
-    return measure(dispatched, tokenizer, samples, held)
+    leave_room(chosen, range(shares))
+    return measure(dispatched, tokenizer, samples)
 
 
 def divide(way, chosen, shares, folder):
@@ -131,7 +124,8 @@ def divide(way, chosen, shares, folder):
     try:
         if way == "whole":
             whole = load(chosen, "cuda:0")
-            return [measure(*whole, hold(chosen.room, [0]))], None
+            leave_room(chosen, [0])
+            return [measure(*whole)], None
         if way == "device_map":
             return [spread(chosen, shares, folder)], None
         torch.multiprocessing.spawn(share, (chosen, way, shares, folder), nprocs=shares)

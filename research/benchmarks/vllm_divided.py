@@ -10,10 +10,9 @@ with an error that says so; started again, the engine proves the same nonces.
 - Residuals are to transformers, and to one device. The law of `tokens-1` is that of `calibrate`
   between one device and transformers, on another block. That of chain-decode comes with the bundled
   model. The cheat is the model in four bits, on transformers.
-- `bare` is the divided forward pass by itself: vLLM's own dummy passes over as many sequences of as
-  many positions, in every worker, without inputs, sampling or scheduler. Stages compute at once and
-  send nothing. `prefill` is what the same engine makes of the same prompts as requests for one
-  token.
+- `bare` is the divided forward pass by itself: vLLM's own dummy passes over as many random tokens,
+  in every worker, without sampling or scheduler. Stages compute at once and send nothing. `prefill`
+  is what the same engine makes of the same prompts as requests for one token.
 
 The large models have random weights, so their laws speak of rounding alone.
 
@@ -129,16 +128,22 @@ def round_of(case, chosen, block):
 
 
 def bare_passes(worker, tokens, passes):
-    """Run dummy passes in a worker; return their seconds."""
+    """Run dummy passes over random tokens in a worker; return their seconds.
+
+    Products of zeros need less power, so that a GPU is faster with vLLM's usual dummies.
+    """
     runner = worker.model_runner
     on_cuda = runner.device.type == "cuda"
+    if not runner.is_first_pp_rank:
+        for tensor in runner.intermediate_tensors.tensors.values():
+            tensor.normal_()
     seconds = 0.0
     for count in (1, passes):
         if on_cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(count):
-            runner._dummy_run(tokens)
+            runner._dummy_run(tokens, randomize_inputs=True)
         if on_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began

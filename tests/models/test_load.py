@@ -8,6 +8,7 @@ from transformers.utils import logging as hf_logging
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.models.configuration import silence_transformers
+from assay.models.device import free_bytes
 from tests.models.storing import configure, rewrite
 from tests.wordings import refuses
 
@@ -208,3 +209,15 @@ def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path):
     ids = torch.randint(0, 128, (2, 24))
     with torch.inference_mode():
         torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+
+
+def test_a_limit_of_the_process_counts_as_the_end_of_a_gpu(monkeypatch):
+    def has(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+
+    has(mem_get_info=(60, 100), memory_allocated=10, memory_reserved=15)
+    has(get_per_process_memory_fraction=1.0)
+    assert free_bytes(torch.device("cuda")) == 60 + 15 - 10
+    has(get_per_process_memory_fraction=0.4)
+    assert free_bytes(torch.device("cuda")) == 40 - 10

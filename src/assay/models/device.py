@@ -40,10 +40,15 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device in bytes; what torch's allocator reserves counts."""
+    """Return the memory in bytes that this process may still take of a device.
+
+    What torch's allocator reserves counts, and so does a limit that the process has set itself.
+    """
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return min(free + torch.cuda.memory_reserved(device), limit) - allocated
     return int(psutil.virtual_memory().available) + kept_bytes()
 
 
