@@ -4,13 +4,12 @@ What a worker must know of a response comes with its request, in ``extra_args`` 
 ``SamplingParams``. Two methods of the model runner are wrapped as
 :class:`assay.poc.vllm.WorkerExtension` does it, and for its reasons: ``execute_model`` names the
 new requests, and while ``sample_tokens`` begins the hidden states of a step are there. The state at
-position ``prompt - 1 + t`` of a request gives token t. States are copied once a step, all together,
-and become sketches a few dozen at a time.
+position ``prompt - 1 + t`` of a request gives token t. States are copied, and become sketches a few
+dozen at a time.
 
 On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device
-without the next. So places go there from pinned memory, and sketches are made on a stream of their
-own, of the steps that the device has done. A sketch that the serving side asks for is one of these:
-it has seen the token.
+without the next. So sketches are made on a stream of their own, of the steps that the device has
+done. A sketch that the serving side asks for is one of these: it has seen the token.
 
 Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S
 sketches.
@@ -28,7 +27,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from assay import streams
-from assay.models.device import to_device
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.compatibility import runner_kind
@@ -128,6 +126,7 @@ class SketchedState(NamedTuple):
 
     kept: KeptResponse
     token: int
+    state: Tensor  # D
     there: Tensor | None = None
 
 
@@ -140,7 +139,7 @@ class Capture:
         self._raw = raw
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
         # The states of each step, and on a GPU the event after which they are there.
-        self._waiting: deque[tuple[list[SketchedState], list[Tensor], Any]] = deque()
+        self._waiting: deque[tuple[list[SketchedState], Any]] = deque()
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
@@ -190,63 +189,50 @@ class Capture:
         if not self._kept or (step := read_step(self._runner)) is None:
             return
         states_ND, chunks = step
-        places = []
-        step_states = []
-        step_rows = []
+        copied: list[SketchedState] = []
         for chunk in chunks:
             if (response := self._kept.get(chunk.request_id)) is None:
                 continue
             # The token that the first position gives. With drafts the host's count is a bound.
             first = chunk.computed + 1 - response.prompt
             high = first + self._slack + chunk.length
-            for token in sketched_tokens(first - self._slack, high):
-                if self._slack:
-                    state, state_1D = self._choose(states_ND, chunk, response, token)
-                    step_rows.append(state_1D)
-                else:
-                    places.append(chunk.start + token - first)
-                    state = SketchedState(response, token)
-                step_states.append(state)
-        if places:
-            step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
-        if step_states:
-            event = (
-                None
-                if self._aside is None
-                else torch.cuda.current_stream(self._device).record_event()
-            )
-            self._waiting.append((step_states, step_rows, event))
-        if sum(len(states) for states, _, _ in self._waiting) >= AT_ONCE:
+            tokens = sketched_tokens(first - self._slack, high)
+            copied += [self._copied(states_ND, chunk, response, token) for token in tokens]
+        if copied:
+            stream = None if self._aside is None else torch.cuda.current_stream(self._device)
+            self._waiting.append((copied, stream and stream.record_event()))
+        if sum(len(states) for states, _ in self._waiting) >= AT_ONCE:
             self._flush()
 
-    def _choose(
+    def _copied(
         self, states_ND: Tensor, chunk: Chunk, response: KeptResponse, token: int
-    ) -> tuple[SketchedState, Tensor]:
-        """Copy the state [1, D] at a position that only the device can find: with drafts the host's
-        count is a bound.
+    ) -> SketchedState:
+        """Copy the state that gives a token. With drafts only the device knows where it is.
 
         A draft that is not accepted leaves a wrong state at its position, which is computed again
         and replaces it.
         """
+        position = response.prompt - 1 + token
+        if not self._slack:
+            state_D = states_ND[chunk.start + position - chunk.computed].clone()
+            return SketchedState(response, token, state_D)
         rows = slice(chunk.start, chunk.start + chunk.length)
-        positions_L = self._runner.execute_model_state.input_batch.positions[rows]
-        hits_L = positions_L == response.prompt - 1 + token
+        hits_L = self._runner.execute_model_state.input_batch.positions[rows] == position
         place_1 = hits_L.to(torch.uint8).argmax().reshape(1)
-        return SketchedState(response, token, hits_L.any()), states_ND[rows].index_select(
-            0, place_1
-        )
+        state_D = states_ND[rows].index_select(0, place_1)[0]
+        return SketchedState(response, token, state_D, hits_L.any())
 
     @torch.inference_mode()
     def _flush(self) -> None:
         """Make sketches of the states of all steps that the device has done."""
         ready = []
-        while self._waiting and ((event := self._waiting[0][2]) is None or event.query()):
+        while self._waiting and ((event := self._waiting[0][1]) is None or event.query()):
             ready.append(self._waiting.popleft())
-        states = [state for of_step, _, _ in ready for state in of_step]
+        states = [state for of_step, _ in ready for state in of_step]
         if not states:
             return
         with torch.cuda.stream(self._aside):  # of None: nothing changes
-            states_SD = torch.cat([rows for _, of_step, _ in ready for rows in of_step])
+            states_SD = torch.stack([state.state for state in states])
             if self._raw:
                 made_S = states_SD.float().cpu().numpy()
             else:
