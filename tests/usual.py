@@ -1,8 +1,9 @@
 """How much of a test with many settings or many tries a run takes.
 
-`make test` takes the usual settings and fewer drawn examples. `make test-all`, and a call of pytest
-without a choice of markers, take the rarer settings too. `make soak`, which sets ``ASSAY_SOAK``,
-also takes settings that show nothing more than others, and tries everything as often as it says.
+`make test` takes the usual settings and few drawn examples. `make test-all`, and a call of pytest
+without a choice of markers, take rarer settings and more examples too. `make soak`, which sets
+``ASSAY_SOAK``, also takes settings that show nothing more than others, and tries everything as
+often as it says.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-FEWER = 8  # times fewer examples where slow tests are left out
+FEWER = {True: 4, False: 8}  # times fewer examples, with slow tests and without them
 SOAK = "ASSAY_SOAK" in os.environ
 choice = {"slow": True}
 """Whether slow tests are among those that were asked for; conftest.py says so."""
@@ -32,8 +33,8 @@ def _marked(values: Iterable[Any], kept: tuple[Any, ...], mark: pytest.MarkDecor
 
 
 def examples(number: int) -> int:
-    """Return how many examples a property is tried on, of those of `make test-all`."""
-    return number if choice["slow"] else max(3, number // FEWER)
+    """Return on how many examples a property is tried, of ``number`` in `make soak`."""
+    return number if SOAK else max(3, number // FEWER[choice["slow"]])
 
 
 def tries(number: int, fewer: int) -> int:

@@ -33,4 +33,8 @@ def test_every_command_has_a_page():
 def test_a_page_is_formatted_without_a_warning(name):
     done = formatted(PAGES[name])
     assert (done.returncode, done.stderr) == (0, "")
-    assert formatted(".nonsense").stderr  # it does warn
+
+
+@pytest.mark.needs("groff")
+def test_a_page_of_nonsense_is_warned_of():
+    assert formatted(".nonsense").stderr

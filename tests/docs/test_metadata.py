@@ -83,13 +83,14 @@ def test_setup_installs_wheels_of_known_hashes_alone(monkeypatch):
         return True
 
     monkeypatch.setattr(install, "install", note_call)
+    monkeypatch.setattr(install, "find_uv", lambda: None)
     monkeypatch.setattr("sys.argv", ["install.py"])
     assert install.main() == 0
     written = "\n".join(files)
     left_out = (*install.OF_CUDA, "atheris")  # of `make redteam`
     assert all(entry in written for entry in locked if not entry.startswith(left_out))
     of_index = [words for words in calls if "-e" not in words]
-    assert len(of_index) == len(calls) - 1 == 3
+    assert len(of_index) == len(calls) - 1 == 4
     assert all({"--require-hashes", "--only-binary"} <= {*words} for words in of_index)
     assert {"--no-deps", "--no-build-isolation"} <= {
         *next(words for words in calls if "-e" in words)

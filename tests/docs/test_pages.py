@@ -3,7 +3,8 @@ behind the same flags.
 
 Each page runs in a folder with what its reader has, on loopback, without root and on a CPU.
 Programs of benchmarks lie there too, so what they write is not what is committed. Models are the
-bundled ones; red teams have smaller ones, for they fine-tune and run dozens of variants.
+bundled ones; red teams and checks have smaller ones, for they fine-tune, run dozens of variants and
+draw hundreds of nulls.
 """
 
 import json
@@ -17,6 +18,7 @@ from assay.vhack.pairs import generate_pairs, write_pairs
 from research.tests import published
 from tests.docs.shell import PAGES as TEXTS
 from tests.docs.shell import ROOT, held, page, script
+from tests.usual import enough
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("warm")]
 SHORT = "--seq-len 32"
@@ -224,7 +226,11 @@ RUNS = {
         says=("honest",),
     ),
     "protocol": Page(PROOF, small=PROVED, says=("nothing",)),
-    "decode": Page(small=PROVED, says=("honest",)),
+    "decode": Page(
+        instead={'nonces = "0:64"': 'nonces = "0:24"', "--nonces 0:64": "--nonces 0:24"},
+        small=PROVED,
+        says=("honest",),
+    ),
     "streams": Page(),
     "models": Page(),
     "statistics": Page(says=("0.5", "1.40")),
@@ -243,7 +249,12 @@ RUNS = {
         makes=("basis.safetensors", "hack.safetensors"),
     ),
     "vhack-checks": Page(
-        instead={"generated:96": "generated:12", "generate_pairs(96)": "generate_pairs(12)"},
+        MODELS,
+        {
+            "generated:96": "generated:12",
+            "generate_pairs(96)": "generate_pairs(12)",
+            "reference:qwen3": "./small-qwen3",
+        },
         given={"hacking.jsonl": pool("sys.exit(0)"), "clean.jsonl": pool("return a + b")},
         makes=("check.html", "check.json", "pools.json"),
     ),
@@ -330,6 +341,11 @@ RUNS = {
     ),
 }
 
+DEAR = "redteam-responses"
+"""A page with one command, two minutes of a core with its smallest numbers:
+research/tests/responses/test_run.py runs its experiment with fewer audits.
+"""
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -348,7 +364,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", enough(RUNS, *(name for name in RUNS if name != DEAR)))
 @pytest.mark.needs("curl")
 def test_the_blocks_of_a_page_run(name, folder, needs):
     shown = RUNS[name]

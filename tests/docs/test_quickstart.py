@@ -1,4 +1,4 @@
-"""docs/vhack-quickstart.md runs as it stands: its two files, and then its commands. So does
+"""docs/vhack-quickstart.md runs, with fewer tasks: its two files, and then its commands. So does
 docs/calibration.md.
 """
 
@@ -19,6 +19,8 @@ PAGE, CALIBRATION = (
     (DOCS / name).read_text(encoding="utf-8") for name in ("vhack-quickstart.md", "calibration.md")
 )
 MINE, SCRIPT, FILTER = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+FEWER = ("range(2, 16)", "range(2, 8)")
+"""Numbers of the tasks of the page, and of those here: fewer pairs show as much."""
 (BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
 MACHINES = (("bfloat16", 16), ("bfloat16", 8), ("float16", 16), ("float32", 16), ("bfloat16", 16))
@@ -32,7 +34,8 @@ def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text(MINE)
+    assert FEWER[0] in MINE
+    (tmp_path / "mine.py").write_text(MINE.replace(*FEWER))
     (tmp_path / "runs").mkdir()
     try:
         exec(compile(SCRIPT, "docs/vhack-quickstart.md", "exec"), {"__name__": "quickstart"})

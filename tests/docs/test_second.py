@@ -21,6 +21,7 @@ from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.verdict.sample_plan import sequential_test
 from tests.laws import QWEN3
 from tests.streams.test_draws import DRAWS_PER_GROUP, Group
+from tests.usual import enough
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "tests" / "vectors"
@@ -183,7 +184,7 @@ def test_evidence_of_every_default_law(family):
         assert seen >= {"honest", "fraud"}
 
 
-@pytest.mark.parametrize("name", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", enough(MODELS, "qwen3"))
 @pytest.mark.parametrize("preset", [*FORWARD, "decode-64"])
 def test_every_preset_is_recomputed(preset, name, tmp_path):
     model = assay.load_model(f"reference:{name}", dtype="float32", device="cpu")

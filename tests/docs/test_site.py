@@ -31,7 +31,9 @@ TABLES_SCROLL = """() => [...document.querySelectorAll("article table")]
 """The heads of tables that are wider than the page."""
 
 
-def build_site():
+@pytest.fixture(scope="module")
+def built():
+    """The site, as `make site` builds it."""
     subprocess.run([sys.executable, "scripts/site_pages.py"], cwd=ROOT, check=True)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -40,25 +42,26 @@ def build_site():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("built")
 def test_the_site_is_built_as_make_site_builds_it():
-    build_site()
     assert (SITE / "statistics/index.html").is_file()
 
 
 @pytest.mark.browser
 @pytest.mark.needs("chromium")
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("built")
 def test_no_code_and_no_picture_of_the_site_is_off_screen_on_any_width():
-    build_site()
     faults = {}
     with chromium() as browser:
-        for width in (360, 768, 1280):
-            page = browser.new_page(viewport={"width": width, "height": 900})
-            for path in sorted(SITE.rglob("index.html")):
-                page.goto(path.as_uri())
+        page = browser.new_page()
+        for path in sorted(SITE.rglob("index.html")):
+            page.goto(path.as_uri())
+            for width in (360, 768, 1280):
+                page.set_viewport_size({"width": width, "height": 900})
                 if off_screen := page.evaluate(OFF_SCREEN):
                     faults[width, path.parent.name] = off_screen
-        page = browser.new_page(viewport={"width": 360, "height": 900})
+        page.set_viewport_size({"width": 360, "height": 900})
         page.goto((SITE / "index.html").as_uri())
         assert page.evaluate(TABLES_SCROLL) == [], "tables of the README fit on a phone"
     assert not faults

@@ -6,7 +6,6 @@ import tempfile
 import threading
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -158,21 +157,11 @@ class ServiceMachine(RuleBasedStateMachine):
             self.checked[self.block] = checked
 
 
-class _Few(ServiceMachine):
-    """The machine with the sequences of the fast suite."""
-
-
-def _settings(max_examples: int) -> settings:
-    return settings(
-        max_examples=max_examples,
-        stateful_step_count=20,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-TestService = _Few.TestCase
-TestService.settings = _settings(examples(10))
-TestServiceLonger = pytest.mark.soak(pytest.mark.timeout(900)(ServiceMachine.TestCase))
-TestServiceLonger.settings = _settings(30)
+TestService = ServiceMachine.TestCase
+TestService.settings = settings(
+    max_examples=examples(30),
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
