@@ -20,10 +20,11 @@ from assay.models.resolve import ModelSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SHAPED = "of another shape"
-_MISSING = "missing"
-_SURPLUS = "surplus"
-_FAULTS = {"mismatched_keys": _SHAPED, "missing_keys": _MISSING, "unexpected_keys": _SURPLUS}
+_FAULTS = {
+    "mismatched_keys": "of another shape",
+    "missing_keys": "missing",
+    "unexpected_keys": "surplus",
+}
 """Faults by the key under which transformers reports them."""
 
 _SKIPPED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
@@ -62,21 +63,21 @@ def check_headers(source: ModelSource, tensors: list[StoredTensor]) -> None:
     if shaped:
         name = shaped[0]
         difference = f": {list(stored[name].shape)}, not {list(shapes[name])}"
-        raise _misfit(str(stored[name].file), _SHAPED, shaped, difference)
+        raise _misfit(str(stored[name].file), "mismatched_keys", shaped, difference)
     if missing and not surplus:
         file = find_file(source.checkpoint, stored, missing[0])
-        raise _misfit(str(file), _MISSING, missing)
+        raise _misfit(str(file), "missing_keys", missing)
     if surplus and not missing:
-        raise _misfit(str(stored[surplus[0]].file), _SURPLUS, surplus)
+        raise _misfit(str(stored[surplus[0]].file), "unexpected_keys", surplus)
 
 
 def check_report(reference: str, report: Mapping[str, Any]) -> None:
     """Refuse the misfits that transformers reports of a load, which headers did not show."""
-    for key, fault in _FAULTS.items():
+    for key in _FAULTS:
         entries = report.get(key) or ()
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries)
         if names:
-            raise _misfit(repr(reference), fault, names)
+            raise _misfit(repr(reference), key, names)
 
 
 def _shapes_in_files(module: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
@@ -92,10 +93,10 @@ def _shapes_in_files(module: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in inside.items()}
 
 
-def _misfit(where: str, fault: str, names: list[str], difference: str = "") -> BadWeights:
+def _misfit(where: str, key: str, names: list[str], difference: str = "") -> BadWeights:
     tensors = f"{len(names)} tensors are" if len(names) > 1 else "a tensor is"
     return BadWeights(
-        f"{where}: {tensors} {fault}, the first is {names[0]!r}{difference}",
+        f"{where}: {tensors} {_FAULTS[key]}, the first is {names[0]!r}{difference}",
         wanted="exactly the tensors of the configuration",
         do="download or save the checkpoint again; a fused or quantised layout is not read",
     )

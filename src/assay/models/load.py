@@ -1,14 +1,12 @@
 """From a reference to a model that is ready to run, with every fault found before it runs.
 
-:func:`load_model` resolves the reference and lets one opener make the model: of trained weights
-(:func:`open_trained`), of weights in eight or four bits (:func:`open_stored`), of the random
-weights of a checkpoint (:func:`open_random`), or of a bundled shape (:func:`open_shape`).
+:func:`load_model` resolves the reference and has its weights read (:func:`open_trained`) or drawn
+(:func:`open_random`).
 """
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -110,120 +108,75 @@ def load_model(
     source = resolve(reference)
     target = parse_device(device)
     narrow = None if dtype is None else torch_dtype(dtype)
-    block = _choose_block(source, weights, block_hash)
+    is_shape = source.directory is None
+    block = _choose_block(weights, block_hash, SHAPE_BLOCK if is_shape else "")
+    mode = "random-all" if is_shape and weights == "trained" else weights
     form = _choose_format(source, quantise, weights, target)
+    # It fails before weights are read.
+    tokenizer = None if is_shape else read_tokenizer(source.checkpoint)
     with _refuse_out_of_memory(target):
-        if source.directory is None:
-            model = open_shape(source, weights, block, narrow, target, quantise)
-        elif form is not None:
-            model = open_stored(source, form, narrow, target)
-        elif weights == "random-all":
-            model = open_random(source, block, narrow, target, quantise)
+        if is_shape or mode == "random-all":
+            # Where embeddings alone are drawn for the block, a shape has no trained weights beside.
+            others = SHAPE_BLOCK if mode == "random-embed" else ""
+            module = open_random(source, narrow, others or block, target)
         else:
-            model = open_trained(source, narrow, target, quantise)
-            if weights == "random-embed":
-                model = _with_random_embeddings(model, source, block)
+            module, others = open_trained(source, narrow, form)
+        # The library's own `to` is wrapped in a way that hides its type.
+        cast("torch.nn.Module", module).to(target).eval()
+        if quantise is not None and form is None:
+            round_weights(backbone(module))
+        if mode == "random-embed":
+            randomise_embeddings(module, block)
+    digest = others
+    if mode != "trained":
+        digest = recipe_digest(source.published, mode, block, others=others, unit_norms=is_shape)
     if target.type == "cpu":
         keep_freed_memory()
-    return model
+    quantised = form.name if form else quantise or ""
+    return Model(module, tokenizer, source.reference, digest, mode, quantised)
 
 
 def open_trained(
-    source: ModelSource,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    quantise: str | None = None,
-) -> Model:
-    """Return the model of a checkpoint in 16 or 32 bits, rounded if ``quantise`` is a format.
+    source: ModelSource, dtype: torch.dtype | None, form: StoredFormat | None
+) -> "tuple[PreTrainedModel, str]":
+    """Return the module of a checkpoint on the CPU, and the digest of its tensors.
 
-    A dtype of None is the stored one, and the format is of the decoder's linear layers.
+    Args:
+        source: Checkpoint.
+        dtype: Dtype of weights that are not stored in eight bits; None is the stored one.
+        form: Format of weights in eight or four bits; None without such weights.
     """
-    # It fails before weights are read.
-    tokenizer = read_tokenizer(source.checkpoint)
     tensors = list_tensors(source.checkpoint)
     dtype = dtype or stored_dtype(tensors)
-    check_headers(source, tensors)
+    _check_tensors(source, tensors, form)
     digest = _digest(source, tensors)
-    module = _read_trained(source, dtype)
-    _check_range(module, source, dtype)
-    _place(module, device, quantise)
-    return Model(module, tokenizer, source.reference, digest, "trained", quantise or "")
-
-
-def open_stored(
-    source: ModelSource, form: StoredFormat, dtype: torch.dtype | None, device: torch.device
-) -> Model:
-    """Return the model of a checkpoint in eight or four bits.
-
-    The dtype is that of the other weights, and of those in four bits; None is the stored one.
-    """
-    tokenizer = read_tokenizer(source.checkpoint)
-    tensors = list_tensors(source.checkpoint)
-    dtype = dtype or stored_dtype(tensors)
-    load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
-    digest = _digest(source, tensors)
-    module = load_stored(source, tensors, form, dtype)
-    _check_range(module, source, dtype)
+    if form is None:
+        module = _read_plain(source, dtype)
+    else:
+        module = load_stored(source, tensors, form, dtype)
     _read_generation(module, source.checkpoint)
-    _place(module, device)
-    return Model(module, tokenizer, source.reference, digest, "trained", form.name)
+    # Values that float16 cannot hold, where the other dtypes can.
+    if dtype == torch.float16:
+        for name, parameter in module.named_parameters():
+            check_finite(name, parameter.data, f"{source.reference} as {dtype}")
+    return module, digest
 
 
 def open_random(
-    source: ModelSource,
-    block: str,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    quantise: str | None = None,
-) -> Model:
-    """Return the model of a checkpoint's configuration with every weight drawn for a block.
+    source: ModelSource, dtype: torch.dtype | None, block: str, device: torch.device
+) -> "PreTrainedModel":
+    """Return the module of a configuration with every weight drawn for a block on a device.
 
-    Arguments are those of :func:`open_trained`. Of the stored tensors only the dtype is used.
+    The norms of a shape are ones, and its dtype is bfloat16 by default. Of a checkpoint's tensors
+    only the dtype is used.
     """
-    tokenizer = read_tokenizer(source.checkpoint)
-    module = build(source.config, dtype or stored_dtype(list_tensors(source.checkpoint)))
-    _read_generation(module, source.checkpoint)
-    randomise(module, block, device, unit_norms=False)
-    _place(module, device, quantise)
-    digest = recipe_digest(source.published, "random-all", block, unit_norms=False)
-    return Model(module, tokenizer, source.reference, digest, "random-all", quantise or "")
-
-
-def open_shape(
-    source: ModelSource,
-    weights: str,
-    block: str,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    quantise: str | None = None,
-) -> Model:
-    """Return the model of a bundled shape, drawn for a block, with norms of one and no tokenizer.
-
-    In the mode ``random-embed`` only the embeddings are drawn for the block, and the other weights
-    for the fixed one. Other arguments are those of :func:`open_trained`; the dtype is bfloat16 by
-    default.
-    """
-    mode = "random-all" if weights == "trained" else weights
-    fixed_block = SHAPE_BLOCK if mode == "random-embed" else ""
-    module = build(source.config, dtype or torch.bfloat16)
-    randomise(module, fixed_block or block, device, unit_norms=True)
-    if fixed_block:
-        randomise_embeddings(module, block)
-    _place(module, device, quantise)
-    digest = recipe_digest(source.published, mode, block, others=fixed_block, unit_norms=True)
-    return Model(module, None, source.reference, digest, mode, quantise or "")
-
-
-def _with_random_embeddings(model: Model, source: ModelSource, block: str) -> Model:
-    """Return a trained model whose input embeddings are drawn for a block."""
-    randomise_embeddings(model.module, block)
-    return replace(
-        model,
-        digest=recipe_digest(
-            source.published, "random-embed", block, others=model.digest, unit_norms=False
-        ),
-        weights="random-embed",
-    )
+    if source.directory is None:
+        module = build(source.config, dtype or torch.bfloat16)
+    else:
+        module = build(source.config, dtype or stored_dtype(list_tensors(source.directory)))
+        _read_generation(module, source.directory)
+    randomise(module, block, device, unit_norms=source.directory is None)
+    return module
 
 
 def _check_names(dtype: str | None, weights: str, block_hash: str | None) -> None:
@@ -250,9 +203,9 @@ def _check_names(dtype: str | None, weights: str, block_hash: str | None) -> Non
         )
 
 
-def _choose_block(source: ModelSource, weights: str, block_hash: str | None) -> str:
-    """Return the block that weights are drawn for; a shape has a default."""
-    block = block_hash or (SHAPE_BLOCK if source.directory is None else "")
+def _choose_block(weights: str, block_hash: str | None, default: str) -> str:
+    """Return the block that weights are drawn for."""
+    block = block_hash or default
     if weights != "trained" and not block:
         raise UsageError(
             f"weights={weights!r} without a block",
@@ -298,7 +251,17 @@ def _digest(source: ModelSource, tensors: list[StoredTensor]) -> str:
     return digest_tensors(tensors, source.published.get("quantization_config"))
 
 
-def _read_trained(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
+def _check_tensors(
+    source: ModelSource, tensors: list[StoredTensor], form: StoredFormat | None
+) -> None:
+    """Refuse other tensors than those of the configuration, as far as headers show it."""
+    if form is None:
+        check_headers(source, tensors)
+    else:
+        load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
+
+
+def _read_plain(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
     """Return the module of a checkpoint as transformers reads it, on the CPU in a dtype."""
     module: PreTrainedModel
     try:
@@ -322,7 +285,6 @@ def _read_trained(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
             "weights that belong to the configuration beside them",
         ) from error
     check_report(source.reference, report)
-    _read_generation(module, source.checkpoint)
     return module
 
 
@@ -334,20 +296,6 @@ def _read_generation(module: "PreTrainedModel", directory: Path) -> None:
         )
 
 
-def _check_range(module: "PreTrainedModel", source: ModelSource, dtype: torch.dtype) -> None:
-    """Refuse values that float16 cannot hold, where the other dtypes can."""
-    if dtype == torch.float16:
-        for name, parameter in module.named_parameters():
-            check_finite(name, parameter.data, f"{source.reference} as {dtype}")
-
-
-def _place(module: "PreTrainedModel", device: torch.device, quantise: str | None = None) -> None:
-    # The library's own `to` is wrapped in a way that hides its type.
-    cast("torch.nn.Module", module).to(device).eval()
-    if quantise is not None:
-        round_weights(backbone(module))
-
-
 def check_loadable(
     reference: str | Path, *, device: str | None = None, dtype: str | None = None
 ) -> None:
@@ -355,13 +303,8 @@ def check_loadable(
     target = parse_device(device)
     source = resolve(reference)
     form = _choose_format(source, dtype if dtype in NUMBER_FORMATS else None, "trained", target)
-    if source.directory is None:
-        return
-    tensors = list_tensors(source.directory)
-    if form is None:
-        check_headers(source, tensors)
-    else:
-        load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
+    if source.directory is not None:
+        _check_tensors(source, list_tensors(source.directory), form)
 
 
 def identify(reference: str | Path, *, dtype: str) -> Model:

@@ -61,9 +61,7 @@ def load_stored(
     with torch.device("meta") if headers_only else nullcontext():
         module = build(source.config, dtype)
         _fill(module, "", reader)
-        if module.config.tie_word_embeddings:
-            tied: Any = module
-            tied.tie_weights()
+        module.tie_weights()
     if reader.unread:
         raise reader.refusal(min(reader.unread), f"is surplus, one of {len(reader.unread)}")
     return module
@@ -161,19 +159,15 @@ class _TensorReader:
         group = self.form.group or columns
         if columns % group or columns % NUMBERS_OF_A_WORD or rows % NUMBERS_OF_A_WORD:
             raise self.refusal(layer, f"has {rows} rows of {columns} columns, in groups of {group}")
-        if self.form.packing == "compressed-tensors":
-            numbers, zeros, scales = self._compressed_tensors(layer, rows, columns, group)
-        elif self.form.packing == "awq":
-            numbers, zeros, scales = self._awq(layer, rows, columns, group)
-        else:
-            numbers, zeros, scales = self._gptq(layer, rows, columns, group)
+        readers = {"compressed-tensors": self._compressed_tensors, "awq": self._awq}
+        read = readers.get(str(self.form.packing), self._gptq)
+        numbers, zeros, scales = read(layer, rows, columns, columns // group)
         return restore(numbers.contiguous(), zeros, scales, self.dtype)
 
     def _compressed_tensors(
-        self, layer: str, rows: int, columns: int, group: int
+        self, layer: str, rows: int, columns: int, groups: int
     ) -> tuple[Tensor, Tensor | int, Tensor]:
         """Return numbers [R, C], zeros [R, G] or one for all, and scales [R, G]."""
-        groups = columns // group
         numbers = self._unpack(f"{layer}.weight_packed", (rows, columns))
         name = f"{layer}.weight_shape"
         stated = self.read(name)
@@ -184,19 +178,17 @@ class _TensorReader:
         return numbers, zeros, self.read(f"{layer}.weight_scale", (rows, groups))
 
     def _awq(
-        self, layer: str, rows: int, columns: int, group: int
+        self, layer: str, rows: int, columns: int, groups: int
     ) -> tuple[Tensor, Tensor | int, Tensor]:
         """Return numbers [R, C], zeros [R, G] and scales [R, G]; AWQ stores all transposed."""
-        groups = columns // group
         numbers = self._unpack(f"{layer}.qweight", (columns, rows), AWQ_PLACES)
         zeros = self._unpack(f"{layer}.qzeros", (groups, rows), AWQ_PLACES)
         return numbers.t(), zeros.t(), self.read(f"{layer}.scales", (groups, rows)).t()
 
     def _gptq(
-        self, layer: str, rows: int, columns: int, group: int
+        self, layer: str, rows: int, columns: int, groups: int
     ) -> tuple[Tensor, Tensor | int, Tensor]:
         """Return numbers [R, C], the one zero, and scales [R, G] of symmetric weights in order."""
-        groups = columns // group
         numbers = self._unpack(f"{layer}.qweight", (columns, rows), axis=0)
         # Zeros are stored less one; engines of symmetric weights read no others.
         zeros = self._unpack(f"{layer}.qzeros", (groups, rows))
@@ -207,7 +199,7 @@ class _TensorReader:
         )
         if self.has(f"{layer}.g_idx"):
             order = self.read(f"{layer}.g_idx", (columns,))
-            in_order = [column // group for column in range(columns)]
+            in_order = [column * groups // columns for column in range(columns)]
             self.check(
                 f"{layer}.g_idx", lambda: order.tolist() == in_order, "has columns out of order"
             )
