@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assay.vhack.directions.gradients.batches import Segments
-from assay.vhack.directions.gradients.packed import PackedLayers
+from assay.vhack.directions.gradients.packed import packed_forward
 
 LENGTHS = [1, 63, 64, 65, 130]
 
@@ -75,8 +75,7 @@ def _weight():
 
 
 def test_it_gives_what_transformers_gives(model):
-    packed = PackedLayers(_batch, None)
-    forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
+    forwards = [packed_forward(layer, _batch, None, labels_only=False) for layer in model.layers]
     found = _outcome(model, forwards, _weight())
     wanted = _one_by_one(model, model.layers, _weight())
     for one, other in zip(found, wanted, strict=True):
@@ -90,7 +89,7 @@ def test_queries_that_no_loss_asks_for_are_left_out(model):
     for begin, end in spans:
         asked[:, begin:end] = 1
     layer = model.layers[0]
-    late = PackedLayers(lambda: _batch(spans), None).forward(layer, labels_only=True)
+    late = packed_forward(layer, lambda: _batch(spans), None, labels_only=True)
     out, gradient = _outcome(model, [late], _weight() * asked)
     wanted, wanted_gradient = _one_by_one(model, [layer], _weight() * asked)
     assert not (out * (1 - asked)).any()

@@ -18,7 +18,6 @@ from assay.vhack.directions.gradients.gradient_operations import (
     Norm,
     is_plain_norm,
     load_kernels,
-    sample_products,
     segment_products,
 )
 from assay.vhack.directions.gradients.per_sample import batches_at_once
@@ -172,6 +171,19 @@ def test_batches_run_side_by_side(monkeypatch, two_threads, gradients_of, wanted
     assert worst_error(found, wanted) < 1e-5
 
 
+def test_every_core_is_given_a_batch(monkeypatch, two_threads, gradients_of):
+    batches = []
+    real = Replica.gradients
+
+    def watched(replica, encoded):
+        batches.append(sum(len(one.ids) for one in encoded))
+        return real(replica, encoded)
+
+    monkeypatch.setattr(Replica, "gradients", watched)
+    gradients_of()
+    assert len(batches) >= 2
+
+
 def test_a_model_with_hooks_runs_one_batch_at_a_time(
     monkeypatch, gradients_of, small_model, wanted
 ):
@@ -185,7 +197,7 @@ def test_a_model_with_hooks_runs_one_batch_at_a_time(
 
 
 def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
-    replica = Replica(small_model.module, small_svd, EVERYTHING, factored=(), recomputed=2)
+    replica = Replica(small_model.module, small_svd, EVERYTHING, factored=(), checkpointing=True)
     pairs = list(
         zip(small_model.module.named_parameters(), replica.module.named_parameters(), strict=True)
     )
@@ -254,21 +266,6 @@ def test_the_sum_over_rows_of_each_sample(use, columns):
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, again)
-
-
-@pytest.mark.parametrize("samples", [2, 9])
-@pytest.mark.parametrize("tokens", [37, 1, 0])
-def test_the_sum_over_tokens_of_samples_of_one_length(use, samples, tokens):
-    draw, kernels = use
-    left = draw(samples, tokens, 70)
-    right = draw(samples, tokens, 70)
-    found = sample_products(left, right)
-    assert found.dtype == torch.float32
-    wanted = (left.double() * right.double()).sum(1)
-    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-    offsets = torch.arange(samples + 1, device=left.device) * tokens
-    by_rows = segment_products(left.flatten(0, 1), right.flatten(0, 1), offsets, kernels)
-    torch.testing.assert_close(by_rows, found, rtol=1e-5, atol=1e-5)
 
 
 def outcome(function, inputs, gradient):

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError
 from assay.models.precision import wide_products
-from assay.vhack.directions.gradients.gradient_operations import sample_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient
 from assay.vhack.directions.gradients.targets import tensor_digest
@@ -186,4 +185,4 @@ def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: ProductPlan) -
     (outputs, rank), (tokens, width) = plan.left.shape, inputs_BTI.shape[1:]
     if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
-    return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)
+    return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)

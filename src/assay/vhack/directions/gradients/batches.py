@@ -1,6 +1,5 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,15 +234,13 @@ def plan_batches(
     *,
     packed: bool,
     kind: Callable[[int], Hashable] = bool,
-    at_once: int = 1,
 ) -> list[list[Encoded]]:
     """Return the samples in batches of at most ``max_tokens``.
 
     A sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first.
-    Packed samples for several workers are dealt out, so that all batches are about as large and
-    every worker has as many. The samples of a batch have lengths of one ``kind``, as
+    The samples of a batch have lengths of one ``kind``, as
     :func:`assay.models.shared_passes.pass_kind` tells them apart; by default all have.
     """
     ordered = sorted(
@@ -251,9 +248,6 @@ def plan_batches(
     )
     batches: list[list[Encoded]] = []
     for _, alike in groupby(ordered, key=lambda encoded_sample: kind(len(encoded_sample.ids))):
-        if packed and at_once > 1:
-            batches += _dealt_out(list(alike), max_tokens, at_once)
-            continue
         batch_tokens = max_tokens
         for sample in alike:
             size = len(sample.ids) if packed or not batches else len(batches[-1][0].ids)
@@ -266,43 +260,20 @@ def plan_batches(
     return batches
 
 
-def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
-    """Return batches filled longest sample first, each sample into the smallest batch."""
-    count = at_once * math.ceil(sum(len(sample.ids) for sample in ordered) / max_tokens / at_once)
-    while True:
-        batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
-        sizes = [0] * len(batches)
-        for sample in ordered:
-            smallest = sizes.index(min(sizes))
-            batches[smallest].append(sample)
-            sizes[smallest] += len(sample.ids)
-        if all(
-            len(batch) == 1 or size <= max_tokens
-            for batch, size in zip(batches, sizes, strict=True)
-        ):
-            return batches
-        count += at_once
-
-
-def count_layers(module: PreTrained) -> int:
-    """Return the number of layers that the configuration of the decoder states."""
-    return int(module.config.get_text_config().num_hidden_layers)
-
-
 def room_for_batches(free: float, device: str) -> float:
     """Return the bytes that concurrent batches may take together, of so many free."""
     return min(_MOST_BYTES[device], free / 2)
 
 
 def token_budget(
-    module: PreTrained, encoded: Sequence[Encoded], room: float, *, recomputed: int
+    module: PreTrained, encoded: Sequence[Encoded], room: float, *, checkpointing: bool
 ) -> int:
     """Return how many tokens a batch may have, padding included, to fit into its bytes.
 
-    ``recomputed`` layers are computed again in the backward pass.
+    With checkpointing every layer is computed again in the backward pass.
     """
     config = module.config.get_text_config()
-    layers = count_layers(module)
+    layers = int(config.num_hidden_layers)
     parameter = next(module.parameters())
     stated_width = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     # Gemma 3n has one for each layer.
@@ -311,10 +282,10 @@ def token_budget(
     layer = (
         _HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * mlp_width
     ) * parameter.element_size()
-    states = layers * config.hidden_size * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn
     # comes.
-    activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
+    states = layers * config.hidden_size * parameter.element_size()
+    activations = layer + states if checkpointing else layer * layers
     completion_share = sum(len(sample.ids) - sample.n_prompt for sample in encoded) / sum(
         len(sample.ids) for sample in encoded
     )

@@ -22,9 +22,6 @@ from typing_extensions import override
 
 from assay.models.decoder import FAMILIES
 
-# For a kernel that goes through the tokens of a sample one after the other.
-_ENOUGH_SAMPLES = 8
-
 
 @cache
 def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
@@ -75,20 +72,6 @@ def segment_products(
         )
     products_NR = left_NR.float() * right_NR
     return torch.segment_reduce(products_NR, "sum", offsets=offsets, axis=0, unsafe=True)
-
-
-def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
-    """Return the sum of the elementwise product over the tokens of every sample, [B, R] float32.
-
-    A kernel reads both once; torch writes three tensors of that size, which takes longer than the
-    products before it.
-    """
-    samples, tokens, _ = left_BTR.shape
-    kernels = load_kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
-    if kernels is None:
-        return (left_BTR.float() * right_BTR).sum(dim=1)
-    offsets = torch.arange(samples + 1, device=left_BTR.device) * tokens
-    return segment_products(left_BTR.flatten(0, 1), right_BTR.flatten(0, 1), offsets, kernels)
 
 
 class Norm(torch.autograd.Function):

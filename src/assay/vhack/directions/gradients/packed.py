@@ -1,6 +1,6 @@
 """Decoder layers of the listed families over samples end to end, each seeing itself only.
 
-:class:`PackedLayers` makes forward functions that take the place of those of transformers.
+:func:`packed_forward` makes forward functions that take the place of those of transformers.
 Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are
 called as modules, so that what replaces their forward functions, and hooks on them, take part.
 
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
@@ -38,28 +37,27 @@ def register() -> None:
     AttentionInterface.register(PACKED, attend)
 
 
-class PackedLayers:
-    """Makes the forward functions of the layers of one copy of a model, which share the batch."""
+def packed_forward(
+    layer: Any,
+    get_batch: Callable[[], SampleBatch],
+    kernels: ModuleType | None,
+    *,
+    labels_only: bool,
+) -> Callable[..., Tensor]:
+    """Return the forward function of a layer of a model that computes one batch at a time.
 
-    def __init__(self, batch: Callable[[], SampleBatch], kernels: ModuleType | None) -> None:
-        self._batch = batch
-        self._kernels = kernels
+    With ``labels_only`` the M tokens that predict a completion token are all that matters after
+    it: the others have keys and values only, and leave it as zeros.
+    """
 
-    def forward(self, layer: Any, *, labels_only: bool) -> Callable[..., Tensor]:
-        """Return the forward function of a layer.
+    def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
+        batch = get_batch()
+        rows = batch.label_rows if labels_only else None
+        packed = _PackedLayer(layer, batch.segments, rows, position_embeddings, kernels)
+        x_1MD = packed(hidden_states, layer.input_layernorm(hidden_states))
+        return _among_zeros(x_1MD, rows, hidden_states.shape[1])
 
-        With ``labels_only`` the M tokens that predict a completion token are all that matters after
-        it: the others have keys and values only, and leave it as zeros.
-        """
-
-        def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
-            batch = self._batch()
-            rows = batch.label_rows if labels_only else None
-            packed = _PackedLayer(layer, batch.segments, rows, position_embeddings, self._kernels)
-            x_1MD = packed(hidden_states, layer.input_layernorm(hidden_states))
-            return _among_zeros(x_1MD, rows, hidden_states.shape[1])
-
-        return forward
+    return forward
 
 
 class _PackedLayer(ModuleLayer):
@@ -121,21 +119,4 @@ def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scal
         )
 
     out_BTO = causal_attention(spread(q_NHD), spread(k_NJD), spread(v_NJD), scale)
-    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
-    return gathered.view(q_NHD.shape)
-
-
-class _Gather(torch.autograd.Function):
-    """The rows at some places; the gradient of the others is zero, without a scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(rows)
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        (places,) = ctx.saved_tensors
-        return _among_zeros(gradient[None], places, ctx.count)[0], None
+    return out_BTO.flatten(0, 1).index_select(0, places).view(q_NHD.shape)

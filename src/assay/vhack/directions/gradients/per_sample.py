@@ -27,7 +27,6 @@ from assay.vhack.directions.gradients.batches import (
     Encoded,
     Progress,
     context_length,
-    count_layers,
     encode,
     plan_batches,
     room_for_batches,
@@ -140,7 +139,6 @@ def per_sample_gradients(
         )
     encoded = encode_samples(samples, model, names, tokenizer)
     svd = svd if svd is not None else weight_svd(module, modules=modules)
-    recomputed = count_layers(module) if checkpointing else 0
     division = division_of(module)
     limit = svd.rank or sys.maxsize  # of factors that other processes have
     names = list(target_modules(module))
@@ -151,10 +149,10 @@ def per_sample_gradients(
         for name, linear in targets.items()
     }
     if division is None:
-        replicas, batches = _replicas(module, targets, factors, encoded, max_tokens, recomputed)
+        replicas, batches = _replicas(module, targets, factors, encoded, max_tokens, checkpointing)
     else:
-        batches = _divided_batches(module, division, encoded, max_tokens, recomputed)
-        replicas = [DividedPass(module, targets, factors, lengths, division, recomputed > 0)]
+        batches = _divided_batches(module, division, encoded, max_tokens, checkpointing)
+        replicas = [DividedPass(module, targets, factors, lengths, division, checkpointing)]
     gradients = SampleGradients(
         {
             name: torch.zeros(len(samples), length, dtype=torch.float32)
@@ -181,17 +179,21 @@ def _replicas(
     factors: Mapping[str, Factors],
     encoded: list[Encoded],
     max_tokens: int | None,
-    recomputed: int,
+    checkpointing: bool,
 ) -> tuple[Sequence[Replica | DividedPass], list[list[Encoded]]]:
     """Return copies of a whole model that run side by side, and the batches for them."""
     recipe = recipe_for(module)
     at_once = batches_at_once(module)
     room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
-    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
+    budget = max_tokens or token_budget(module, encoded, room, checkpointing=checkpointing)
+    if at_once > 1:  # a batch for each
+        budget = min(budget, -(-sum(len(sample.ids) for sample in encoded) // at_once))
     kind = partial(pass_kind, module.config.get_text_config())
-    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
+    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind)
     factored = exact_factors(targets, factors) if recipe.factored else set()
-    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
+    replica = partial(
+        Replica, module, factors, recipe, factored=factored, checkpointing=checkpointing
+    )
     return [replica() for _ in range(min(at_once, len(batches)))], batches
 
 
@@ -200,7 +202,7 @@ def _divided_batches(
     division: Division,
     encoded: list[Encoded],
     max_tokens: int | None,
-    recomputed: int,
+    checkpointing: bool,
 ) -> list[list[Encoded]]:
     """Return the batches of a divided model, those of every process."""
     division.check_same([(sample.ids, sample.n_prompt) for sample in encoded])
@@ -208,7 +210,7 @@ def _divided_batches(
     all_tokens = [replace(sample, n_prompt=0) for sample in encoded]
     free = min(division.gather(min(map(free_bytes, division.devices))))
     room = room_for_batches(free, division.device.type)
-    budget = max_tokens or token_budget(module, all_tokens, room, recomputed=recomputed)
+    budget = max_tokens or token_budget(module, all_tokens, room, checkpointing=checkpointing)
     kind = partial(pass_kind, module.config.get_text_config())
     return plan_batches(encoded, budget, packed=False, kind=kind)
 
@@ -226,11 +228,10 @@ def _side_by_side(
     """Yield the gradients of every batch, in any order.
 
     Several replicas run at once, each in one thread: two batches side by side take less time than
-    one after the other with every small operation shared between two threads. One replica, on a
-    GPU, is always one batch ahead.
+    one after the other with every small operation shared between two threads.
     """
     if len(replicas) == 1:
-        yield _one_ahead(computed for batch in batches for computed in _attempt(replicas[0], batch))
+        yield (computed for batch in batches for computed in _attempt(replicas[0], batch))
         return
     free: SimpleQueue[Replica | DividedPass] = SimpleQueue()
     for replica in replicas:
@@ -250,15 +251,6 @@ def _side_by_side(
             yield (batch for future in as_completed(waiting) for batch in future.result())
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
-    """Yield item n once item n + 1 is launched, so that the GPU is one batch ahead."""
-    before = next(items)
-    for item in items:
-        yield before
-        before = item
-    yield before
 
 
 def _attempt(replica: Replica | DividedPass, batch: list[Encoded]) -> list[Computed]:
@@ -310,9 +302,7 @@ def _store(gradients: SampleGradients, computed: Computed) -> None:
     """Write the gradients of a batch into their rows; a loss that is not finite makes its row
     NaN.
     """
-    batch, together_BR, losses_M, arrived, tokens = computed
-    if arrived is not None:
-        arrived.synchronize()
+    batch, together_BR, losses_M, tokens = computed
     index = torch.tensor([sample.index for sample in batch.encoded])
     by_module = torch.split(
         together_BR, [rows_NR.shape[1] for rows_NR in gradients.values()], dim=1

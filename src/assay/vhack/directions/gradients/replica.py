@@ -31,7 +31,7 @@ from assay.vhack.directions.gradients.gradient_operations import (
     is_plain_norm,
     load_kernels,
 )
-from assay.vhack.directions.gradients.packed import PACKED, PackedLayers, register
+from assay.vhack.directions.gradients.packed import PACKED, packed_forward, register
 from assay.vhack.directions.gradients.svd import Factors
 from assay.vhack.directions.gradients.taps import Tap
 from assay.vhack.directions.gradients.targets import is_fused, target_modules
@@ -93,20 +93,19 @@ def _is_listed(module: PreTrained) -> bool:
 
 
 class Computed(NamedTuple):
-    """The gradients of a batch, perhaps still on their way to the CPU."""
+    """The gradients of a batch, on the CPU."""
 
     batch: SampleBatch
     together: Tensor  # [B, ΣR] float32, all modules side by side
     losses: Tensor  # [M], of the completion tokens
-    arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
     tokens: dict[str, Tensor]  # of each sample that came to each expert, [B, E] by module
 
 
 class Replica:
     """A copy of a model that turns batches into δS gradients.
 
-    Modules ``factored`` may have their factors stand for the weight in products. The backward pass
-    computes the first ``recomputed`` layers again.
+    Modules ``factored`` may have their factors stand for the weight in products. With checkpointing
+    the backward pass computes every layer again.
     """
 
     batch: SampleBatch  # that is being computed
@@ -119,11 +118,11 @@ class Replica:
         recipe: Recipe,
         *,
         factored: Collection[str] = (),
-        recomputed: int = 0,
+        checkpointing: bool = False,
     ) -> None:
         self.module = _shared_copy(module)
         self.recipe = recipe
-        self.recomputed = recomputed
+        self.checkpointing = checkpointing
         self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
@@ -141,19 +140,17 @@ class Replica:
             register()
             self.module.config._attn_implementation = PACKED
             *_, last = layers = decoder_layers(self.module)
-            packed = PackedLayers(lambda: self.batch, self.kernels)
             for layer in layers:
-                vars(layer)["forward"] = packed.forward(layer, labels_only=layer is last)
-        for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
+                vars(layer)["forward"] = packed_forward(
+                    layer, lambda: self.batch, self.kernels, labels_only=layer is last
+                )
+        for layer in decoder_layers(self.module) if checkpointing else ():
             vars(layer)["forward"] = recomputed_forward(layer.forward, self.module)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def gradients(self, encoded: list[Encoded]) -> Computed:
-        """Run one forward and one backward pass; the result may still be on its way from a GPU.
-
-        Without memory it raises what torch raises.
-        """
+        """Run one forward and one backward pass; without memory it raises what torch raises."""
         # In the dtype of the weights, also in a training loop that computes in another one.
         with current(self.module.device), own_precision(self.module):
             return self._computed(encoded)
@@ -172,13 +169,7 @@ class Replica:
         tokens = dict(self._tokens)
         losses_M.backward(batch.loss_weights)
         together_BR = stack_rows(self._found, self._lengths, len(encoded), self.module.device)
-        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
-        together_BR, losses_M = (
-            part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
-        )
-        if arrived is not None:
-            arrived.record(torch.cuda.current_stream(self.module.device))
-        return Computed(batch, together_BR, losses_M, arrived, tokens)
+        return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), tokens)
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
@@ -192,11 +183,7 @@ class Replica:
             _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
         )
         labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
-        again = (
-            _prefixes(self.module, decoder_layers(self.module)[: self.recomputed])
-            if self.recomputed
-            else ()
-        )
+        again = _prefixes(self.module, decoder_layers(self.module)) if self.checkpointing else ()
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
         taps: dict[str, Tap] = {}
         for name, linear in modules.items():

@@ -44,8 +44,6 @@ from assay.vhack.directions.gradients.targets import (
 
 _FORMAT = "assay.svd/1"
 _DTYPES = ("float32", "bfloat16")
-# A GPU decomposes several matrices at once: the eigensolver alone does not fill it.
-_STREAMS = 4
 
 TOLERANCE = 1e-6
 """Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much
@@ -168,29 +166,20 @@ def factors_of(
     modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]
 ) -> dict[str, Factors]:
     """Return the factors of these modules; missing or misshapen ones are a UsageError."""
-    factors_by_name = {
-        name: factors.get(name, factors.get(name.removesuffix(".base_layer"))) for name in modules
-    }
+    factors_by_name = {}
     for name, linear in modules.items():
         # The factors of a matrix stay valid after PEFT has wrapped it.
-        module_factors = factors_by_name[name]
-        shape = (
-            None
-            if module_factors is None
-            else (module_factors.left.shape[0], module_factors.right.shape[1])
-        )
-        if shape != tuple(linear.weight.shape):
+        known = factors.get(name, factors.get(name.removesuffix(".base_layer")))
+        shape = None if known is None else (known.left.shape[0], known.right.shape[1])
+        if known is None or shape != tuple(linear.weight.shape):
             seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
             raise UsageError(
                 seen,
                 wanted=f"factors of its weight, {list(linear.weight.shape)}",
                 do="compute them with weight_svd of this very model",
             )
-    return {
-        name: module_factors
-        for name, module_factors in factors_by_name.items()
-        if module_factors is not None
-    }
+        factors_by_name[name] = known
+    return factors_by_name
 
 
 def weight_svd(
@@ -233,7 +222,8 @@ def weight_svd(
         StorageError: A file cannot be written.
     """
     targets = chosen_modules(model, modules)
-    chosen = factor_dtype(dtype, next(iter(targets.values())).weight)
+    first = next(iter(targets.values())).weight
+    chosen = factor_dtype(dtype, first)
     if method not in ("auto", "exact", "gram"):
         raise UsageError(
             f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them"
@@ -245,17 +235,15 @@ def weight_svd(
         factors = _load_or_make(
             name, weight, chosen, method, None if cache is None else Path(cache)
         )
-        if weight.is_cuda:
-            torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
     division = division_of(module_of(model))
     decomposed: dict[str, Factors] = {}
-    results = (
-        _side_by_side(decompose, {name: module.weight for name, module in targets.items()})
-        if division is None
-        else _one_by_one(decompose, targets, division.own(list(target_modules(model))))
-    )
+    if division is None and first.device.type == "cpu":
+        results = _side_by_side(decompose, targets)
+    else:
+        names = list(target_modules(model))
+        results = _one_by_one(decompose, targets, division.own(names) if division else names)
     for index, (name, factors) in enumerate(results):
         if factors is not None:
             decomposed[name] = factors
@@ -277,30 +265,20 @@ def _one_by_one(
 
 
 def _side_by_side(
-    decompose: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
+    decompose: Callable[[str, Tensor], Factors], targets: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[str, Factors | None]]:
-    """Decompose several matrices of one device at once, in the order of the matrices."""
-    device = next(iter(weights.values())).device
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            # The first call of the library loads it, which must not happen in several threads at
-            # once.
-            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
-            torch.cuda.synchronize(device)
-            # One stream per thread: torch keeps the memory of what is done for each stream apart.
-            pool = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
-        else:
-            # One matrix per core: threads that share a small matrix mostly wait for each other.
-            pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
+    """Decompose one matrix per core, in the order of the matrices.
+
+    Threads that share a small matrix mostly wait for each other.
+    """
+    with one_thread() as cores, ExitStack() as stack:
+        pool = ThreadPoolExecutor(cores)
         stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun is dropped
-        waiting = {name: pool.submit(decompose, name, weight) for name, weight in weights.items()}
+        waiting = {
+            name: pool.submit(decompose, name, linear.weight) for name, linear in targets.items()
+        }
         for name, factors in waiting.items():
             yield name, factors.result()
-
-
-def _with_stream(device: torch.device) -> None:
-    torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:

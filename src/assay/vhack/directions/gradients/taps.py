@@ -133,15 +133,9 @@ class Tap:
             inputs_NI = inputs.detach().reshape(-1, inputs.shape[-1])
             plan = self.plan(inputs_NI, segments)
             saved = self.along(inputs_NI) if plan.early else inputs_NI
-            leave = partial(self._leave_behind, segments, plan)
+            leave = partial(self.leave, segments, plan)
             output = Passed.apply(self.plain(inputs), self.trigger, saved, leave)  # type: ignore[no-untyped-call]
         return output
-
-    def _leave_behind(
-        self, segments: Segments, plan: TapPlan, saved: Tensor, gradient: Tensor
-    ) -> None:
-        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        self.leave(saved, gradient_NO, self.projected(gradient_NO), segments, plan)
 
     def plan(self, inputs_NI: Tensor, segments: Segments) -> TapPlan:
         """Return the cheapest plan for these rows."""
@@ -172,44 +166,29 @@ class Tap:
         right_RI = self.factors.right
         return inputs_NI.to(right_RI.dtype) @ right_RI.T
 
-    def projected(self, gradient_NO: Tensor) -> Tensor:
-        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
-        left_OR = self.factors.left
-        return gradient_NO.to(left_OR.dtype) @ left_OR
-
-    def leave(
-        self,
-        saved: Tensor,
-        gradient_NO: Tensor,
-        projected_NR: Tensor | None,
-        segments: Segments,
-        plan: TapPlan,
-    ) -> None:
+    def leave(self, segments: Segments, plan: TapPlan, saved: Tensor, gradient: Tensor) -> Tensor:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
-        The forward pass kept inputs or their coordinates.
+        The forward pass kept inputs or their coordinates. Returns the coordinates ``Uᵀ ∂L/∂y`` of
+        gradients, [N, R], where the plan needs them, and the gradients [N, O] elsewhere.
         """
-        rows_BR = self._rows(saved, gradient_NO, projected_NR, segments, plan)
+        gradient_NX = gradient.reshape(-1, gradient.shape[-1])
+        if plan.order in ("project", "right") or plan.input:
+            gradient_NX = gradient_NX.to(self.factors.left.dtype) @ self.factors.left
+        rows_BR = self._rows(segments, plan, saved, gradient_NX)
         before_BR = self.gradients.get(self.name)
         self.gradients[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
+        return gradient_NX
 
     def _rows(
-        self,
-        saved: Tensor,
-        gradient_NO: Tensor,
-        projected_NR: Tensor | None,
-        segments: Segments,
-        plan: TapPlan,
+        self, segments: Segments, plan: TapPlan, saved: Tensor, gradient_NX: Tensor
     ) -> Tensor:
         if plan.order == "project":
-            assert projected_NR is not None
             along_NR = saved if plan.early else self.along(saved)
-            return segment_products(projected_NR, along_NR, segments.offsets, self.kernels)
+            return segment_products(gradient_NX, along_NR, segments.offsets, self.kernels)
         left_OR = self.factors.left
         right_RI = self.factors.right
-        first = projected_NR if plan.order == "right" else gradient_NO
-        assert first is not None
-        sums = [first[start:end].T @ saved[start:end] for start, end in segments.bounds]
+        sums = [gradient_NX[start:end].T @ saved[start:end] for start, end in segments.bounds]
         if plan.order == "outer":
             return torch.stack([delta_gradient(matrix, left_OR, right_RI) for matrix in sums])
         if plan.order == "left":
@@ -247,25 +226,16 @@ class _Tapped(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
         (gradient,), (saved,) = gradients, ctx.saved_tensors
         tap = ctx.tap
-        plan = ctx.plan
-        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        is_wanted = ctx.needs_input_grad[0]
         with wide_products(gradient):
-            result_NI = gradient_NO @ tap.linear.weight if is_wanted and not plan.input else None
-            projected_NR = (
-                tap.projected(gradient_NO)
-                if plan.order in ("project", "right") or plan.input
-                else None
-            )
-            tap.leave(saved, gradient_NO, projected_NR, ctx.segments, plan)
-            if plan.input and is_wanted and projected_NR is not None:
+            projected_NR = tap.leave(ctx.segments, ctx.plan, saved, gradient)
+            if not ctx.needs_input_grad[0]:
+                result = None
+            elif ctx.plan.input:
                 result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
-        return (
-            None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1),
-            None,
-            None,
-            None,
-        )
+                result = result_NI.view(*gradient.shape[:-1], -1)
+            else:
+                result = gradient @ tap.linear.weight
+        return result, None, None, None
 
 
 class Passed(torch.autograd.Function):
@@ -303,11 +273,11 @@ def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
     They are tried on one vector: factors of other weights, or of a shorter dtype, give another
     result.
     """
-    tried = {name: linear.weight.detach() for name, linear in modules.items()}
     tried = {
-        name: weight
-        for name, weight in tried.items()
-        if factors[name].rank == min(weight.shape) and factors[name].left.dtype == weight.dtype
+        name: linear.weight.detach()
+        for name, linear in modules.items()
+        if factors[name].rank == min(linear.weight.shape)
+        and factors[name].left.dtype == linear.weight.dtype
     }
     errors = [_misfit(weight, factors[name]) for name, weight in tried.items()]
     # All at once, for it waits for the device.

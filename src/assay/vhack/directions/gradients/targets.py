@@ -70,20 +70,14 @@ def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
         weights = getattr(experts, parameter_name)
         biases = getattr(experts, f"{parameter_name}_bias", None)
         for expert, weight in enumerate(weights.detach()):
-            # Not by its own constructor, which fills weights with random numbers; there may be ten
-            # thousand of these.
-            matrix = matrices[f"{name}.{parameter_name}.{expert}"] = nn.Linear.__new__(nn.Linear)
-            nn.Module.__init__(matrix)
-            matrix.weight = nn.Parameter(
-                weight.T if experts.is_transposed else weight, requires_grad=False
-            )
-            matrix.out_features, matrix.in_features = matrix.weight.shape
-            bias = (
-                None
-                if biases is None
-                else nn.Parameter(biases.detach()[expert], requires_grad=False)
-            )
-            matrix.register_parameter("bias", bias)
+            weight_OI = weight.T if experts.is_transposed else weight
+            # Without memory of its own; there may be ten thousand of these.
+            outputs, inputs = weight_OI.shape
+            matrix = nn.Linear(inputs, outputs, bias=biases is not None, device="meta")
+            matrix.weight = nn.Parameter(weight_OI, requires_grad=False)
+            if biases is not None:
+                matrix.bias = nn.Parameter(biases.detach()[expert], requires_grad=False)
+            matrices[f"{name}.{parameter_name}.{expert}"] = matrix
     return matrices
 
 
