@@ -9,30 +9,37 @@ Where noise is added to scores: ``N`` rows that get it, of ``R`` rows and ``V`` 
 from __future__ import annotations
 
 import importlib
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from assay.errors import BackendUnavailable, OutOfMemory, UsageError, is_out_of_memory
 from assay.streams import definition
-from assay.streams.arguments import (
-    SEED_DTYPES,
-    WORDS,
-    Seeds,
-    check_count,
-    check_plain_seeds,
-    check_scores,
-    check_seeds,
-    check_tensor,
-)
-from assay.streams.arrays import DTYPES, Array, as_tensor, torch_dtype
+from assay.streams.arrays import DTYPES, Array, as_tensor, dtype_name, torch_dtype
 from assay.streams.definition import UInts
 
 if TYPE_CHECKING:
     import torch
+
+Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
+"""32-bit seeds: ``[B]``, or ``[B, S]`` with S sub-seeds for each stream.
+
+:func:`assay.streams.seeds` makes them.
+"""
+
+SEED_DTYPES = ("uint32", "int32")
+"""Dtypes of seeds and words on a device; int32 has the same bits."""
+
+LARGEST_N = 2**32 - 1
+"""Elements of the longest stream."""
+
+WORDS = 8
+"""Words of a stream of strength 256."""
 
 BACKENDS = ("numpy", "torch", "triton")
 """Names of the backends: the definition, torch on CPU and CUDA, and fused CUDA kernels."""
@@ -84,8 +91,8 @@ class Backend:
         Raises:
             UsageError: Also when k is negative or above n.
         """
-        n = check_count(n)
-        k = check_count(k, "k")
+        n = _check_count(n)
+        k = _check_count(k, "k")
         if k > n:
             raise UsageError(
                 f"k = {k} of n = {n}",
@@ -94,7 +101,7 @@ class Backend:
                 field="k",
             )
         with self._memory_for(n):
-            return self._picks(check_plain_seeds(seeds_B), n, k)
+            return self._picks(_check_plain_seeds(seeds_B), n, k)
 
     def normals(self, seeds_BS: Seeds, n: int, dtype: str = "float32") -> Array:
         """Generate n standard normals for each stream, ``[B, n]``; every value depends on n.
@@ -114,7 +121,7 @@ class Backend:
                 field="dtype",
             )
         with self._memory_for(n):
-            return self._normals(check_seeds(seeds_BS), check_count(n), dtype)
+            return self._normals(_check_seeds(seeds_BS), _check_count(n), dtype)
 
     def gumbels(self, seeds_B: Seeds, n: int) -> Array:
         """Return the first n standard Gumbel numbers of each stream, float32 ``[B, n]``.
@@ -145,7 +152,7 @@ class Backend:
         scores = as_tensor(scores_RV).detach()
         seeds = as_tensor(seeds_N)
         rows = None if rows_N is None else as_tensor(rows_N).contiguous()
-        check_scores(self.device, scores, seeds, rows)
+        _check_scores(self.device, scores, seeds, rows)
         if len(seeds) and scores.shape[1]:
             with self._memory_for(scores.shape[1]):
                 self._add_gumbels(scores, _as_int32(seeds), rows)
@@ -167,8 +174,8 @@ class Backend:
         """
         words = as_tensor(words_N8)
         steps = as_tensor(steps_N)
-        check_tensor("words", words, self.device, SEED_DTYPES, 2)
-        check_tensor("steps", steps, self.device, ("int64", *SEED_DTYPES), 1)
+        _check_tensor("words", words, self.device, SEED_DTYPES, 2)
+        _check_tensor("steps", steps, self.device, ("int64", *SEED_DTYPES), 1)
         if words.shape != (len(steps), WORDS):
             raise UsageError(
                 f"words of shape {tuple(words.shape)} for {len(steps)} steps",
@@ -196,7 +203,7 @@ class Backend:
         Raises:
             UsageError: Also when there are not as many rows as rows of seeds.
         """
-        checked_BR = check_seeds(seeds_BR)
+        checked_BR = _check_seeds(seeds_BR)
         if x_BD.ndim != 2 or len(x_BD) != len(checked_BR):
             raise UsageError(
                 f"an array of shape {tuple(x_BD.shape)} and seeds of {len(checked_BR)} rows",
@@ -209,7 +216,7 @@ class Backend:
 
     def _make(self, kind: str, seeds_B: Seeds, n: int) -> Array:
         with self._memory_for(n):
-            return self._generate(kind, check_plain_seeds(seeds_B), check_count(n))
+            return self._generate(kind, _check_plain_seeds(seeds_B), _check_count(n))
 
     @contextmanager
     def _memory_for(self, n: int) -> Iterator[None]:
@@ -282,8 +289,8 @@ def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
         >>> step_seeds(seeds(["a response"], strength=256), [0, 1]).shape
         (1, 2)
     """
-    words = check_seeds(words_B8)
-    steps = check_seeds(steps_N)
+    words = _check_seeds(words_B8)
+    steps = _check_seeds(steps_N)
     if words.shape[1] != WORDS or steps.shape[1] != 1:
         raise UsageError(
             f"words of shape {words.shape} and steps of shape {np.shape(steps_N)}",
@@ -345,3 +352,118 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
         ) from error
     backend: Backend = getattr(module, f"{name.capitalize()}Backend")(device)
     return backend
+
+
+def _check_seeds(seeds: Seeds) -> UInts:
+    """Return seeds in any accepted form as a contiguous array, uint32 ``[B, S]``."""
+    try:
+        array = np.asarray(seeds)
+    except (ValueError, TypeError, OverflowError):
+        array = np.asarray(None)  # refused below
+    # Numpy makes float64 of an empty list.
+    if array.size == 0 and array.ndim == 1:
+        array = array.astype(np.uint32)
+    if array.ndim == 1:
+        array = array[:, None]
+    well_formed = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] > 0
+    if not well_formed or (
+        array.size and not 0 <= int(array.min()) <= int(array.max()) <= 0xFFFFFFFF
+    ):
+        raise UsageError(
+            f"seeds {seeds!r:.80}",
+            wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
+            do="make them with assay.streams.seeds(texts)",
+            field="seeds",
+        )
+    return np.ascontiguousarray(array, dtype=np.uint32)
+
+
+def _check_plain_seeds(seeds: Seeds) -> UInts:
+    """Return one seed for each stream as a contiguous array, uint32 ``[B]``."""
+    seeds_BS = _check_seeds(seeds)
+    if seeds_BS.shape[1] != 1:
+        raise UsageError(
+            f"{seeds_BS.shape[1]} sub-seeds for each stream",
+            wanted="one seed for each stream: only normals take more",
+            do="make the seeds with strength=32",
+            field="strength",
+        )
+    return np.ascontiguousarray(seeds_BS[:, 0])
+
+
+def _check_count(value: int, name: str = "n") -> int:
+    """Return a number of elements as an int from 0 to :data:`LARGEST_N`."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1  # refused below
+    if not 0 <= count <= LARGEST_N:
+        raise UsageError(
+            f"{name} = {value!r}",
+            wanted=f"an integer from 0 to {LARGEST_N}",
+            do=f"pass {name} as int; use several seed texts for more elements",
+            field=name,
+        )
+    return count
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, device: str, dtypes: tuple[str, ...], axes: int
+) -> None:
+    """Refuse a tensor of another dtype, number of axes or device."""
+    dtype = dtype_name(tensor.dtype)
+    kind, _, number = device.partition(":")
+    on_device = kind == tensor.device.type
+    # Without a number it is the current device.
+    if on_device and kind == "cuda":
+        import torch
+
+        on_device = tensor.device.index == (int(number) if number else torch.cuda.current_device())
+    if dtype not in dtypes or tensor.ndim != axes or not on_device:
+        unit = "axis" if axes == 1 else "axes"
+        raise UsageError(
+            f"{name} of dtype {dtype} and shape {tuple(tensor.shape)} on {tensor.device}",
+            wanted=f"{' or '.join(dtypes)} with {axes} {unit} on {device}",
+            do="convert it, or take the backend of its device",
+            field=name,
+        )
+
+
+def _check_scores(
+    device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: torch.Tensor | None
+) -> None:
+    """Refuse scores, seeds and row numbers that do not belong together.
+
+    Row numbers are read only on the CPU, since reading them would wait for a GPU.
+    """
+    _check_tensor("scores", scores, device, ("float32",), 2)
+    count, columns = scores.shape
+    if (columns > 1 and scores.stride(1) != 1) or (count > 1 and scores.stride(0) < columns):
+        raise UsageError(
+            f"scores of shape {tuple(scores.shape)} and strides {scores.stride()}",
+            wanted="rows that are contiguous and do not overlap",
+            do="call .contiguous() on the scores and add the noise to that",
+            field="scores",
+        )
+    _check_tensor("seeds", seeds, device, SEED_DTYPES, 1)
+    if rows is not None:
+        _check_tensor("rows", rows, device, ("int64",), 1)
+        # On a GPU a look at the numbers would wait for the device; its kernel skips such rows.
+        if rows.device.type == "cpu" and len(rows):
+            first = int(rows.min())
+            last = int(rows.max())
+            if first < 0 or last >= count:
+                raise UsageError(
+                    f"rows from {first} to {last} of {count}",
+                    wanted=f"rows from 0 to {count - 1}",
+                    do="number the rows of the scores from 0",
+                    field="rows",
+                )
+        count = len(rows)
+    if len(seeds) != count:
+        raise UsageError(
+            f"{len(seeds)} seeds for {count} rows",
+            wanted="one seed for each row",
+            do="name the rows that get noise in rows_N",
+            field="seeds",
+        )

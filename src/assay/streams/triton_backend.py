@@ -19,8 +19,8 @@ import triton
 
 from assay.errors import BackendUnavailable
 from assay.streams import definition
-from assay.streams.arguments import WORDS
 from assay.streams.arrays import torch_dtype
+from assay.streams.backends import WORDS
 from assay.streams.definition import UInts
 from assay.streams.torch_backend import DTYPES_OF_KINDS, TorchBackend, on_device
 from assay.streams.triton_kernels import (
