@@ -30,8 +30,8 @@ from assay.models.model import Model, Tokenizer
 from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.adapter import DeltaS
+from assay.vhack.directions.delta.groups import Rollouts
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
-from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.training.outcomes import Outcomes
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes

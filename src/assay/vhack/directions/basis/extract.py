@@ -31,6 +31,7 @@ from assay.vhack.directions.gradients.svd import (
     weight_svd,
 )
 from assay.vhack.directions.gradients.targets import (
+    MIN_COVERAGE,
     coverage,
     module_of,
     target_modules,
@@ -247,13 +248,13 @@ def pair_gradients(
     encode_samples(samples, model, side_names, options.get("tokenizer"))
     matrices = 0 if svd is not None else len(target_modules(model))
     stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    decomposition_options: dict[str, Any] = {**options}
-    chosen_options = {
-        name: decomposition_options[name]
-        for name in ("cache", "min_coverage")
-        if name in decomposition_options
-    }
-    decompose = partial(weight_svd, model, dtype=options.get("factors"), **chosen_options)
+    decompose = partial(
+        weight_svd,
+        model,
+        dtype=options.get("factors"),
+        cache=options.get("cache"),
+        min_coverage=options.get("min_coverage", MIN_COVERAGE),
+    )
     gradients_of = partial(per_sample_gradients, tokenizer=options.get("tokenizer"))
     captured = 1.0
     if rank is not None:
@@ -266,13 +267,14 @@ def pair_gradients(
         )
     elif svd is None:
         svd = decompose(progress=stages[0])
-    batches = {
-        name: decomposition_options[name]
-        for name in ("max_tokens", "checkpointing")
-        if name in decomposition_options
-    }
     gradients = gradients_of(
-        samples, model, svd=svd, names=side_names, progress=stages[1], **batches
+        samples,
+        model,
+        svd=svd,
+        names=side_names,
+        progress=stages[1],
+        max_tokens=options.get("max_tokens"),
+        checkpointing=options.get("checkpointing", False),
     )
     hack, clean = (
         {name: part.chunk(2)[side] for name, part in gradients.items()} for side in (0, 1)

@@ -2,8 +2,7 @@
 
 After every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W.
 Forward passes and generation run on plain weights. A hook on each projection passes its output on
-as it is and computes the exact gradient of δS in the backward pass. `generate` runs without any
-hook.
+as it is and computes the exact gradient of δS in the backward pass.
 
 δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter
 per shape of module, [M, R], with one row per module, so an optimizer, a projection or a sum over
@@ -16,7 +15,7 @@ Shapes: M modules of a group, R coordinates of δS.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +25,13 @@ from torch import Tensor, nn
 from assay.errors import ModelError, UsageError
 from assay.models.model import AnyModel, PreTrained
 from assay.vhack.directions.delta.delta_file import load_delta, save_delta
-from assay.vhack.directions.delta.groups import ModuleGroup, ProductPlan, adapt, group_modules
-from assay.vhack.directions.delta.rollout_gradients import Rollouts
+from assay.vhack.directions.delta.groups import (
+    ModuleGroup,
+    ProductPlan,
+    Rollouts,
+    adapt,
+    group_modules,
+)
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.targets import check_whole, module_of, target_modules
 
@@ -103,13 +107,6 @@ class DeltaS(nn.Module):
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
         self._hook()
-        self._undo.callback(self._unhook)
-        generate: Any = getattr(module, "generate", None)
-        if generate is not None:
-            if "generate" in vars(module):
-                self._undo.callback(setattr, module, "generate", generate)
-            self._undo.callback(vars(module).pop, "generate")
-            vars(module)["generate"] = self._generate_without_hooks(generate)
         self._take_views()
 
     @property
@@ -141,8 +138,8 @@ class DeltaS(nn.Module):
     def refresh(self) -> None:
         """Merge the present δS into the weights; nothing to do while it is disabled.
 
-        This happens by itself before a forward pass or `generate` after δS was changed in place,
-        and after every step of a :class:`ProjectedOptimizer`.
+        This happens by itself before a forward pass after δS was changed in place, and after every
+        step of a :class:`ProjectedOptimizer`.
         """
         if not self._enabled:
             return
@@ -272,15 +269,12 @@ class DeltaS(nn.Module):
 
     def _hook(self) -> None:
         """Hook the model and every module. Each forward pass of the model takes new views of δS."""
-        self._handles = [self.model.register_forward_pre_hook(self._prepare_forward)]
+        handles = [self.model.register_forward_pre_hook(self._prepare_forward)]
         for g, group in enumerate(self.groups):
             for m, linear in enumerate(group.linears):
-                self._handles.append(linear.register_forward_hook(self._make_hook(g, m)))
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+                handles.append(linear.register_forward_hook(self._make_hook(g, m)))
+        for handle in handles:
+            self._undo.callback(handle.remove)
 
     def _prepare_forward(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
@@ -317,22 +311,6 @@ class DeltaS(nn.Module):
             return adapt(output, arguments[0], self._views[g][m], plan)
 
         return hook
-
-    def _generate_without_hooks(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(generate)
-        def plain(*arguments: Any, **keywords: Any) -> Any:
-            if self._enabled and self._is_stale():
-                self.refresh()
-            # Not where `generate` calls itself, and not after `detach`.
-            hooked = bool(self._handles)
-            self._unhook()
-            try:
-                return generate(*arguments, **keywords)
-            finally:
-                if hooked:
-                    self._hook()
-
-        return plain
 
 
 def check_attachable(model: AnyModel) -> None:

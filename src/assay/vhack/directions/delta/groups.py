@@ -16,11 +16,11 @@ cheaper of two orders, which differ in rounding:
 Gradients of single samples are summed over the samples of a kind afterwards, where only that is
 wanted.
 
-Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordinates of δS, G
-    kinds.
+Shapes: M modules of a group, B samples (rollouts) of a pass, N of all passes, T tokens, O outputs,
+    I inputs, R coordinates of δS, G kinds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from assay.errors import ModelError
+from assay.errors import ModelError, UsageError
 from assay.models.precision import wide_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient
@@ -186,3 +186,53 @@ def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: ProductPlan) -
     if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
     return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)
+
+
+class Rollouts:
+    """The δS gradient of every rollout of some backward passes, scaled as in the loss.
+
+    :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what
+    those passes have added to the gradient of δS.
+
+    Attributes:
+        kinds: 1 where a sample is of a kind, [G, B] float32, of which it may be of several; set
+            before a forward pass, it keeps one row per kind.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
+        self.kinds: Tensor | None = None
+
+    def record(self, group: int, module: int, rows_BR: Tensor) -> None:
+        """Add the rollouts of one backward pass."""
+        self._parts[group][module].append(rows_BR)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Gradients per group, [M, N, R] float32.
+
+        Raises:
+            UsageError: There was no backward pass, or not every module took part in it.
+        """
+        counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
+        if len(counts) != 1 or counts == {0}:
+            raise UsageError(
+                f"gradients of {sorted(counts)} rollouts in different modules",
+                wanted="one number of rollouts for all of them, at least 1",
+                do="run forward and backward of the whole model inside per_sample()",
+            )
+        # One operation for all modules of a group.
+        gradients = [
+            torch.cat([part for parts in modules for part in parts]) for modules in self._parts
+        ]
+        return [
+            rows.view(len(modules), -1, rows.shape[1])
+            for modules, rows in zip(self._parts, gradients, strict=True)
+        ]
+
+    def sums(self) -> list[Tensor]:
+        """Return the gradient of each kind over all backward passes, [G, M, R] per group."""
+        assert self.kinds is not None
+        kinds = len(self.kinds)
+        by_pass = [rows.view(len(rows), -1, kinds, rows.shape[2]) for rows in self.rows]
+        return [rows_MPGR.sum(dim=1).transpose(0, 1).contiguous() for rows_MPGR in by_pass]

@@ -52,10 +52,6 @@ class Encoded:
         """Start and end of the completion."""
         return self.n_prompt, len(self.ids)
 
-    def padded(self, size: int) -> list[int]:
-        """Return the ids, followed by zeros up to this size."""
-        return self.ids + [0] * (size - len(self.ids))
-
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -135,7 +131,7 @@ class SampleBatch:
             [
                 token
                 for sample, size in zip(encoded, sizes, strict=True)
-                for token in sample.padded(size)
+                for token in sample.ids + [0] * (size - len(sample.ids))
             ]
         )
         return cls(

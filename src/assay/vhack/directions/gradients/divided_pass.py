@@ -73,7 +73,14 @@ class DividedPass:
             trigger = torch.zeros((), dtype=torch.float32, requires_grad=True)
             self._watch(trigger, undo)
             logits = gather_whole(self.module(input_ids=batch.ids, use_cache=False).logits)
-            logits_MV = self._checked(logits).flatten(0, 1)[batch.label_rows.to(logits.device)]
+            wanted = self.module.config.get_text_config().vocab_size
+            if logits.shape[-1] < wanted:
+                raise ModelError(
+                    f"a head that gives {logits.shape[-1]} of {wanted} logits to a process",
+                    wanted="all logits in every process",
+                    do="give the head ColwiseParallel(output_layouts=Replicate())",
+                )
+            logits_MV = logits.flatten(0, 1)[batch.label_rows.to(logits.device)]
             losses_M = TokenLoss.apply(logits_MV, batch.labels.to(logits.device))  # type: ignore[no-untyped-call]
             weights_M = batch.loss_weights.to(logits.device)
             # Not `backward`, which would leave gradients of weights, and have FSDP2 reduce them.
@@ -126,13 +133,3 @@ class DividedPass:
         rows_BR = segment_products(projected_NR, along_NR, offsets, None)
         before_BR = self._rows.get(name)
         self._rows[name] = rows_BR if before_BR is None else before_BR + rows_BR
-
-    def _checked(self, logits: Tensor) -> Tensor:
-        wanted = self.module.config.get_text_config().vocab_size
-        if logits.shape[-1] < wanted:
-            raise ModelError(
-                f"a head that gives {logits.shape[-1]} of {wanted} logits to a process",
-                wanted="all logits in every process",
-                do="give the head ColwiseParallel(output_layouts=Replicate())",
-            )
-        return logits

@@ -32,7 +32,6 @@ MIN_COVERAGE = 0.9
 # Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the
 # model.
 _ADAPTER = "lora_"
-COPIED_BYTES = 1 << 25  # bytes of a copy from a GPU
 
 
 @dataclass(frozen=True)
@@ -270,13 +269,5 @@ def weights_digest(model: AnyModel) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 in hex of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}\n{list(tensor.shape)}\n".encode())
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    if not flat.is_cuda:
-        digest.update(flat.numpy().data)
-        return digest.hexdigest()
-    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times
-    # as long.
-    buffer = torch.empty(min(COPIED_BYTES, len(flat)), dtype=torch.uint8, pin_memory=True)
-    for part in torch.split(flat, COPIED_BYTES):
-        digest.update(buffer[: len(part)].copy_(part).numpy().data)
+    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
