@@ -1,19 +1,25 @@
-"""The weight files of a checkpoint: which ones belong to it, their tensors, and their digest.
+"""The weight files of a checkpoint: their tensors, the check that they are all of it, their digest.
 
 Only safetensors is read. The digest is SHA-256 over the sorted names of ``SHA-256(name, dtype,
 shape, bytes)`` of each tensor, so it depends neither on how the tensors are spread over files nor
 on how they are loaded.
+
+Reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused before, by
+headers alone.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -30,7 +36,12 @@ from assay.files.weights import (
     weight_files,
 )
 from assay.loading_progress import report_progress
+from assay.models.configuration import build_empty
+from assay.models.resolve import ModelSource
 from assay.streams.arrays import DTYPES, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EIGHT_BITS = ("F8_E4M3", "I8")
 """Dtypes of weights in eight bits, as the header of a safetensors file has them."""
@@ -44,6 +55,16 @@ _TORCH_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items
     "I32": torch.int32,
 }
 _READ_DTYPES = {*STORED_DTYPES, *EIGHT_BITS, "BOOL", "I32", "I64"}
+
+_FAULTS = {
+    "mismatched_keys": "of another shape",
+    "missing_keys": "missing",
+    "unexpected_keys": "surplus",
+}
+"""Faults by the key under which transformers reports them."""
+
+_SKIPPED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Buffers in old files, which transformers skips."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,77 @@ def _read_headers(file: Path) -> Iterator[StoredTensor]:
             for name in reader.keys():  # noqa: SIM118 - no mapping
                 view = reader.get_slice(name)
                 yield StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape()))
+
+
+def check_headers(source: ModelSource, tensors: list[StoredTensor]) -> None:
+    """Refuse tensors that are not those of the configuration, or are in eight bits without reason.
+
+    Where tensors are both missing and surplus, names may be of an older layout that transformers
+    converts: that is left to the load.
+    """
+    for tensor in tensors:
+        if tensor.dtype in EIGHT_BITS:
+            raise bad_weights(
+                f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}, and config.json has no "
+                f"quantization_config",
+                "a configuration that says how they are used",
+            )
+    module = build_empty(source.config)
+    shapes = _shapes_in_files(module)
+    stored = {tensor.name: tensor for tensor in tensors}
+    names = {name for name, _ in module.named_parameters()}
+    # A tied matrix has two names, and need not be stored under the second.
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - names
+    ignored = [_SKIPPED, *map(re.compile, module._keys_to_ignore_on_load_unexpected or ())]
+    shaped = sorted(
+        name for name in stored.keys() & shapes.keys() if stored[name].shape != shapes[name]
+    )
+    missing = sorted(shapes.keys() - stored.keys() - tied)
+    surplus = [
+        name
+        for name in sorted(stored.keys() - shapes.keys() - tied)
+        if not any(pattern.search(name) for pattern in ignored)
+    ]
+    if shaped:
+        name = shaped[0]
+        difference = f": {list(stored[name].shape)}, not {list(shapes[name])}"
+        raise _misfit(str(stored[name].file), "mismatched_keys", shaped, difference)
+    if missing and not surplus:
+        file = find_file(source.checkpoint, stored, missing[0])
+        raise _misfit(str(file), "missing_keys", missing)
+    if surplus and not missing:
+        raise _misfit(str(stored[surplus[0]].file), "unexpected_keys", surplus)
+
+
+def check_report(reference: str, report: Mapping[str, Any]) -> None:
+    """Refuse the misfits that transformers reports of a load, which headers did not show."""
+    for key in _FAULTS:
+        entries = report.get(key) or ()
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries)
+        if names:
+            raise _misfit(repr(reference), key, names)
+
+
+def _shapes_in_files(module: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor by its name in a file, as transformers writes it today."""
+    inside: dict[str, torch.Tensor] = {
+        name: tensor.to("meta") for name, tensor in module.state_dict().items()
+    }
+    # Another version of transformers, or experts that it cannot take apart.
+    with suppress(Exception):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        inside = revert_weight_conversion(module, inside)
+    return {name: tuple(tensor.shape) for name, tensor in inside.items()}
+
+
+def _misfit(where: str, key: str, names: list[str], difference: str = "") -> BadWeights:
+    tensors = f"{len(names)} tensors are" if len(names) > 1 else "a tensor is"
+    return BadWeights(
+        f"{where}: {tensors} {_FAULTS[key]}, the first is {names[0]!r}{difference}",
+        wanted="exactly the tensors of the configuration",
+        do="download or save the checkpoint again; a fused or quantised layout is not read",
+    )
 
 
 def stored_dtype(tensors: list[StoredTensor]) -> torch.dtype:

@@ -22,6 +22,8 @@ from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
     StoredTensor,
     check_finite,
+    check_headers,
+    check_report,
     digest_tensors,
     list_tensors,
     stored_dtype,
@@ -35,7 +37,6 @@ from assay.models.configuration import (
 )
 from assay.models.decoder import backbone
 from assay.models.device import parse_device
-from assay.models.header_check import check_headers, check_report
 from assay.models.model import Model
 from assay.models.number_formats import (
     NUMBER_FORMATS,
