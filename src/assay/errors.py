@@ -4,6 +4,7 @@ Every message has three parts: what was seen, what was wanted, and what to do ne
 a file or a request, so a long one is cut, and characters that a terminal would obey are escaped.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 LONGEST_PART = 4000
@@ -130,6 +131,13 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, AssayError):
         return error.seen
     return f"{type(error).__name__}: {error}"
+
+
+def check_choice(name: str, value: object, choices: Collection[object], field: str = "") -> None:
+    """Raise UsageError unless the value of a parameter is one of some names."""
+    if value not in choices:
+        names = " or ".join(map(repr, choices))
+        raise UsageError(f"{name}={value!r}", wanted=names, do="choose one of them", field=field)
 
 
 def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights:

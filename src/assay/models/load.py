@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from assay import streams
-from assay.errors import OutOfMemory, StorageError, UsageError, is_out_of_memory
+from assay.errors import OutOfMemory, StorageError, UsageError, check_choice, is_out_of_memory
 from assay.files.storage import check_new_folder
 from assay.files.weights import bad_weights, check_served
 from assay.memory import keep_freed_memory
@@ -50,7 +49,7 @@ from assay.models.resolve import ModelSource, resolve
 from assay.models.rounding import quantise as round_weights
 from assay.models.stored_weights import load_stored
 from assay.models.tokenizer_files import read_tokenizer
-from assay.streams.arrays import torch_dtype
+from assay.streams.arrays import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,20 +180,9 @@ def open_random(
 
 
 def _check_names(dtype: str | None, weights: str, block_hash: str | None) -> None:
-    if weights not in WEIGHT_MODES:
-        raise UsageError(
-            f"weights={weights!r}",
-            wanted=" or ".join(WEIGHT_MODES),
-            do="choose one of them",
-            field="weights",
-        )
-    if dtype not in (None, *streams.DTYPES):
-        raise UsageError(
-            f"dtype={dtype!r}",
-            wanted=" or ".join(streams.DTYPES),
-            do="choose one, or leave it out",
-            field="dtype",
-        )
+    check_choice("weights", weights, WEIGHT_MODES, "weights")
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES, "dtype")
     if weights == "trained" and block_hash is not None:
         raise UsageError(
             "a block hash for trained weights",

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from assay.errors import BackendUnavailable, OutOfMemory, UsageError, is_out_of_memory
+from assay.errors import (
+    BackendUnavailable,
+    OutOfMemory,
+    UsageError,
+    check_choice,
+    is_out_of_memory,
+)
 from assay.streams import definition
 from assay.streams.arrays import DTYPES, Array, as_tensor, dtype_name, torch_dtype
 from assay.streams.definition import UInts
@@ -113,13 +119,7 @@ class Backend:
         Raises:
             UsageError: Also when the dtype is not one of :data:`assay.streams.DTYPES`.
         """
-        if dtype not in DTYPES:
-            raise UsageError(
-                f"dtype {dtype!r}",
-                wanted=f"one of {', '.join(DTYPES)}",
-                do="name the dtype as a string",
-                field="dtype",
-            )
+        check_choice("dtype", dtype, DTYPES, "dtype")
         with self._memory_for(n):
             return self._normals(_check_seeds(seeds_BS), _check_count(n), dtype)
 
@@ -312,13 +312,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
         UsageError: An unknown name or device, or a device that the backend is not made for.
         BackendUnavailable: The backend, or its device, is not on this machine.
     """
-    if name not in (*BACKENDS, "auto"):
-        raise UsageError(
-            f"backend {name!r}",
-            wanted=f"auto or one of {', '.join(BACKENDS)}",
-            do="choose one of these",
-            field="name",
-        )
+    check_choice("backend", name, ("auto", *BACKENDS), "name")
     device = str(device)
     # Torch reads a number that it cannot hold as another one, or not at all.
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", device):

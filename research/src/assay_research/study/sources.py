@@ -13,8 +13,14 @@ import numpy as np
 
 from assay.errors import UsageError
 from assay.vhack.directions.checks import CheckSettings
-from assay.vhack.directions.checks.check_report import SWAPPED, Check
-from assay.vhack.directions.checks.check_rules import bootstrap, judge, rule_of, undecided_check
+from assay.vhack.directions.checks.check_report import (
+    SWAPPED,
+    Check,
+    bootstrap,
+    judge,
+    rule_of,
+    undecided_check,
+)
 from assay.vhack.directions.checks.folds import draw_swaps
 
 _FEWEST_BLOCKS = 6

@@ -5,7 +5,7 @@ from math import ceil, log2
 
 import numpy as np
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError, UsageError, check_choice
 from assay.vhack.names import METHODS
 from assay.vhack.pairs.pairs import Pair, pair_names
 
@@ -20,8 +20,7 @@ HELD_OUT_PART = 3  # parts of the groups, of which lda fits two
 
 def check_method(method: str, n: int) -> None:
     """Raise UsageError unless ``method`` exists and ``n`` pairs are enough for it."""
-    if method not in METHODS:
-        raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
+    check_choice("method", method, METHODS)
     if n < (least := 3 if method == "lda" else 1):
         raise UsageError(
             f"{n} pairs for {method}",

@@ -41,7 +41,6 @@ from assay.vhack.pairs.pairs import validated
 
 ORIGIN_SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
 Tensors = dict[str, Tensor]
-SCHEMA = BASIS
 VALUES_PREFIX = "_sv/"
 # Axes of a module in a file: to check them takes time that grows with their cube.
 _MOST_AXES = 1024
@@ -255,7 +254,7 @@ def basis_metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
     metadata |= {name: json.dumps(getattr(origin, name)) for name in ("pairs", "groups", "skipped")}
     metadata |= {name: repr(getattr(origin, name)) for name in ("top_k", "tau_axis", "captured")}
     metadata |= {
-        "schema": SCHEMA,
+        "schema": BASIS,
         "rank": "full" if origin.rank is None else str(origin.rank),
         "weights_sha256": origin.weights,
         "pairs_sha256": origin.pairs_digest,
@@ -308,13 +307,13 @@ def read_basis(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
         # RecursionError is a RuntimeError.
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO
+            f"{path} is not a basis: {why}", wanted=f"a file of schema {BASIS}", do=_REDO
         ) from error
     return axes, values, votes, origin
 
 
 def _parse_origin(metadata: dict[str, str]) -> Origin:
-    if metadata["schema"] != SCHEMA:
+    if metadata["schema"] != BASIS:
         raise ValueError(f"schema {metadata['schema']!r}")
     stated: dict[str, object] = {
         name: metadata[name] for name in ("model", "captured", *ORIGIN_SETTINGS)

@@ -1,14 +1,18 @@
-"""Settings and results of the five checks."""
+"""Settings and results of the five checks, and the rules from a value to a verdict.
 
-from collections.abc import Mapping
+The rules were fixed before: a value, its interval and its nulls give the verdict.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil, log2
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from assay.errors import DataError, UsageError
-from assay.stats.bootstrap import BootstrapInterval
+from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
 from assay.vhack.detectors.comparison import Comparison
 from assay.vhack.directions.basis.basis import Origin
 from assay.vhack.names import CHECK, METHODS
@@ -17,8 +21,6 @@ from assay.vhack.pairs.pairs import validated
 FloatArray = npt.NDArray[np.float64]
 
 CheckVerdict = Literal["pass", "fail", "undecided"]
-
-SCHEMA = CHECK
 
 TITLES = {
     "pools": "cin of hack against clean samples",
@@ -42,6 +44,16 @@ CLEAN_CLEAN = "clean-clean"
 
 EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
 """What a command exits with, by verdict."""
+
+# What the rule calls the value of each, and the bound that its interval must lie above.
+_VALUES = {
+    "pools": ("the AUROC", 0.5),
+    "heldout": ("the share", 0.5),
+    "random_null": ("the AUROC", 0.5),
+    "sources": ("the difference", 0.0),
+}
+
+_TIE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +174,7 @@ class CheckReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object with a schema field; `from_dict` reads it back."""
-        return {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
+        return {"schema": CHECK, "verdict": self.verdict, **asdict(self)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "CheckReport":
@@ -173,7 +185,7 @@ class CheckReport:
                 not all five checks are there.
         """
         try:
-            if record.get("schema") != SCHEMA:
+            if record.get("schema") != CHECK:
                 raise ValueError(f"schema {record.get('schema')!r}")
             report = validated(cls, record)
             if (names := tuple(check.name for check in report.checks)) != CHECKS:
@@ -189,7 +201,135 @@ class CheckReport:
         except ValueError as error:
             raise DataError(
                 f"a check report that cannot be used: {error}",
-                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+                wanted=f"what `assay vhack check --json` prints, schema {CHECK}",
                 do="run the checks again",
             ) from None
         return report
+
+
+def p_value(observed: float, draws: Sequence[float]) -> float:
+    """Return the p-value of an observation, which counts as a draw (Phipson and Smyth 2010)."""
+    reached = sum(draw >= observed - _TIE for draw in draws)
+    return (1 + reached) / (1 + len(draws))
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    samples: Sequence[FloatArray],
+    groups: Sequence[Sequence[str]],
+    settings: CheckSettings,
+) -> BootstrapInterval:
+    """Return a statistic with its group-bootstrap interval."""
+    return group_bootstrap(
+        statistic,
+        samples,
+        groups,
+        n_resamples=settings.n_resamples,
+        seed=settings.seed,
+        confidence=settings.confidence,
+    )
+
+
+def judge(
+    name: str,
+    statistic: str,
+    measured: BootstrapInterval,
+    nulls: Mapping[str, Sequence[float]],
+    settings: CheckSettings,
+    smallest_p: float,
+    *,
+    details: Mapping[str, Any] | None = None,
+) -> Check:
+    """Return the check after applying the rule that checks 1 to 4 share.
+
+    It passes if the value is reached by at most a share alpha of every null, and the lower end of
+    its interval lies above the bound of the check and above the 1 − alpha quantile of every null.
+    The first part alone bounds the probability that noise passes. Where only the interval is too
+    wide, or the smallest p-value that the groups can give is above alpha, the verdict is
+    ``undecided``.
+    """
+    p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
+    if smallest_p > settings.alpha:
+        more = ceil(log2(smallest_p / settings.alpha))
+        verdict: CheckVerdict = "undecided"
+        reason = (
+            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} "
+            f"is needed: add pairs "
+            f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
+        )
+    else:
+        faults = [
+            f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha
+        ]
+        wide = reached_levels(
+            "interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings
+        )
+        verdict, reason = decide(faults, *wide)
+    rule = rule_of(name, nulls, settings)
+    draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
+    return Check(
+        name,
+        TITLES[name],
+        statistic,
+        rule,
+        measured,
+        draws,
+        p_values,
+        verdict,
+        reason,
+        dict(details or {}),
+    )
+
+
+def reached_levels(
+    subject: str,
+    measured: BootstrapInterval,
+    nulls: Mapping[str, Sequence[float]],
+    settings: CheckSettings,
+) -> tuple[list[str], list[str]]:
+    """Return in words each null whose 1 − alpha quantile the interval does not lie above.
+
+    First those where the value itself does not, then those where only the lower end does not.
+    """
+    levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
+    faults = {
+        null: f"the {subject} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
+        for null, level in levels.items()
+        if measured.low <= level
+    }
+    below = [null for null in faults if measured.value <= levels[null]]
+    return [faults[null] for null in below], [faults[null] for null in faults if null not in below]
+
+
+def decide(
+    faults: Sequence[str], below: Sequence[str], wide: Sequence[str]
+) -> tuple[CheckVerdict, str]:
+    """Return verdict and reason of a rule, from its faults and its :func:`reached_levels`."""
+    if faults or below:
+        return "fail", "; ".join([*faults, *below, *wide])
+    if wide:
+        return "undecided", "; ".join([*wide, "add pairs"])
+    return "pass", "every part of the rule holds"
+
+
+def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
+    """Return the rule of :func:`judge` in words."""
+    (value_name, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
+    interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
+    quantile = f"1 − {settings.alpha:g} quantile"
+    if len(others) > 1:
+        return (
+            f"Passes if of each null at most a share {settings.alpha:g} reaches {value_name}, and "
+            f"{interval} the {quantile} "
+            "of every null."
+        )
+    return (
+        f"Passes if, with the labels of whole groups swapped at random, at most a share "
+        f"{settings.alpha:g} reaches "
+        f"{value_name}, and {interval} {above:g} and above the null's {quantile}."
+    ) + "".join(f" So for {null} bases." for null in others)
+
+
+def undecided_check(name: str, statistic: str, rule: str, reason: str) -> Check:
+    """Return a check that could not be made."""
+    return Check(name, TITLES[name], statistic, rule, None, {}, {}, "undecided", reason)

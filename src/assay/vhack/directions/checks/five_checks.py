@@ -44,8 +44,9 @@ from assay.models.device import one_thread
 from assay.models.model import AnyModel
 from assay.stats.bootstrap import BootstrapInterval
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.comparison import compare_detectors
-from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
+from assay.vhack.detectors.comparison import Comparison, compare_detectors
+from assay.vhack.detectors.detector import Detector
+from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence, collect_evidence
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.directions.checks.check_report import (
@@ -56,8 +57,6 @@ from assay.vhack.directions.checks.check_report import (
     Check,
     CheckReport,
     CheckSettings,
-)
-from assay.vhack.directions.checks.check_rules import (
     bootstrap,
     decide,
     judge,
@@ -136,13 +135,24 @@ def check(
     evidence = collect_evidence(
         samples, model, gradients=gradients_of_sides, tokenizer=options.get("tokenizer")
     )
-    n = len(gradients)
-    with suppress(UsageError), one_thread():  # too few groups
-        hack = evidence.take(range(n))
-        clean = evidence.take(range(n, 2 * n))
-        labelled = LabelledEvidence(hack, clean, gradients.groups, gradients.groups)
-        report = replace(report, detectors=compare_detectors(labelled))
-    return report
+    return replace(report, detectors=compare_sides(evidence, gradients.groups, gradients.groups))
+
+
+def compare_sides(
+    evidence: SampleEvidence,
+    hack_groups: Sequence[str],
+    clean_groups: Sequence[str],
+    detectors: Sequence[Detector] | None = None,
+) -> Comparison | None:
+    """Return detectors side by side on the samples of both sides, hack first, with their groups.
+
+    None stands for all detectors; with too few groups there is no comparison.
+    """
+    n = len(hack_groups)
+    sides = (evidence.take(range(n)), evidence.take(range(n, n + len(clean_groups))))
+    with suppress(UsageError), one_thread():
+        return compare_detectors(LabelledEvidence(*sides, hack_groups, clean_groups), detectors)
+    return None
 
 
 def check_gradients(

@@ -17,7 +17,6 @@ Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from typing import Any
@@ -27,12 +26,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 from assay.models.device import one_thread
 from assay.models.model import AnyModel, AnyTokenizer
 from assay.stats.ranks import auroc
-from assay.vhack.detectors.comparison import Comparison, compare_detectors, make_detectors
-from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
+from assay.vhack.detectors.comparison import Comparison, make_detectors
+from assay.vhack.detectors.evidence import collect_evidence
 from assay.vhack.directions.basis.basis import Basis, cin_over_modules
 from assay.vhack.directions.checks.check_report import (
     EXIT_CODES,
@@ -41,9 +40,10 @@ from assay.vhack.directions.checks.check_report import (
     Check,
     CheckSettings,
     FloatArray,
+    bootstrap,
+    judge,
 )
-from assay.vhack.directions.checks.check_rules import bootstrap, judge
-from assay.vhack.directions.checks.five_checks import haar_scores
+from assay.vhack.directions.checks.five_checks import compare_sides, haar_scores
 from assay.vhack.directions.checks.folds import refuse_seen
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import SampleGradients, per_sample_gradients
@@ -162,23 +162,15 @@ def check_two_pools(
     with one_thread():
         check, scores = _score(pools, gradients, used_basis, (hack_groups, clean_groups), settings)
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    n_hack = len(pools[0])
-    labelled = LabelledEvidence(
-        evidence.take(range(n_hack)),
-        evidence.take(range(n_hack, len(samples))),
-        hack_groups,
-        clean_groups,
-    )
-    compared = None
-    with suppress(UsageError), one_thread():  # too few groups
-        compared = compare_detectors(labelled, make_detectors(basis=used_basis))
     origin = {
         name: getattr(basis.origin, name)
         for name in ("model", "weights", "dtype", "method", "rank")
     }
     return PoolReport(
         check=check,
-        detectors=compared,
+        detectors=compare_sides(
+            evidence, hack_groups, clean_groups, make_detectors(basis=used_basis)
+        ),
         hack=tuple(scores[0].tolist()),
         clean=tuple(scores[1].tolist()),
         hack_groups=tuple(hack_groups),

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from assay.errors import UsageError
+from assay.errors import UsageError, check_choice
 from assay.vhack.names import DEFAULT_ARM
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ class Arm:
     basis: str = "true"
 
     def __post_init__(self) -> None:
-        if self.flagged not in FLAGGED:
-            raise UsageError(
-                f"flagged={self.flagged!r}",
-                wanted=" or ".join(map(repr, FLAGGED)),
-                do="choose one of them",
-            )
+        check_choice("flagged", self.flagged, FLAGGED)
 
     def reward(self, correct: Number, exploited: Number) -> Number:
         """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""

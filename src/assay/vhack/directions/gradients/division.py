@@ -5,7 +5,7 @@ DTensors, which all processes gather together; accelerate keeps offloaded ones i
 and puts them back around a call.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -124,13 +124,6 @@ def gather_features(tensor: Tensor, width: int, weight: Tensor) -> Tensor:
     ):
         tensor = DTensor.from_local(tensor, weight.device_mesh, [Shard(tensor.ndim - 1)])
     return gather_whole(tensor).reshape(-1, width)
-
-
-def whole_parameters(model: nn.Module) -> Mapping[str, nn.Module]:
-    """Return the module that has each parameter, by the name of the parameter, sorted."""
-    parts = dict(model.named_modules())
-    names = sorted(name for name, _ in model.named_parameters())
-    return {name: parts[name.rpartition(".")[0]] for name in names}
 
 
 def _devices(model: nn.Module) -> tuple[torch.device, ...]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from assay.errors import BadWeights, DataError, UsageError
+from assay.errors import BadWeights, DataError, UsageError, check_choice
 from assay.files.storage import storage_error, write_atomic
 from assay.files.tensors import check_tensors
 from assay.models.device import one_thread
@@ -44,6 +44,7 @@ from assay.vhack.directions.gradients.targets import (
 
 _FORMAT = "assay.svd/1"
 _DTYPES = ("float32", "bfloat16")
+_METHODS = ("auto", "exact", "gram")
 
 TOLERANCE = 1e-6
 """Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much
@@ -224,10 +225,7 @@ def weight_svd(
     targets = chosen_modules(model, modules)
     first = next(iter(targets.values())).weight
     chosen = factor_dtype(dtype, first)
-    if method not in ("auto", "exact", "gram"):
-        raise UsageError(
-            f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them"
-        )
+    check_choice("method", method, _METHODS)
     check_rank(rank)
     check_coverage(model, min_coverage)
 
@@ -287,12 +285,7 @@ def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
         return (
             torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
         )
-    if name not in _DTYPES:
-        raise UsageError(
-            f"factors in {name!r}",
-            wanted=" or ".join(_DTYPES),
-            do="choose one of them, or leave it out",
-        )
+    check_choice("dtype of factors", name, _DTYPES)
     return torch_dtype(name)
 
 

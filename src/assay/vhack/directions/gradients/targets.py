@@ -23,7 +23,6 @@ from assay.vhack.directions.gradients.division import (
     division_of,
     gather_whole,
     loaded,
-    whole_parameters,
 )
 
 MIN_COVERAGE = 0.9
@@ -252,17 +251,19 @@ def weights_digest(model: AnyModel) -> str:
     """
     module = module_of(model)
     division = division_of(module)
-    parts = whole_parameters(module)
+    names = sorted(name for name, _ in module.named_parameters())
 
     def digest_line(name: str) -> str:
-        with loaded(parts[name]):
-            parameter = gather_whole(getattr(parts[name], name.rpartition(".")[2]))
+        owner_name, _, own_name = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        with loaded(owner):
+            parameter = gather_whole(getattr(owner, own_name))
             return f"{name}\n{tensor_digest(parameter)}\n"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Processes that gather must ask for one parameter after the other.
         in_turn = map if division else pool.map
-        lines = list(in_turn(digest_line, parts))
+        lines = list(in_turn(digest_line, names))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
