@@ -1,5 +1,8 @@
 """Linear layers and experts over weights in eight bits, and how their products are computed.
 
+Weights come in eight bits from a checkpoint, or are rounded to float8 (:func:`round_linears`): an
+honest configuration that a network may agree on.
+
 This is the definition. Each way rounds its input as its weight was rounded, with scales for every
 position, so that the bits of a position do not depend on the others: a row, or some of its columns,
 is divided by its largest magnitude.
@@ -13,7 +16,7 @@ is divided by its largest magnitude.
   those of experts in blocks, are a kernel of assay's own (:mod:`assay.models.triton_products`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -22,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from assay.errors import ModelError
 
 STEP = 1 / torch.finfo(torch.float8_e4m3fn).max
 """The scale of a row is this times its largest magnitude, which becomes the largest number of the
@@ -344,3 +349,55 @@ class EightBitExperts(nn.Module):
         shared_SD = torch.empty_like(y_SD)
         shared_SD[order] = y_SD * shares_NK.flatten()[order, None]
         return shared_SD.view(*chosen_NK.shape, -1).sum(dim=1)
+
+
+def round_linears(owner: nn.Module) -> None:
+    """Round the weights of all linear layers below a module to e4m3: those of a decoder, whose head
+    stays as it is.
+    """
+    # Names alone are listed, so that a layer that is rounded is freed at once.
+    for name in [name for name, _ in owner.named_children()]:
+        part = getattr(owner, name)
+        stacks = expert_weights(part)
+        if isinstance(part, nn.Linear):
+            _check_widths(name, part.weight)
+            setattr(owner, name, EightBitLinear(round_rows(part.weight.detach()), part.bias))
+        elif stacks:
+            check_experts(name, part, stacks)
+            gate_up = round_rows(stacks["gate_up_proj"].detach())
+            down = round_rows(stacks["down_proj"].detach())
+            setattr(owner, name, EightBitExperts(part, gate_up, down))
+        else:
+            round_linears(part)
+
+
+def _check_widths(name: str, weight: Tensor) -> None:
+    rows, columns = weight.shape[-2:]
+    if weight.is_cuda and (rows % WIDTHS or columns % WIDTHS):
+        raise ModelError(
+            f"{name} has {rows} rows of {columns} numbers, and float8 was asked for",
+            wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
+            do="use another --dtype",
+        )
+
+
+def expert_weights(part: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a module that are stacked over experts, by name."""
+    parameters = part.named_parameters(recurse=False)
+    return {name: weight for name, weight in parameters if weight.dim() > 2}
+
+
+def check_experts(name: str, part: Any, stacks: Mapping[str, Tensor]) -> None:
+    """Refuse experts in another layout or with another gate, which would stay unrounded."""
+    is_plain = getattr(part, "has_gate", False) and getattr(part, "is_concatenated", False)
+    is_other = getattr(part, "has_bias", True) or getattr(part, "is_transposed", True)
+    gate = getattr(getattr(part, "_apply_gate", None), "__name__", "")
+    has_both = set(stacks) == {"gate_up_proj", "down_proj"}
+    if not has_both or not is_plain or is_other or gate != "_default_apply_gate":
+        raise ModelError(
+            f"{name} is a {type(part).__name__}, and eight bits were asked for",
+            wanted="experts with one gate and no bias, as those of Qwen3",
+            do="use another --dtype",
+        )
+    for key, weight in stacks.items():
+        _check_widths(f"{name}.{key}", weight)

@@ -36,6 +36,7 @@ from assay.models.configuration import (
 )
 from assay.models.decoder import backbone
 from assay.models.device import parse_device
+from assay.models.eight_bits import round_linears
 from assay.models.model import Model
 from assay.models.number_formats import (
     NUMBER_FORMATS,
@@ -46,7 +47,6 @@ from assay.models.number_formats import (
 )
 from assay.models.random_weights import SHAPE_BLOCK, randomise, randomise_embeddings, recipe_digest
 from assay.models.resolve import ModelSource, resolve
-from assay.models.rounding import quantise as round_weights
 from assay.models.stored_weights import load_stored
 from assay.models.tokenizer_files import read_tokenizer
 from assay.streams.arrays import DTYPES, torch_dtype
@@ -124,7 +124,7 @@ def load_model(
         # The library's own `to` is wrapped in a way that hides its type.
         cast("torch.nn.Module", module).to(target).eval()
         if quantise is not None and form is None:
-            round_weights(backbone(module))
+            round_linears(backbone(module))
         if mode == "random-embed":
             randomise_embeddings(module, block)
     digest = others
@@ -149,7 +149,7 @@ def open_trained(
     tensors = list_tensors(source.checkpoint)
     dtype = dtype or stored_dtype(tensors)
     _check_tensors(source, tensors, form)
-    digest = _digest(source, tensors)
+    digest = digest_tensors(tensors, source.published.get("quantization_config"))
     if form is None:
         module = _read_plain(source, dtype)
     else:
@@ -236,10 +236,6 @@ def _refuse_out_of_memory(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _digest(source: ModelSource, tensors: list[StoredTensor]) -> str:
-    return digest_tensors(tensors, source.published.get("quantization_config"))
-
-
 def _check_tensors(
     source: ModelSource, tensors: list[StoredTensor], form: StoredFormat | None
 ) -> None:
@@ -312,7 +308,7 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     # Engines know layouts of quantised weights that are not read here.
     if form is None:
         check_headers(source, tensors)
-    digest = _digest(source, tensors)
+    digest = digest_tensors(tensors, source.published.get("quantization_config"))
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
 
 

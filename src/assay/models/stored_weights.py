@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from assay.errors import BadWeights
 from assay.models.checkpoint import EIGHT_BITS, StoredTensor, find_file
 from assay.models.configuration import build
-from assay.models.eight_bits import EightBitExperts, EightBitLinear, Rounded
+from assay.models.eight_bits import (
+    EightBitExperts,
+    EightBitLinear,
+    Rounded,
+    check_experts,
+    expert_weights,
+)
 from assay.models.four_bits import (
     AWQ_PLACES,
     CENTRE,
@@ -29,7 +35,6 @@ from assay.models.four_bits import (
 )
 from assay.models.number_formats import StoredFormat
 from assay.models.resolve import ModelSource
-from assay.models.rounding import check_experts, expert_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

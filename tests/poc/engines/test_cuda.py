@@ -19,9 +19,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from assay.errors import BadWeights, OutOfMemory
 from assay.models import Model, load_model
 from assay.models.decoder import backbone
-from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
+from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks, round_linears
 from assay.models.resolve import resolve
-from assay.models.rounding import quantise as round_weights
 from assay.poc import HFEngine, Proof, Round, bundled_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.compiled_forward import worth_compiling
@@ -94,7 +93,7 @@ def mixture(quantise: str | None) -> Model:
     if quantise in STORED:
         in_eight_bits(backbone(module), STORED[quantise])
     elif quantise:
-        round_weights(backbone(module))
+        round_linears(backbone(module))
     return Model(module, None, "mixture", "", "trained", quantise or "")
 
 

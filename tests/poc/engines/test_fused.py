@@ -24,8 +24,7 @@ from transformers import (
 from assay.errors import ModelError
 from assay.models import Model
 from assay.models.decoder import backbone
-from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, Rounded, float8_blocks
-from assay.models.rounding import quantise
+from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, Rounded, float8_blocks, round_linears
 from assay.poc.engines.hf import lean_decoder
 from assay.poc.engines.hf.lean_decoder import LeanDecoder, fusible, is_lean
 from tests.models.storing import in_eight_bits, rounded_weight
@@ -136,7 +135,7 @@ def test_experts_of_another_layout_are_refused_in_float8():
     model = made("mixture")
     model.module.model.layers[1].mlp.experts.has_bias = True
     with refuses(ModelError, "experts of another layout are refused in float8"):
-        quantise(backbone(model.module))
+        round_linears(backbone(model.module))
 
 
 def test_it_is_chosen_where_its_kernels_run(small_model, monkeypatch: pytest.MonkeyPatch):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from assay.errors import UsageError
 
-# Singular values below this share of the first, times N, are rounding of float32 gradients, not
-# axes.
-_ROUNDING = torch.finfo(torch.float32).eps
+ROUNDING = torch.finfo(torch.float32).eps
+"""Singular values below this share of the first, times N, are rounding of float32 gradients, not
+axes.
+"""
 
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
@@ -77,7 +78,7 @@ def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor
     values_N, vectors_NN = torch.linalg.eigh(gram_NN)
     k = min(top_k, *rows_NR.shape)
     values_K = values_N.flip(0)[:k].clamp_min(0).sqrt()
-    is_used_K = values_K > values_K[0] * len(rows_NR) * _ROUNDING
+    is_used_K = values_K > values_K[0] * len(rows_NR) * ROUNDING
     leading_NK = vectors_NN.flip(1)[:, :k]
     raw_KR = (leading_NK.T @ rows_NR) / torch.where(is_used_K, values_K, torch.inf)[:, None]
     return _orthonormal(raw_KR, is_used_K), torch.where(is_used_K, values_K, 0.0)

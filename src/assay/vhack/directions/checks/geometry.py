@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from assay.vhack.directions.basis.axes import shrinkage
+from assay.vhack.directions.basis.axes import ROUNDING, shrinkage
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.checks.check_report import CheckSettings
-
-# As in assay.vhack.directions.basis: singular values below this share of the first, times T, are
-# rounding of float32 gradients.
-_ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +167,7 @@ def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor
     """
     squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
     values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
-    least = max(gram_MTT.shape[1] * _ROUNDING, tau_axis)
+    least = max(gram_MTT.shape[1] * ROUNDING, tau_axis)
     kept_MK = (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
     mix_MKT = (
         vectors_MTT.flip(2)[:, :, :k].transpose(1, 2)

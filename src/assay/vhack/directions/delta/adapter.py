@@ -304,11 +304,11 @@ class DeltaS(nn.Module):
             )
             if not self._enabled or not is_trained:
                 return None
+            chosen = plan
             if rollouts := self._rollouts:
                 record = partial(rollouts.record, g, m)
-                sample_plan = replace(plan, rows=record, kinds=rollouts.kinds)
-                return adapt(output, arguments[0], self._views[g][m], sample_plan)
-            return adapt(output, arguments[0], self._views[g][m], plan)
+                chosen = replace(plan, rows=record, kinds=rollouts.kinds)
+            return adapt(output, arguments[0], self._views[g][m], chosen)
 
         return hook
 
