@@ -3,6 +3,7 @@ adapter.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ def _state(module):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
-    batches = plan_batches(encoded, 160, packed=packed)
+def test_batches_hold_similar_lengths_within_the_budget(small_model, encoded, packed):
+    batches = plan_batches(encoded, 160, small_model.module, packed=packed)
     lengths = [[len(one.ids) for one in batch] for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
     assert [length for batch in lengths for length in batch] == sorted(
@@ -144,6 +145,17 @@ def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
         for batch in lengths
     )
     assert len(batches) == (2 if packed else 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_samples_whose_numbers_follow_the_longest_beside_them_are_apart(encoded, packed):
+    limit = sorted(len(one.ids) for one in encoded)[2]
+    rotation = {"rope_type": "longrope", "original_max_position_embeddings": limit}
+    config = SimpleNamespace(rope_parameters=rotation, max_position_embeddings=10_000)
+    module = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    batches = plan_batches(encoded, 10_000, module, packed=packed)
+    sides = [{len(one.ids) > limit for one in batch} for batch in batches]
+    assert sides == [{True}, {False}]
 
 
 def test_the_token_budget_follows_the_free_memory(small_model, encoded):

@@ -224,7 +224,7 @@ def forward_samples(
         for layer in layers:
             hook = partial(_keep_states, states, layer)
             stack.callback(decoder_layers(module)[layer].register_forward_hook(hook).remove)
-        for part in plan_batches(encoded, budget, packed=False):
+        for part in plan_batches(encoded, budget, module, packed=False):
             batch = SampleBatch.build(part, module.device, packed=False)
             logprobs_M = _token_logprobs(module, batch)
             for row, (sample, (start, end)) in enumerate(

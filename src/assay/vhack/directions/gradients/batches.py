@@ -1,6 +1,6 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -11,6 +11,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
 from assay.models.model import AnyModel, AnyTokenizer, PreTrained, Tokenizer
+from assay.models.shared_passes import pass_kind
 from assay.models.spelling import encode_parts
 from assay.models.token_text import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
@@ -225,25 +226,19 @@ def context_length(module: PreTrained) -> int | None:
 
 
 def plan_batches(
-    encoded: Sequence[Encoded],
-    max_tokens: int,
-    *,
-    packed: bool,
-    kind: Callable[[int], Hashable] = bool,
+    encoded: Sequence[Encoded], max_tokens: int, module: PreTrained, *, packed: bool
 ) -> list[list[Encoded]]:
-    """Return the samples in batches of at most ``max_tokens``.
+    """Return the samples in batches of at most ``max_tokens`` of a model.
 
     A sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first.
-    The samples of a batch have lengths of one ``kind``, as
-    :func:`assay.models.shared_passes.pass_kind` tells them apart; by default all have.
+    The samples of a batch may share a pass of the model (:mod:`assay.models.shared_passes`).
     """
-    ordered = sorted(
-        encoded, key=lambda encoded_sample: (-len(encoded_sample.ids), encoded_sample.index)
-    )
+    ordered = sorted(encoded, key=lambda sample: (-len(sample.ids), sample.index))
+    config = module.config.get_text_config()
     batches: list[list[Encoded]] = []
-    for _, alike in groupby(ordered, key=lambda encoded_sample: kind(len(encoded_sample.ids))):
+    for _, alike in groupby(ordered, key=lambda sample: pass_kind(config, len(sample.ids))):
         batch_tokens = max_tokens
         for sample in alike:
             size = len(sample.ids) if packed or not batches else len(batches[-1][0].ids)

@@ -22,7 +22,6 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_
 from assay.models.decoder import has_hooks
 from assay.models.device import free_bytes, one_thread
 from assay.models.model import AnyModel, AnyTokenizer, Model, PreTrained
-from assay.models.shared_passes import pass_kind
 from assay.vhack.directions.gradients.batches import (
     Encoded,
     Progress,
@@ -188,8 +187,7 @@ def _replicas(
     budget = max_tokens or token_budget(module, encoded, room, checkpointing=checkpointing)
     if at_once > 1:  # a batch for each
         budget = min(budget, -(-sum(len(sample.ids) for sample in encoded) // at_once))
-    kind = partial(pass_kind, module.config.get_text_config())
-    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind)
+    batches = plan_batches(encoded, budget, module, packed=recipe.packed)
     factored = exact_factors(targets, factors) if recipe.factored else set()
     replica = partial(
         Replica, module, factors, recipe, factored=factored, checkpointing=checkpointing
@@ -211,8 +209,7 @@ def _divided_batches(
     free = min(division.gather(min(map(free_bytes, division.devices))))
     room = room_for_batches(free, division.device.type)
     budget = max_tokens or token_budget(module, all_tokens, room, checkpointing=checkpointing)
-    kind = partial(pass_kind, module.config.get_text_config())
-    return plan_batches(encoded, budget, packed=False, kind=kind)
+    return plan_batches(encoded, budget, module, packed=False)
 
 
 def batches_at_once(module: PreTrained) -> int:
