@@ -149,10 +149,13 @@ class LocalOnly:
         """Pass a request on, or answer 403."""
         covered = scope["type"] == "http" and route_path(scope).startswith(self._prefix)
         if covered and not _is_local(dict(scope["headers"])):
-            seen = "a request for another host, or from another site's page"
-            wanted = "Host: 127.0.0.1 and no other origin"
-            do = "open the service under 127.0.0.1, or start it with an API key"
-            await answer(Refusal(403, seen, wanted=wanted, do=do))(scope, receive, send)
+            refusal = Refusal(
+                403,
+                "a request for another host, or from another site's page",
+                wanted="Host: 127.0.0.1 and no other origin",
+                do="open the service under 127.0.0.1, or start it with an API key",
+            )
+            await answer(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -388,10 +391,11 @@ def answer(refusal: Refusal) -> Response:
         | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
     )
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # A request may hold unpaired surrogates, and no response can.
-    body = text.encode("utf-8", "replace")
     return Response(
-        body, status_code=refusal.status, headers=headers, media_type="application/json"
+        text.encode("utf-8", "replace"),  # a request may hold unpaired surrogates, no response can
+        status_code=refusal.status,
+        headers=headers,
+        media_type="application/json",
     )
 
 

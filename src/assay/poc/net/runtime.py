@@ -4,15 +4,14 @@ import asyncio
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 import structlog
-from typing_extensions import override
 
 from assay._version import __version__
 from assay.errors import StorageError, reason_of
@@ -84,16 +83,9 @@ class EngineThread(LoopThread):
     def __init__(self, name: str, load: "Callable[[], Deployment | None]") -> None:
         super().__init__(name)
         self._load = load
-        self._loading = True
-
-    @override
-    def close(self, timeout: float | None = None) -> bool:
-        # Nothing is lost with a model that still loads.
-        return super().close(0.0 if self._loading else timeout)
 
     def _run(self) -> None:
         deployment = self._load()
-        self._loading = False
         while deployment is not None and not self._closed:
             try:
                 self._turn(deployment)
@@ -144,7 +136,8 @@ class Runtime(ABC):
     def close(self) -> None:
         """Finish what runs, and close. :attr:`ended` is False afterwards if that took too long."""
         self.closing.set()
-        self.ended = self.worker.close(self.server.drain)
+        # Nothing is lost with a model that still loads.
+        self.ended = self.worker.close(0.0 if self.deployment is None else self.server.drain)
         for writer in self.writers:
             writer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -152,12 +145,11 @@ class Runtime(ABC):
 
     def about(self, schema: str) -> JsonObject:
         """Return how every snapshot begins."""
-        uptime = time.monotonic() - self._started
         return {
             "schema": schema,
             "time": time.time(),
             "version": __version__,
-            "uptime_seconds": uptime,
+            "uptime_seconds": time.monotonic() - self._started,
         }
 
     @abstractmethod
@@ -218,8 +210,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
 
     def __init__(self, name: str, *, most: int) -> None:
         super().__init__(name)
-        self._name = name
-        self._queue: deque[tuple[Item, int, str | None, asyncio.Future[Kept]]] = deque()
+        self._queue: deque[tuple[Item, int, str | None, Future[Kept]]] = deque()
         self._places = Shares(most)
         self._bytes = Shares(MOST_BYTES)
         self._waking = False
@@ -253,7 +244,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
 
         It is refused as :meth:`check` does, and written even if the wait for it is cancelled.
         """
-        future: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
+        future = Future[Kept]()
         with self._state:
             self._check_room(client, size)
             self._queue.append((item, size, client, future))
@@ -261,8 +252,8 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             self._bytes.take(client, size)
             if not self._waking:
                 self._waking = True
-                future.get_loop().call_soon(self._notify)
-        return await future
+                asyncio.get_running_loop().call_soon(self._notify)
+        return await asyncio.wrap_future(future)
 
     def _check_room(self, client: str | None, size: int) -> None:
         if self._closed:
@@ -284,9 +275,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             if not entries or self._put_on_disk(entries):
                 self._try(partial(self._rest, bool(entries)))
 
-    def _put_on_disk(
-        self, entries: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]"
-    ) -> bool:
+    def _put_on_disk(self, entries: "list[tuple[Item, int, str | None, Future[Kept]]]") -> bool:
         """Write items in one transaction and tell who waits for them; return whether they were
         written.
         """
@@ -295,13 +284,13 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         answers: Sequence[Kept | Refusal] = (
             results if fault is None else [self._refusal(fault) for _ in entries]
         )
-        waiting = defaultdict(list)  # one call into each loop
         for (*_, future), result in zip(entries, answers, strict=True):
-            waiting[future.get_loop()].append((future, result))
-        for loop, pairs in waiting.items():
-            # The loop has ended, and with it everyone who waited.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_settle, pairs)
+            if not future.set_running_or_notify_cancel():  # who waited has gone
+                continue
+            if isinstance(result, Refusal):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
         return fault is None
 
     def _try(self, step: Callable[[], None]) -> str | None:
@@ -315,7 +304,7 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         except (
             Exception
         ) as error:  # of any kind: without this thread, every caller would wait for ever
-            log.exception("not written", thread=self._name)
+            log.exception("not written", thread=self._thread.name)
             self.error = reason_of(error)[:300]
             fault = "it could not be written"
         else:
@@ -323,16 +312,6 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             self.error = None
             return None
         if not self.failing:
-            log.warning("what arrives is refused", reason=fault, thread=self._name)
+            log.warning("what arrives is refused", reason=fault, thread=self._thread.name)
         self.failing = True
         return fault
-
-
-def _settle(pairs: "list[tuple[asyncio.Future[Kept], Kept | Refusal]]") -> None:
-    for future, result in pairs:
-        if future.done():  # who waited has gone
-            continue
-        if isinstance(result, Refusal):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

@@ -174,19 +174,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._closing = closing
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        signals = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
+    @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own raises the signal again at the end, and the exit code would say so.
         self._closing.set()
-        super().handle_exit(sig, frame)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 def bounded_config(app: ASGIApp, settings: ListenerSettings) -> uvicorn.Config:
