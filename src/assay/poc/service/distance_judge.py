@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -67,9 +66,18 @@ class HonestNoise:
             builds = [build for build in pinned if dtype in build.dtype]
         if not is_measured:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
-        of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "round": round}
-        of |= {"formats": (dtype, dtype), "validator": validator}
-        laws = (find_build_noise(measured, build, **of) for build in builds)
+        laws = (
+            find_build_noise(
+                measured,
+                build,
+                digest=digest,
+                preset=pipeline.name,
+                round=round,
+                formats=(dtype, dtype),
+                validator=validator,
+            )
+            for build in builds
+        )
         # The law of the first build that was measured.
         return next((noise for noise in laws if noise is not None), None)
 
@@ -118,10 +126,12 @@ class Judge:
         self._outbox = outbox
         self._settings = settings
         self._noise = noise
-        self._ledger: Ledger | None = None
         self._alpha = account_alpha(settings.pins, settings.alpha)
-        if settings.ledger is not None:
-            self._ledger = Ledger(settings.ledger, alpha=self._alpha, beta=settings.beta)
+        self._ledger = (
+            None
+            if settings.ledger is None
+            else Ledger(settings.ledger, alpha=self._alpha, beta=settings.beta)
+        )
         self._checks = database["checks"]
         self._verdicts = database["verdicts"]
 
@@ -174,8 +184,9 @@ class Judge:
             "nonces": list(nonces),
             "received_distances": [_finite(value) for value in received],
             **who,
+            "block_height": stored.block_height,
+            **result,
         }
-        body |= {"block_height": stored.block_height, **result}
         checks = [
             {"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]}
             for i in new
@@ -206,9 +217,13 @@ class Judge:
             return
         # A request does not say what the node computes with; the number format is the one that the
         # network agreed on.
-        node = {"public_key": request.public_key, "digest": stored.digest, "preset": stored.preset}
         update = LedgerUpdate(
-            account=Account(**node, build=validator.dtype),
+            account=Account(
+                public_key=request.public_key,
+                digest=stored.digest,
+                preset=stored.preset,
+                build=validator.dtype,
+            ),
             round=round_identity(stored.round),
             block_hash=stored.block_hash,
             noise=noise,
@@ -220,10 +235,8 @@ class Judge:
 
     def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""
-        query = (
-            sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
-        )
-        return [loads(text, "verdict") for (text,) in self._db.rows(query)]
+        newest = sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc())
+        return [loads(text, "verdict") for (text,) in self._db.rows(newest.limit(limit))]
 
     def _checked(self, round_id: int, public_key: str) -> dict[int, float]:
         """Return the residuals of a key in a round by nonce, in the order of their checks."""
@@ -313,15 +326,15 @@ def _residual(
     verdict, result, places = judge_residuals(
         errors, noise, test=sequential_test(noise, **rates), positions=positions
     )
-    reply = {
+    return {
         "verdict": verdict,
         "checked": result.n,
         "log_e_value": result.log_e_max,
         "log_evidence_honest": result.log_evidence_honest,
         "gross": result.gross,
         "alpha": result.alpha,
+        **({"fault": places.pattern} if places.faulty else {}),
     }
-    return reply | ({"fault": places.pattern} if places.faulty else {})
 
 
 def _places(nonces: Sequence[int], stride: int) -> list[int]:

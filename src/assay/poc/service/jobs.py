@@ -63,8 +63,10 @@ class Jobs:
         self._is_open = self._c.status.in_(["queued", "running"])
         self._waiting: dict[str, Future[JsonObject]] = {}
         self._running: _Running | None = None
-        interrupted = self._table.update().where(self._c.status == "running")
-        database.change(interrupted.values(status="queued"))
+        # What the last process was at begins again.
+        database.change(
+            self._table.update().where(self._c.status == "running").values(status="queued")
+        )
 
     def submit(
         self, request: GenerateRequest, client: str | None = None, *, digest: str
@@ -114,19 +116,19 @@ class Jobs:
                     "result",
                     retry_after=10,
                 )
-            row = {
-                "id": job_id,
-                "seq": sa.select(
-                    sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1
-                ).scalar_subquery(),
-                "status": "queued",
-                "nonces": len(request.nonces),
-                "request": request.model_dump_json(),
-                "created_at": time.time(),
-                "client": client,
-                "digest": digest,
-            }
-            connection.execute(self._table.insert().values(row))
+            last = sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0)).scalar_subquery()
+            connection.execute(
+                self._table.insert().values(
+                    id=job_id,
+                    seq=last + 1,
+                    status="queued",
+                    nonces=len(request.nonces),
+                    request=request.model_dump_json(),
+                    created_at=time.time(),
+                    client=client,
+                    digest=digest,
+                )
+            )
         return {
             "status": "queued",
             "request_id": job_id,
@@ -160,17 +162,12 @@ class Jobs:
     def cancel(self, job_id: str) -> JsonObject:
         """Cancel a job that is not finished; return its state."""
         self.state(job_id)
-        self._finish(job_id, "cancelled")
+        self._finish(self._c.id == job_id, "cancelled")
         return self.state(job_id)
 
     def cancel_open(self) -> None:
         """Cancel all jobs that are not finished."""
-        change = self._table.update().where(self._is_open)
-        ended = change.values(status="cancelled", finished_at=time.time())
-        with self._db.write() as connection:
-            rows = connection.execute(ended.returning(self._table)).all()
-        for row in rows:
-            self._tell(row.id, _state(row))
+        self._finish(sa.true(), "cancelled")
 
     def has_open(self) -> bool:
         """Return whether any job waits or runs."""
@@ -221,9 +218,9 @@ class Jobs:
             ):  # the engine ended with the service, and the job runs again after the next start
                 raise
             log.exception("job failed")
-            self._finish(job.id, "failed", error=str(error))
+            self._finish(self._c.id == job.id, "failed", error=str(error))
         else:
-            self._finish(job.id, "completed", result)
+            self._finish(self._c.id == job.id, "completed", result)
         self._running = None
 
     def _result(
@@ -239,12 +236,11 @@ class Jobs:
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         received = request.received()
         validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
-        noise = self._noise.of(pipeline, validator, deployment.digest, round)
         return judge_vectors(
             request,
             residuals(received, records),
             counted_distances(received, records),
-            noise,
+            self._noise.of(pipeline, validator, deployment.digest, round),
             self._settings,
             missing=missing_law(deployment.reference, deployment.digest, round),
         )
@@ -263,15 +259,15 @@ class Jobs:
                 return None
             # Honest vectors of that model are others than this model has: no verdict on them here.
             if row.digest not in (None, deployment.digest):
-                self._finish(row.id, "failed", error=f"a job of the model {row.digest[:12]}")
+                error = f"a job of the model {row.digest[:12]}"
+                self._finish(c.id == row.id, "failed", error=error)
                 continue
             try:
                 request = GenerateRequest.model_validate_json(row.request)
-            except ValidationError as error:  # stored by a version that takes other requests
+            except ValidationError as invalid:  # stored by a version that takes other requests
                 log.warning("job not understood", id=row.id)
-                self._finish(
-                    row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}"
-                )
+                reason = f"stored by another version: {invalid.errors()[0]['msg']}"
+                self._finish(c.id == row.id, "failed", error=reason)
                 continue
             round = request.round(deployment.reference)
             claimed = None if request.validation is None else request.received()
@@ -279,22 +275,37 @@ class Jobs:
             return _Running(row.id, request, batches, [])
 
     def _finish(
-        self, job_id: str, status: str, result: JsonObject | None = None, error: str | None = None
+        self,
+        jobs: sa.ColumnElement[bool],
+        status: str,
+        result: JsonObject | None = None,
+        error: str | None = None,
     ) -> None:
-        """End a job that has not ended, owe its callback, and tell who waits for it."""
-        values = {"status": status, "result": dumps(result) if result else None, "error": error}
-        change = self._table.update().where(self._c.id == job_id, self._is_open)
+        """End those of some jobs that have not ended, owe the callback of a ``result``, and tell
+        who waits.
+        """
+        end = (
+            self._table.update()
+            .where(jobs, self._is_open)
+            .values(
+                status=status,
+                result=dumps(result) if result else None,
+                error=error,
+                finished_at=time.time(),
+            )
+        )
         with self._db.write() as connection:
-            ended = change.values(finished_at=time.time(), **values).returning(self._table)
-            row = connection.execute(ended).first()
-            request = {} if row is None else loads(row.request, "job")
-            if row is not None and result is not None and request.get("url"):
-                names = ("block_hash", "block_height", "public_key", "node_id")
-                about = {"request_id": job_id} | {name: request[name] for name in names}
-                kind = "generated" if request["validation"] is None else "validated"
-                self._outbox.add(connection, None, kind, request["url"], about | result, row.client)
-        if row is not None:
-            self._tell(job_id, _state(row))
+            rows = connection.execute(end.returning(self._table)).all()
+            for row in rows:
+                request = loads(row.request, "job")
+                if result is not None and request.get("url"):
+                    names = ("block_hash", "block_height", "public_key", "node_id")
+                    about = {"request_id": row.id} | {name: request[name] for name in names}
+                    kind = "generated" if request["validation"] is None else "validated"
+                    body = about | result
+                    self._outbox.add(connection, None, kind, request["url"], body, row.client)
+        for row in rows:
+            self._tell(row.id, _state(row))
 
     def _tell(self, job_id: str, state: JsonObject) -> None:
         future = self._waiting.pop(job_id, None)

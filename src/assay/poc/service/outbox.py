@@ -75,20 +75,19 @@ class Outbox:
         """Add valid nonces or stored receipts to callbacks of up to ``most`` that collect for
         seconds.
         """
-        table = self._table
         start = 0
         while start < len(numbers):
             row = self._collecting(connection, round_id, url, numbers[start], header)
             part = numbers[start : start + max(1, most - row.nonces)]
-            start = start + len(part)
+            start += len(part)
             count = row.nonces + len(part)
             due = count >= most or abs(time.time() - row.created_at) >= interval
-            values = {
-                "last_nonce": part[-1],
-                "nonces": count,
-                "status": "pending" if due else "open",
-            }
-            connection.execute(table.update().where(self._c.id == row.id).values(values))
+            change = self._table.update().where(self._c.id == row.id)
+            connection.execute(
+                change.values(
+                    last_nonce=part[-1], nonces=count, status="pending" if due else "open"
+                )
+            )
 
     def _collecting(
         self,
@@ -101,13 +100,11 @@ class Outbox:
         """Return the open callback of a round or of receipts of one header, or a new one that
         begins with ``first``.
         """
-        c, receipts, kind = (
-            self._c,
-            self._db["receipts"].c,
-            "generated" if header is None else RECEIPTS,
-        )
+        c = self._c
+        receipts = self._db["receipts"].c
+        kind = "generated" if header is None else RECEIPTS
         is_open = (
-            (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
+            c.round_id.is_not_distinct_from(round_id) & (c.kind == kind) & (c.status == "open")
         )
         row = connection.execute(sa.select(*self._columns).where(is_open)).first()
         if row is not None and row.url == url:
@@ -149,11 +146,16 @@ class Outbox:
     def _insert(
         self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
     ) -> sa.Row[Any]:
-        values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
-        values |= {"created_at": time.time(), "next_attempt_at": 0.0}
-        return connection.execute(
-            self._table.insert().values(values).returning(*self._columns)
-        ).one()
+        new = self._table.insert().values(
+            id=f"msg_{uuid.uuid4().hex}",
+            round_id=round_id,
+            kind=kind,
+            url=url,
+            created_at=time.time(),
+            next_attempt_at=0.0,
+            **values,
+        )
+        return connection.execute(new.returning(*self._columns)).one()
 
     def close_open(self, interval: float) -> None:
         """Release callbacks that have collected nonces for ``interval`` seconds."""
@@ -244,14 +246,11 @@ class Outbox:
         is a dead letter.
         """
         now = time.time()
-        if error is None or retry_in is None:
-            values: dict[str, object] = {
-                "status": "delivered" if error is None else "dead",
-                "finished_at": now,
-            }
+        values: dict[str, object] = {"attempts": self._c.attempts + 1, "last_error": error}
+        if error is not None and retry_in is not None:
+            values["next_attempt_at"] = now + retry_in
         else:
-            values = {"next_attempt_at": now + retry_in}
-        values |= {"attempts": self._c.attempts + 1, "last_error": error}
+            values |= {"status": "delivered" if error is None else "dead", "finished_at": now}
         self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 
     def counts(self) -> dict[str, int]:
@@ -324,16 +323,15 @@ class Delivery:
         self._runtime = runtime
         self._settings = settings
         self._metrics = metrics
-        self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
+        self._signers = [Webhook(secret) for secret in settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
-        loop = asyncio.get_running_loop()
-        async with new_client(
-            self._settings.callback_timeout, self._settings.callback_concurrency
-        ) as client:
+        settings = self._settings
+        async with new_client(settings.callback_timeout, settings.callback_concurrency) as client:
+            loop = asyncio.get_running_loop()
             self._outbox.notify = partial(loop.call_soon_threadsafe, self._wake.set)
             try:
                 while True:
@@ -352,12 +350,12 @@ class Delivery:
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
         outbox = self._outbox
-        wait_for = self._runtime.call
-        await wait_for(outbox.close_open, self._settings.callback_interval)
+        await self._runtime.call(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
             return
-        for callback, body in await wait_for(outbox.due, room, besides=list(self._sending)):
+        due = await self._runtime.call(outbox.due, room, besides=list(self._sending))
+        for callback, body in due:
             self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
 
     async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
@@ -377,25 +375,27 @@ class Delivery:
         attempt can succeed.
         """
         now = datetime.now(UTC)
-        private = self._settings.allow_private_callbacks
         headers = {
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
             "webhook-id": callback.id,
+            "webhook-timestamp": str(int(now.timestamp())),
         }
-        headers["webhook-timestamp"] = str(int(now.timestamp()))
         if self._signers:
             headers["webhook-signature"] = " ".join(
                 signer.sign(callback.id, now, body) for signer in self._signers
             )
-        about: dict[str, Any] = {
-            "allow_private": private,
-            "headers": headers,
-            "content": body.encode(),
-        }
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
-                response = await call(client, "POST", callback.url, f"/{callback.kind}", **about)
+                response = await call(
+                    client,
+                    "POST",
+                    callback.url,
+                    f"/{callback.kind}",
+                    allow_private=self._settings.allow_private_callbacks,
+                    headers=headers,
+                    content=body.encode(),
+                )
                 words = "" if response.is_success else await _first_words(response)
                 await response.aclose()
         except Blocked as error:
@@ -431,11 +431,12 @@ class Delivery:
         log.info("callback", **about) if error is None else log.warning(
             "callback", **about, error=error
         )
-        attempted = self._outbox.attempted
         retry_in = None if last else min(pause, LONGEST_PAUSE)
         while True:
             try:
-                await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
+                await self._runtime.call(
+                    self._outbox.attempted, callback.id, error, retry_in=retry_in
+                )
                 return
             except StorageError:
                 if self._runtime.closing.is_set():

@@ -39,6 +39,7 @@ class Progress:
         effective_dimension: float | None = None,
     ) -> None:
         self._lock = threading.Lock()
+        self._rounds = rounds
         self.stored = stored
         self.checked = stored.checked
         self.valid = stored.valid
@@ -91,16 +92,21 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            distances = [record.distance for record in batch.records]
-            places = zip(batch.records, distances, batch.valid, strict=True)
+            places = zip(batch.records, batch.valid, strict=True)
             self._recent.extend(
-                (record.nonce, distance) for record, distance, valid in places if valid
+                (record.nonce, record.distance) for record, valid in places if valid
             )
             if self._dimension:
-                self._counts += bin_counts(distances, self._edges)
+                self._counts += bin_counts(
+                    [record.distance for record in batch.records], self._edges
+                )
 
-    def latest(self) -> list[tuple[int, float]]:
-        """Return the latest valid nonces with their distances, ascending."""
+    def latest(self, after: int | None = None, limit: int = 0) -> list[tuple[int, float]]:
+        """Return the latest valid nonces with their distances, ascending, or with ``after`` the
+        first ``limit`` above it, from the database.
+        """
+        if after is not None:
+            return self._rounds.recent_valid(self.stored.id, after=after, limit=limit)
         with self._lock:
             return list(self._recent)
 
@@ -132,9 +138,12 @@ class Progress:
             rate = self.valid / checked
             expected |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
         if (law := self.law) is not None and self._dimension:
-            error = law.rate_error(r_target, checked) if checked else None
-            expected |= {"expected_rate": law.valid_rate(r_target), "expected_rate_error": error}
-            expected |= {"block_factor": law.scale, "block_factor_error": law.factor_error}
+            expected |= {
+                "expected_rate": law.valid_rate(r_target),
+                "expected_rate_error": law.rate_error(r_target, checked) if checked else None,
+                "block_factor": law.scale,
+                "block_factor_error": law.factor_error,
+            }
         return expected
 
     def histogram(self) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import groupby, pairwise
-from operator import itemgetter
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -56,6 +55,19 @@ PRUNE_EVERY = 60.0
 DAY = 86_400.0
 _ROOM = (2**16, 2**24)  # least and most bytes that are written to see whether there is room again
 
+HEADER_ID = (
+    "INSERT INTO receipt_headers (text) VALUES (?) "
+    "ON CONFLICT (text) DO UPDATE SET text = text RETURNING id"
+)
+STORE = """
+    INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash,
+        sha256, line, client)
+    SELECT :header_id, :at, :name, :choice, :tokens, :size, :finish, :request_id, :block_hash,
+        :sha256, :line, :client
+    WHERE NOT EXISTS (SELECT 1 FROM receipts
+        WHERE name = :name AND sha256 = :sha256 AND header_id = :header_id)
+    RETURNING seq"""
+
 
 class NewReceipt(NamedTuple):
     """A receipt to be stored, with its line and its header's line in a file."""
@@ -88,21 +100,17 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self.settings = settings
         self.metrics = metrics
         self._table = database["receipts"]
-        self._c = database["receipts"].c
+        self._c = self._table.c
         check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
-        self._lost = 0
+        self._attempted = 0
         self._pruned_at = float("-inf")
         self._journal_owed = not database.empty_journal()
         self._tidying = threading.Lock()
         self._counting = threading.Lock()
-        sums = sa.select(self._c.client, sa.func.sum(self._c.size)).where(
-            self._c.client.is_not(None)
-        )
-        stored = database.rows(sums.group_by(self._c.client))
-        self._stored: Counter[str | None] = Counter(
-            dict(map(tuple, stored))
-        )  # bytes on disk by client
-        self._free = disk_room(database.path.parent)
+        sums = sa.select(self._c.client, sa.func.sum(self._c.size)).group_by(self._c.client)
+        stored = database.rows(sums.where(self._c.client.is_not(None)))
+        # Bytes on disk by client.
+        self._stored: Counter[str | None] = Counter(dict(map(tuple, stored)))
         metrics.receipts_failing.set_function(lambda: float(self.failing))
 
     def sink(self, header: ReceiptHeader) -> "ReceiptSink":
@@ -116,58 +124,31 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         A receipt that is stored already, byte for byte and under the same header, is not stored
         twice.
         """
-        self._lost = sum(len(item.line) for item in items)  # until they are written
+        self._attempted = sum(len(item.line) for item in items)
         now = time.time()
-        headers = dict[str, int]()
-        fresh = []
-        announced = []
-        insert = (
-            "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, "
-            "block_hash, sha256, line, client) SELECT ?,?,?,?,?,?,?,?,?,?,?,? "
-            "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id "
-            "= ?) RETURNING seq"
-        )
         with self.database.write() as connection:
-            for text, receipt, line, client in items:
-                if text not in headers:
-                    new = "INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING"
-                    connection.exec_driver_sql(new, (text,))
-                    header_id = connection.exec_driver_sql(
-                        "SELECT id FROM receipt_headers WHERE text = ?", (text,)
-                    )
-                    headers[text] = int(header_id.scalar_one())
-                header = headers[text]
-                name = _name(receipt.request_id)
-                encoded = line.encode()
-                sha256 = hashlib.sha256(encoded).digest()
-                about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
-                texts = (receipt.request_id, receipt.block_hash, sha256, line, client)
-                seq = connection.exec_driver_sql(
-                    insert, (header, now, name, *about, *texts, name, sha256, header)
-                ).scalar()
-                fresh.append(seq is not None)
-                if seq is not None:
-                    announced.append((int(seq), header))
+            headers = {
+                text: connection.exec_driver_sql(HEADER_ID, (text,)).scalar_one()
+                for text in {item.header for item in items}
+            }
+            rows = [_row(item, headers[item.header], now) for item in items]
+            numbers = [connection.exec_driver_sql(STORE, row).scalar() for row in rows]
+            stored = [(seq, row) for seq, row in zip(numbers, rows, strict=True) if seq is not None]
             if (url := self.settings.receipt_callback_url) is not None:
-                interval = self.settings.callback_interval
-                most = min(self.settings.callback_nonces, ANNOUNCED)
-                for header, group in groupby(announced, key=itemgetter(1)):
-                    numbers = [seq for seq, _ in group]
+                for header, group in groupby(stored, key=lambda pair: pair[1]["header_id"]):
                     self._outbox.announce(
-                        connection, None, url, numbers, interval=interval, most=most, header=header
+                        connection,
+                        None,
+                        url,
+                        [seq for seq, _ in group],
+                        interval=self.settings.callback_interval,
+                        most=min(self.settings.callback_nonces, ANNOUNCED),
+                        header=header,
                     )
-        self._lost = 0
-        self._count(
-            +1,
-            [
-                (item.client, len(item.line.encode()))
-                for item, new in zip(items, fresh, strict=True)
-                if new
-            ],
-        )
-        self.metrics.receipts.labels("new").inc(sum(fresh))
-        self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
-        return fresh
+        self._count(+1, [(row["client"], row["size"]) for _, row in stored])
+        self.metrics.receipts.labels("new").inc(len(stored))
+        self.metrics.receipts.labels("repeated").inc(len(items) - len(stored))
+        return [seq is not None for seq in numbers]
 
     def _count(self, sign: int, rows: Iterable[tuple[str | None, int]]) -> None:
         """Count bytes of clients that are on the disk, or no longer."""
@@ -179,7 +160,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     def _check_room(self, client: str | None, size: int) -> None:
         super()._check_room(client, size)
         stored = self._stored[client]
-        if client is not None and stored + size > fair_share(self._free + stored, 0):
+        free = disk_room(self.database.path.parent)
+        if client is not None and stored + size > fair_share(free + stored, 0):
             raise self._refusal("those of one client have half of what its disk has free")
 
     @override
@@ -194,8 +176,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     @override
     def _rest(self, wrote: bool) -> None:
-        # See whether the disk has room again, delete what is old, and leave nothing of it behind.
-        self._free = disk_room(self.database.path.parent)
+        # See whether receipts find room again, delete what is old, and leave nothing of it behind.
         if self.failing and not wrote:
             self._probe()
         due = time.monotonic() - self._pruned_at > PRUNE_EVERY
@@ -204,8 +185,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self.tidy()
 
     def _probe(self) -> None:
-        """Write and delete about as many bytes as receipts that found no room."""
-        filler = min(max(self._lost, _ROOM[0]), _ROOM[1])
+        """Write and delete about as many bytes as the last transaction had."""
+        filler = min(max(self._attempted, _ROOM[0]), _ROOM[1])
         with self.database.write() as connection:
             connection.exec_driver_sql(
                 "INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,)
@@ -218,15 +199,13 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
         Unknown ones are refused with 404, and with 413 those that are too large for one answer.
         """
-        c, headers, where = self._c, self.database["receipt_headers"].c, self._of(request_id, index)
+        c = self._c
+        headers = self.database["receipt_headers"].c
+        where = self._of(request_id, index)
         columns = (c.seq, c.at, c.sha256, headers.text, c.line)
-        query = (
-            sa.select(*columns).where(headers.id == c.header_id, *where).order_by(c.choice, c.seq)
-        )
+        query = sa.select(*columns).where(headers.id == c.header_id, *where)
+        sizes = sa.select(sa.func.count(), sa.func.sum(c.size)).where(*where)
         with self.database.read() as connection:
-            sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.size), 0)).where(
-                *where
-            )
             count, size = connection.execute(sizes).one()
             if not count:
                 raise _unknown()
@@ -240,14 +219,15 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 )
             return [
                 f'{{"seq":{seq},"stored_at":{at!r},"sha256":"{sha256.hex()}","header":{header},"receipt":{line}}}'
-                for seq, at, sha256, header, line in connection.execute(query)
+                for seq, at, sha256, header, line in connection.execute(
+                    query.order_by(c.choice, c.seq)
+                )
             ]
 
     def listed(self, after: int, limit: int) -> list[JsonObject]:
         """Return facts of receipts after a sequence number, oldest first, without their lines."""
         c = self._c
-        sha256 = sa.func.lower(sa.func.hex(self._c.sha256)).label("sha256")
-        about = (
+        query = sa.select(
             c.seq,
             c.request_id,
             c.choice.label("index"),
@@ -255,14 +235,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             c.tokens,
             c.finish,
             c.size,
+            c.at.label("stored_at"),
+            sa.func.lower(sa.func.hex(c.sha256)).label("sha256"),
         )
-        query = (
-            sa.select(*about, c.at.label("stored_at"), sha256)
-            .where(c.seq > after)
-            .order_by(c.seq)
-            .limit(limit)
-        )
-        return [dict(row._mapping) for row in self.database.rows(query)]
+        rows = self.database.rows(query.where(c.seq > after).order_by(c.seq).limit(limit))
+        return [dict(row._mapping) for row in rows]
 
     def page(self, after: int, limit: int, *, request_id: str | None = None) -> Page:
         """Return the longest run of receipts after a sequence number that fits one file."""
@@ -282,11 +259,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             ):
                 total += size
                 begins_new_file = header not in (None, header_id) or (name, choice) in responses
-                if (
-                    len(responses) == limit
-                    or begins_new_file
-                    or (last is not None and total > MOST_BYTES)
-                ):
+                is_full = len(responses) == limit or (last is not None and total > MOST_BYTES)
+                if begins_new_file or is_full:
                     more = True
                     break
                 if last is not None and part + size > CHUNK_BYTES:
@@ -351,6 +325,26 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """
         where = [] if request_id is None else [self._c.name == _name(request_id)]
         return where if index is None else [*where, self._c.choice == index]
+
+
+def _row(item: NewReceipt, header_id: int, at: float) -> dict[str, Any]:
+    """Return what :data:`STORE` takes."""
+    receipt = item.receipt
+    line = item.line.encode()
+    return {
+        "header_id": header_id,
+        "at": at,
+        "name": _name(receipt.request_id),
+        "choice": receipt.index,
+        "tokens": len(receipt.output),
+        "size": len(line),
+        "finish": receipt.finish,
+        "request_id": receipt.request_id,
+        "block_hash": receipt.block_hash,
+        "sha256": hashlib.sha256(line).digest(),
+        "line": item.line,
+        "client": item.client,
+    }
 
 
 def _name(request_id: str) -> bytes:
@@ -446,9 +440,8 @@ def receipts_router(
             status = 204 if page.header is None else 200
             return Response(status_code=status, headers=headers, media_type="application/jsonl")
         lines = file_lines(request.state.client, page, request_id)
-        await anext(
-            lines
-        )  # counts this file before another request is looked at: nothing is waited for here
+        # Counts this file before another request is looked at: nothing is waited for here.
+        await anext(lines)
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     async def file_lines(
@@ -471,8 +464,8 @@ def receipts_router(
                     return
                 text = "".join(f"{line}\n" for _, line in numbered_lines)
                 digest.update(text.encode())
-                count = count + len(numbered_lines)
-                tokens = tokens + sum(number for number, _ in numbered_lines)
+                count += len(numbered_lines)
+                tokens += sum(number for number, _ in numbered_lines)
                 yield text
             # How long the responses took is not stored.
             footer = ReceiptFooter(

@@ -51,6 +51,17 @@ StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 PRESET_PATTERN = (
     "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?|chain-decode(-[1-9][0-9]{0,3})?)$"
 )
+OF_EVERY_ROUND = (
+    "block_hash",
+    "public_key",
+    "block_height",
+    "node_id",
+    "node_count",
+    "group_id",
+    "n_groups",
+    "batch_size",
+)
+OF_DISTANCES = ("preset", "seq_len", "r_target", "fraud_threshold", "callback_url")
 MISMATCH = "pins mismatch"
 MOST_POINTS = 4097  # of a chain with the most steps
 
@@ -98,6 +109,17 @@ class InitRequest(_Block):
     use_sign_flips: bool = True
     group_id: Index = 0
     n_groups: Count = 1
+
+    @property
+    def preset(self) -> str:
+        """The preset of distances that the round is of; 422 unless exactly one is asked for."""
+        if self.use_layer_hooks == self.use_sign_flips:
+            raise UsageError(
+                f"use_layer_hooks {self.use_layer_hooks} with use_sign_flips {self.use_sign_flips}",
+                wanted="exactly one of the two",
+                do="leave both out: sign flips are the recommendation",
+            )
+        return "layer-normalize" if self.use_layer_hooks else "poc-2.0"
 
 
 class Params(BaseModel):
@@ -284,10 +306,9 @@ def check_deployed(deployment: Deployment, settings: ServiceSettings) -> None:
         ("seq_len", "--seq-len", length, [pins.round.seq_len]),
     ):
         if deployed not in agreed:
-            alternatives = " or ".join(map(str, agreed))
             raise UsageError(
                 f"a service with {name} {deployed}, which its pins do not allow",
-                wanted=f"{name} {alternatives}",
+                wanted=f"{name} {' or '.join(map(str, agreed))}",
                 do=f"start it with {flag}, or with the pins of this network",
             )
 
@@ -338,13 +359,17 @@ def _check_agreed(
     alternatives = [
         f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()
     ]
-    requested = {name: stated[name] for name in names}
     raise Refusal(
         409,
         f"{MISMATCH}: {', '.join(names)}",
         wanted=", ".join(alternatives + ["a node of the network"] * bool(listed)),
         do="ask for what the network agreed on, or start the service with the pins that hold now",
-        fields={"error": MISMATCH, "requested": requested, "pinned": pinned, "fields": list(names)},
+        fields={
+            "error": MISMATCH,
+            "requested": {name: stated[name] for name in names},
+            "pinned": pinned,
+            "fields": list(names),
+        },
     )
 
 
@@ -356,30 +381,19 @@ def round_values(
     needs_share: bool,
 ) -> RoundValues:
     """Return the round of a request; 400 without its share, 409 for other parameters."""
-    share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
+    values: dict[str, Any] = {name: getattr(request, name) for name in OF_EVERY_ROUND}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings, chain=request.chain)
-        kind_values: dict[str, Any] = {
+        values |= {
+            "preset": request.params.preset,
+            "seq_len": request.params.seq_len,
             "r_target": 2.0,
             "fraud_threshold": 0.01,
             "callback_url": request.url,
         }
-        kind_values |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
     else:
-        kind_values = {
-            name: getattr(request, name)
-            for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")
-        }
-        hooks = request.use_layer_hooks
-        flips = request.use_sign_flips
-        if hooks == flips:
-            raise UsageError(
-                f"use_layer_hooks {hooks} with use_sign_flips {flips}",
-                wanted="exactly one of the two",
-                do="leave both out: sign flips are the recommendation",
-            )
-        kind_values["preset"] = "layer-normalize" if hooks else "poc-2.0"
-        if -1 in share.values():
+        values |= {name: getattr(request, name) for name in OF_DISTANCES}
+        if -1 in (request.node_id, request.node_count):
             if needs_share:
                 raise Refusal(
                     400,
@@ -387,13 +401,10 @@ def round_values(
                     wanted="node_id and node_count",
                     do="send 0 and 1 for one node",
                 )
-            share = {"node_id": 0, "node_count": 1}
-    check_url(kind_values["callback_url"], allow_private=settings.allow_private_callbacks)
-    shared = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
+            values |= {"node_id": 0, "node_count": 1}
+    check_url(values["callback_url"], allow_private=settings.allow_private_callbacks)
     asked = RoundValues(
-        **{name: getattr(request, name) for name in shared},
-        **share,
-        **kind_values,
+        **values,
         strength=256 if request.poc_stronger_rng else 32,
         reference=deployment.reference,
         digest=deployment.digest,
@@ -466,8 +477,8 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Servic
     _check_params(request.params, deployment, settings, chain=request.chain)
     check_url(request.url, allow_private=settings.allow_private_callbacks)
     round = request.round(deployment.reference)
-    checks = request.validation is not None
-    _check_work(round, request.batch_size, deployment, settings, share=None if checks else True)
+    share = True if request.validation is None else None
+    _check_work(round, request.batch_size, deployment, settings, share=share)
     nonces = sorted(_limited(request.nonces, settings))
     # The client of that chain may name a nonce twice, and nonces of any share.
     if request.chain:
@@ -522,12 +533,10 @@ def _check_params(
     }
     different_fields = sorted(name for name, value in deployed.items() if requested[name] != value)
     if different_fields:
-        seen = "params mismatch: " + ", ".join(different_fields)
-        wanted = ", ".join(f"{name} {deployed[name]}" for name in different_fields)
         raise Refusal(
             409,
-            seen,
-            wanted=wanted,
+            f"params mismatch: {', '.join(different_fields)}",
+            wanted=", ".join(f"{name} {deployed[name]}" for name in different_fields),
             do="ask for what is deployed",
             fields={
                 "error": "params mismatch",

@@ -31,6 +31,22 @@ AROUND = 64  # bytes of a nonce in a callback, beside what it published
 FREE = frozenset({"callback_url", "fraud_threshold"})
 """The columns that may change when a round is begun again."""
 
+OF_ROUND = (
+    "block_hash",
+    "public_key",
+    "block_height",
+    "preset",
+    "seq_len",
+    "r_target",
+    "strength",
+)
+"""The columns that a round of the engine has under the same name."""
+
+HIDDEN = frozenset(
+    ["callback_url", "under_pins", "next_nonce", "checked", "valid", "seconds", "touched_at"]
+)
+"""The columns that no page shows: counts change, and the callback URL may contain a token."""
+
 SHARE = ("node_id", "node_count", "group_id", "n_groups")
 """The columns that say which nonces a machine has."""
 
@@ -65,10 +81,9 @@ class RoundValues:
 
     def __post_init__(self) -> None:
         if self.node_id < 0 or not 0 <= self.group_id < self.n_groups:
-            share = ", ".join(f"{name} {getattr(self, name)}" for name in SHARE)
             raise Refusal(
                 422,
-                share,
+                ", ".join(f"{name} {getattr(self, name)}" for name in SHARE),
                 wanted="0 <= node_id and 0 <= group_id < n_groups",
                 do="set all four, or neither group_id nor n_groups",
             )
@@ -76,12 +91,11 @@ class RoundValues:
     @property
     def round(self) -> Round:
         """The round as the engine knows it."""
-        shared = "block_hash public_key block_height preset seq_len r_target strength"
         return Round(
             node_id=self.node_id + self.group_id * self.node_count,
             node_count=self.node_count * self.n_groups,
             model=self.reference,
-            **{name: getattr(self, name) for name in shared.split()},
+            **{name: getattr(self, name) for name in OF_ROUND},
         )
 
 
@@ -98,10 +112,8 @@ class StoredRound(RoundValues):
     seconds: float
 
     def public(self) -> dict[str, Any]:
-        """Return the public values: without the callback URL, which may contain a token."""
-        hidden = "callback_url under_pins next_nonce checked valid seconds touched_at"
-        values = self.__dict__.items()
-        return {name: value for name, value in values if name not in hidden.split()}
+        """Return the public values: without those of :data:`HIDDEN`."""
+        return {name: value for name, value in vars(self).items() if name not in HIDDEN}
 
 
 @dataclass(frozen=True)
@@ -166,20 +178,16 @@ class Rounds:
                 return None
             if reshare:
                 self._reshare(connection, values)
-            fresh = {
-                **vars(values),
-                "created_at": now,
-                "touched_at": now,
-                "next_nonce": values.round.node_id,
-            }
-            change = {name: fresh[name] for name in ("touched_at", *FREE)}
-            change["under_pins"] = sa.func.max(rounds.c.under_pins, values.under_pins)
-            begin = (
-                insert(rounds)
-                .on_conflict_do_update(["block_hash", "public_key"], set_=change)
-                .returning(rounds)
+            fresh = insert(rounds).values(
+                **vars(values), created_at=now, touched_at=now, next_nonce=values.round.node_id
             )
-            stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
+            change: dict[str, sa.ColumnElement[Any]] = {
+                name: fresh.excluded[name] for name in ("touched_at", *FREE)
+            }
+            change["under_pins"] = sa.func.max(rounds.c.under_pins, values.under_pins)
+            begin = fresh.on_conflict_do_update(["block_hash", "public_key"], set_=change)
+            row = connection.execute(begin.returning(rounds)).mappings().one()
+            stored = StoredRound(**row)
             # One nonce must not have two results.
             if different := sorted(
                 name for name, value in vars(values).items() if value != getattr(stored, name)
@@ -240,9 +248,9 @@ class Rounds:
             )
             url = connection.execute(change).scalar_one()
             if url and valid:
-                fitting = _fitting(most, pairs[0][0])
+                most = _fitting(most, pairs[0][0])
                 self._outbox.announce(
-                    connection, round_id, url, valid, interval=interval, most=fitting
+                    connection, round_id, url, valid, interval=interval, most=most
                 )
 
     def owed(self, round_id: int) -> int:
@@ -306,12 +314,10 @@ def _fitting(most: int, record: Record) -> int:
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
-    vector = None if record.has_distance else pack_record(record)
-    distance = record.distance if record.has_distance else None
     return {
         "round_id": round_id,
         "nonce": record.nonce,
-        "distance": distance,
-        "vector": vector,
+        "distance": record.distance if record.has_distance else None,
+        "vector": None if record.has_distance else pack_record(record),
         "valid": int(valid),
     }

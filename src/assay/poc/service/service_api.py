@@ -52,21 +52,12 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     """
     progress = controller.progress
     state = str(controller.state)
-    if progress is None:
-        latest_nonces = []
-    else:
-        rounds = controller.rounds
-        stored = progress.stored
-        latest_nonces = (
-            progress.latest()
-            if after is None
-            else rounds.recent_valid(stored.id, after=after, limit=limit)
-        )
+    latest = [] if progress is None else progress.latest(after, limit)
     has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
-        "valid_nonces": [nonce for nonce, _ in latest_nonces],
-        "valid_distances": [distance for _, distance in latest_nonces] if has_distances else [],
+        "valid_nonces": [nonce for nonce, _ in latest],
+        "valid_distances": [distance for _, distance in latest] if has_distances else [],
         "total_checked": progress.checked if progress else 0,
         "total_valid": progress.valid if progress else 0,
         "elapsed_seconds": progress.seconds if progress else 0.0,
@@ -152,8 +143,8 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
     change: dict[str, Any] = {
         "response_model": requests.InitReply,
         "openapi_extra": Scope.CONTROL.extra,
+        "responses": problems(400, 409, 413, 422, 503),
     }
-    change["responses"] = problems(400, 409, 413, 422, 503)
     of_job: dict[str, Any] = {
         "response_model": requests.JobReply,
         "openapi_extra": Scope.VALIDATE.extra,

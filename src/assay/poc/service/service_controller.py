@@ -221,16 +221,22 @@ class Controller(Runtime):
 
     def ready(self) -> Deployment:
         """Return the deployment, or refuse with 503 before one is loaded."""
-        if self.deployment is None:
-            seen = "the model is being loaded"
-            do = "ask /ready, then send it again"
-            wait: int | None = 5
-            if self.loaded.done():
-                seen = f"the model could not be loaded: {self.error}"
-                do = "see the log, then start the service again"
-                wait = None
-            raise Refusal(503, seen, wanted="a loaded model", do=do, retry_after=wait)
-        return self.deployment
+        if self.deployment is not None:
+            return self.deployment
+        if self.loaded.done():
+            raise Refusal(
+                503,
+                f"the model could not be loaded: {self.error}",
+                wanted="a loaded model",
+                do="see the log, then start the service again",
+            )
+        raise Refusal(
+            503,
+            "the model is being loaded",
+            wanted="a loaded model",
+            do="ask /ready, then send it again",
+            retry_after=5,
+        )
 
     @override
     def check_ready(self) -> None:
@@ -289,13 +295,12 @@ class Controller(Runtime):
         if self.deployment is None:
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
-        dimension = self._noise.effective_dimension(stored.digest, stored.preset)
         return Progress(
             stored,
             self.rounds,
             hidden_size=engine.hidden_size,
             vocab_size=engine.vocab_size,
-            effective_dimension=dimension,
+            effective_dimension=self._noise.effective_dimension(stored.digest, stored.preset),
         )
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
@@ -303,12 +308,11 @@ class Controller(Runtime):
         it.
         """
         progress = self.progress
-        measurable = has_block_factor(get_pipeline(stored.preset))
         if (
             progress is None
             or progress.stored.id != stored.id
             or progress.law is not None
-            or not measurable
+            or not has_block_factor(get_pipeline(stored.preset))
         ):
             return
         log.info(
@@ -357,15 +361,13 @@ class Controller(Runtime):
         stored = self.progress.stored
         deployment = self.ready()
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
-            seen = f"a round of {stored.reference} ({stored.digest[:12]})"
-            wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
-            fields = {"state": str(self.state)}
             raise Refusal(
                 409,
-                seen,
-                wanted=wanted,
+                f"a round of {stored.reference} ({stored.digest[:12]})",
+                wanted=f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs "
+                "now",
                 do="start the service with that model, or begin another round",
-                fields=fields,
+                fields={"state": str(self.state)},
             )
         requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
@@ -390,12 +392,13 @@ class Controller(Runtime):
             self._end_epoch()
             self.state = state
             self.error = reason_of(error)
-            event = (
+            log.error(
                 "the engine ended, and the next start continues the round"
                 if continues
-                else "the round ended"
+                else "the round ended",
+                error=self.error,
+                state=str(state),
             )
-            log.error(event, error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
                 self.worker.wake()
