@@ -6,11 +6,11 @@ import asyncio
 import gc
 import os
 import threading
-from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from anyio.from_thread import start_blocking_portal
 
 from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
@@ -61,9 +61,10 @@ class DyingLLM:
 def loop():
     """An event loop in a thread of its own, and the errors that it logged."""
     logged: list[str] = []
-    with closing(_engine._Loop()) as made:
-        made.loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
-        yield made.loop, logged
+    with start_blocking_portal() as portal:
+        made = portal.call(asyncio.get_running_loop)
+        made.set_exception_handler(lambda _, context: logged.append(context["message"]))
+        yield made, logged
 
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:

@@ -8,16 +8,16 @@ states, D hidden size.
 
 import asyncio
 import os
-import threading
 from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -296,12 +296,12 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
         check_batch_size(batch_size)
         _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
-            thread = self._thread = ends.enter_context(closing(_Loop()))
-            llm = thread.run(_started(config))
-            ends.callback(lambda: thread.run(_shutdown(llm)))
-            client = thread.run(connect(llm, settings, seq_len, version=version))
+            portal = self._portal = ends.enter_context(start_blocking_portal())
+            llm = portal.call(_started, config)
+            ends.callback(portal.call, llm.shutdown)
+            client = portal.call(partial(connect, llm, settings, seq_len, version=version))
             ends.callback(client.release)
-            ends.callback(lambda: thread.run(client.end()))
+            ends.callback(portal.call, client.end)
             super().__init__(client, batch_size=batch_size, seq_len=seq_len, frame=frame)
             self.model = identify(reference, dtype=self.dtype).with_frame(frame)
             self._ends = ends.pop_all()
@@ -310,7 +310,7 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
         """Return what every worker holds; between two streams everything but ``dropped`` is
         zero.
         """
-        return self._thread.run(self.client.call("assay_counts"))
+        return self._portal.call(self.client.call, "assay_counts")
 
     def close(self) -> None:
         """End the engine and its processes."""
@@ -318,25 +318,6 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
 
     def __exit__(self, *error: object) -> None:
         self._ends.close()
-
-
-class _Loop:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self.loop.run_forever, name="assay-vllm", daemon=True
-        )
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
 
 
 def _configured(directory: str, dtype: str | None, options: dict[str, Any], *, embeds: bool) -> Any:
@@ -368,11 +349,6 @@ async def _started(config: Any) -> Any:
 
     with explain_start():
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-
-
-async def _shutdown(llm: Any) -> None:
-    # In its loop, which goes on until what it cancels has ended.
-    llm.shutdown()
 
 
 class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
