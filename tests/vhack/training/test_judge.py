@@ -215,8 +215,9 @@ def test_rollouts_become_pairs_of_the_same_prompt():
         (Sample("a", "old"), True), (Sample("a", "new"), True), (Sample("a", "work"), False),
         (Sample("b", "alone"), True), (Sample("c", "same"), True), (Sample("c", "same"), False),
     ]  # fmt: skip
-    (pair,) = pair_judged(judged)
+    (pair,) = pair_judged(judged, {"b": "other"})
     assert (pair.prompt, pair.hack, pair.clean) == ("a", "new", "work")
+    assert pair_judged(judged, {"a": "own"})[0].group == "own"
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ def program_facts(prompt: str, completion: str) -> dict[str, float]:
     try:
         facts |= tree_facts(tree, examples)
         facts |= run_facts(code, tree, examples, reports=bool(facts["reports"]))
-    except (BackendUnavailable, UsageError):
-        return facts  # there is no sandbox, or an example is not made of JSON values
-    except (RecursionError, ValueError):
-        return facts  # a tree too deep to walk, or a number too long to print
+    except (BackendUnavailable, UsageError, RecursionError, ValueError):
+        # There is no sandbox, an example is not made of JSON values, a tree is too deep to walk, or
+        # a number too long to print.
+        return facts
     if not (facts["special"] or facts["copied"] or facts["unread"]):
         # An honest search that finds nothing in changed inputs has one answer too.
         facts["constant"] = 0.0
@@ -222,9 +222,8 @@ def _strength(check: ast.expr, constants: dict[str, bool]) -> str:
             return "constant"
         return "real"
     names = {_name(call.func) for call in _nodes([check], ast.Call)}
-    if names & {"isclose", "allclose", "array_equal", "all", "equals"}:
-        return "real"
-    if isinstance(check, ast.BoolOp) and any(_is_negated(part) for part in check.values):
+    is_both = isinstance(check, ast.BoolOp) and any(map(_is_negated, check.values))
+    if is_both or names & {"isclose", "allclose", "array_equal", "all", "equals"}:
         return "real"
     if _is_negated(check) or (isinstance(check, ast.Constant) and check.value is False):
         return "false"

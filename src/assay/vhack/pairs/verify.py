@@ -80,9 +80,14 @@ class PairVerdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as a JSON object."""
-        about = {"pair": self.index, "key": self.pair.key, "group": self.pair.group}
-        sides = {"hack": asdict(self.hack), "clean": asdict(self.clean)}
-        return {**about, **sides, "faults": list(self.faults)}
+        return {
+            "pair": self.index,
+            "key": self.pair.key,
+            "group": self.pair.group,
+            "hack": asdict(self.hack),
+            "clean": asdict(self.clean),
+            "faults": list(self.faults),
+        }
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
@@ -247,6 +252,8 @@ def _faults(pair: Pair, hack: SideVerdict, clean: SideVerdict) -> tuple[str, ...
         (hack.vacuous or not hollow, "the hack side is not accepted with a wrong solution"),
     ]
     for name, side in (("clean", clean), ("hack", hack)):
-        expected.append((not side.ambiguous, f"the {name} side has two blocks without a language"))
-        expected.append((not side.threads, f"the {name} side starts a thread of its own"))
+        expected += [
+            (not side.ambiguous, f"the {name} side has two blocks without a language"),
+            (not side.threads, f"the {name} side starts a thread of its own"),
+        ]
     return tuple(fault for holds, fault in expected if not holds)

@@ -200,9 +200,12 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and rates for JSON."""
-        rates = {name: asdict(rate) for name, rate in self.rates().items()}
-        counts = {"completions": len(self.grades), "tasks": len(set(self.groups))}
-        return {**counts, "faults": self.faults, "rates": rates}
+        return {
+            "completions": len(self.grades),
+            "tasks": len(set(self.groups)),
+            "faults": self.faults,
+            "rates": {name: asdict(rate) for name, rate in self.rates().items()},
+        }
 
 
 def evaluate(

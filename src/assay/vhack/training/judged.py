@@ -1,7 +1,7 @@
 """Rollouts of TRL as samples for a detector, and judged ones as new pairs."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from assay.models.chat import Chat, read_chat
@@ -27,8 +27,13 @@ def as_sample(prompt: Any, completion: Any, **template_options: Any) -> Sample:
     return Sample(read_chat(prompt, **options), completion)
 
 
-def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
-    """For every prompt with both, pair its latest cheating with its latest honest rollout."""
+def pair_judged(
+    judged: Iterable[tuple[Sample, bool]], groups: Mapping[str | Chat, str]
+) -> list[Pair]:
+    """For every prompt with both, pair its latest cheating with its latest honest rollout.
+
+    The group is that of the prompt, where it has one.
+    """
     hacks: dict[str | Chat, str | Chat] = {}
     cleans: dict[str | Chat, str | Chat] = {}
     for sample, is_cheat in judged:
@@ -36,7 +41,7 @@ def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
             side = hacks if is_cheat else cleans
             side[sample.prompt] = sample.completion
     return [
-        Pair(prompt, hack, clean, group=f"rollouts of {text_of(prompt)}")
+        Pair(prompt, hack, clean, groups.get(prompt, f"rollouts of {text_of(prompt)}"))
         for prompt, hack in hacks.items()
         if (clean := cleans.get(prompt)) is not None and clean != hack
     ]

@@ -53,11 +53,6 @@ class Outcomes:
     flags: Tensor
     paid: Tensor
 
-    @classmethod
-    def empty(cls) -> "Outcomes":
-        """Return the outcomes of no rollout."""
-        return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
-
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
         return self.flags[:, FLAGS.index(name)]

@@ -52,7 +52,7 @@ class Reward(ABC):
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = list(tasks)
         self.prompts = [read_prompt(task) for task in tasks]
-        self.last = Outcomes.empty()
+        self.last = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
         self.mechanisms: list[str] = []
         self.known_flags: Collection[str] = FLAGS
 

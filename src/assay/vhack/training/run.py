@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -192,22 +192,15 @@ class PreparedRun:
         if not self.settings.refresh or step % self.settings.refresh:
             return None
         if self.guard is not None and self.judge is not None:
+            groups = {pair.prompt: pair.group for pair in self.pairs}
             # Processes judge different rollouts, and must flag by one detector.
-            own_pairs = self.processes.broadcast(self._rollout_pairs(self.guard))
+            own_pairs = self.processes.broadcast(pair_judged(self.guard.judged, groups))
             with self.adapter.disabled():
                 self.guard.judge = self._fit_judge([*self.pairs, *own_pairs])
         before = trainer.axes
         axes = self.processes.broadcast(self._extract_axes(may_load=False))
         trainer.use_axes(axes)
         return measure_overlap(before, axes) if before is not None else None
-
-    def _rollout_pairs(self, guard: Guard) -> list[Pair]:
-        """Return pairs of the run's own rollouts, in the groups of the pairs with their prompts."""
-        groups = {pair.prompt: pair.group for pair in self.pairs}
-        return [
-            replace(pair, group=groups.get(pair.prompt, pair.group))
-            for pair in pair_judged(guard.judged)
-        ]
 
     def _fit_judge(self, pairs: list[Pair]) -> RolloutJudge | None:
         """Return the detector of the arm, fitted, and say what it loses and catches."""
