@@ -182,8 +182,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> list[str]:
     """Return the name of each pair in errors; refuse a pair that occurs twice."""
-    numbered = [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
-    listed = numbered if names is None else list(names)
+    listed = _listed_names(pairs, names)
     names_by_key: dict[str, str] = {}
     for pair, name in zip(pairs, listed, strict=True):
         if (first := names_by_key.setdefault(pair.key, name)) != name:
@@ -191,17 +190,23 @@ def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> lis
     return listed
 
 
+def _listed_names(pairs: Sequence[Pair], names: Sequence[str] | None) -> list[str]:
+    numbered = [f"pair {index} (group {pair.group!r})" for index, pair in enumerate(pairs)]
+    return numbered if names is None else list(names)
+
+
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
     """Refuse a pair that occurs twice, has an empty text or equal sides.
 
     ``names`` are those of the pairs in errors, by default their numbers.
     """
-    for pair, name in zip(pairs, pair_names(pairs, names), strict=True):
+    for pair, name in zip(pairs, _listed_names(pairs, names), strict=True):
         empty = [field for field in _TEXTS if not text_of(getattr(pair, field)).strip()]
         if empty:
             raise _bad(name, f"{' and '.join(empty)} empty", "text in every field")
         if pair.hack == pair.clean:
             raise _bad(name, "hack and clean are the same text", "two different completions")
+    pair_names(pairs, names)
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
