@@ -285,8 +285,6 @@ def _measure_proofs(
     chosen: CalibrateSettings, proofs: "Sequence[assay.poc.Proof]"
 ) -> "assay.poc.Calibration":
     """Measure the noise between the machines of proofs."""
-    from assay.poc.measurement import measure
-
     formats = list(dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs))
     machines = [name for name in formats if name not in chosen.controls]
     if len(machines) > 1:
@@ -295,8 +293,14 @@ def _measure_proofs(
             f"one law over both is too wide for one of them; prove all with one --dtype",
             err=True,
         )
+    info = None if chosen.model is None else assay.models.model_info(chosen.model)
     with progress_bar("leaving out", "machines") as progress:
-        return measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
+        return assay.poc.calibrate(
+            *proofs,
+            hidden_size=None if info is None else info.hidden_size,
+            controls=chosen.controls,
+            progress=progress,
+        )
 
 
 def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_json: bool) -> None:

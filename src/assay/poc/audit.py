@@ -127,13 +127,17 @@ class Auditor(Launch):
                 header, loaded, engine=engine_of_machine, calibration=measured
             )
             with self._ledger() as ledger:
-                drawn: dict[str, Any] = {
-                    name: getattr(self, name) for name in ("sample", "seed", "progress")
-                }
-                drawn["alpha"] = self._account_alpha
-                drawn["controls"] = [load(self.model, name, self.device) for name in again]
                 verdict = verify(
-                    proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn
+                    proof,
+                    loaded,
+                    engine=engine,
+                    expect=pins,
+                    calibration=measured,
+                    sample=self.sample,
+                    seed=self.seed,
+                    alpha=self._account_alpha,
+                    controls=[load(self.model, name, self.device) for name in again],
+                    progress=self.progress,
                 )
                 if verdict.noise is None:
                     verdict = replace(verdict, reason=advice)
@@ -203,9 +207,13 @@ class Auditor(Launch):
                     engine=engine,
                     progress=self.progress,
                 )
-                drawn = seed if self.sample is not None else None
                 verdict = judge_responses(
-                    replayed, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn
+                    replayed,
+                    read,
+                    noise,
+                    pins=pins,
+                    alpha=self._account_alpha,
+                    sample_seed=None if self.sample is None else seed,
                 )
                 if noise is None:
                     verdict = replace(verdict, reason=advice)
@@ -258,8 +266,7 @@ class Auditor(Launch):
 
     def _check_commitments(self, proof: Proof) -> None:
         """Refuse a proof that is not what its node committed to before, in part or in whole."""
-        loaded = [Commitment.load(path) for path in self.commitments]
-        loaded.sort(key=lambda commitment: commitment.top.size)
+        loaded = sorted(map(Commitment.load, self.commitments), key=lambda early: early.top.size)
         for commitment in loaded:
             commitment.check(proof, early=commitment is not loaded[-1])
 

@@ -232,12 +232,11 @@ def open_judge(
     chosen.check_engine(header.pipeline)
     from assay.poc.verifier import judging_batch
 
-    size = judging_batch(header, engine=chosen.engine, calibration=calibration)
     with chosen.start(
         chosen,
         None if stored else dtype,
         frame=frame,
-        batch_size=size,
+        batch_size=judging_batch(header, engine=chosen.engine, calibration=calibration),
         seq_len=header.round.seq_len,
     ) as opened:
         checkpoint_dtype = of_weights(opened[1].fingerprint.dtype)
@@ -281,10 +280,12 @@ def open_prefill(
 
     if adapter is not None:
         raise refuse_adapter()
-    options = _prepare_vllm(chosen.device)
-    headers = [read.header for read in files]
     with VLLMPrefill(
-        chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options
+        chosen.model,
+        dtype=dtype,
+        batch_size=batch_size,
+        receipts=[read.header for read in files],
+        **_prepare_vllm(chosen.device),
     ) as opened:
         yield opened.model, opened
 
@@ -378,9 +379,10 @@ def vllm_options(text: str) -> dict[str, Any]:
         ) from None
     options = {name: value for name, value in values.items() if value != unset[name]}
     for name in DO_INSTEAD.keys() & options.keys():
-        flag = "--" + name.replace("_", "-")
         raise UsageError(
-            f"{flag} in {ARGUMENTS}", wanted="other engine arguments of vLLM", do=DO_INSTEAD[name]
+            f"--{name.replace('_', '-')} in {ARGUMENTS}",
+            wanted="other engine arguments of vLLM",
+            do=DO_INSTEAD[name],
         )
     return options
 

@@ -22,7 +22,6 @@ import scipy
 
 from assay import stats
 from assay.errors import ProofMismatch, UsageError
-from assay.models.catalogue import model_info
 from assay.models.load import load_model
 from assay.poc.engines.hf.block_factor import measure_block_factor
 from assay.poc.protocol.proof import Proof
@@ -31,7 +30,6 @@ from assay.poc.protocol.transforms import block_target
 from assay.poc.verdict.build_noise import BuildNoise
 from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.laws import FloatArray, Law, law_as_dict
-from assay.poc.verdict.proof_calibration import calibrate
 from assay.stats.block_law import BlockLaw
 from assay.stats.chord import RANDOM_HEAD_ROWS
 
@@ -323,14 +321,6 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
         )
     round = proofs[0].round if proofs else Round(block_hash="calibration", public_key="calibration")
     return measure_block_factor(model, round).effective_dimension
-
-
-def measure(proofs: Sequence[Proof], *, model: str | None = None, **options: Any) -> Calibration:
-    """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its
-    size.
-    """
-    info = None if model is None else model_info(model)
-    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **options)
 
 
 def _in_words(law: Law) -> str:

@@ -82,12 +82,13 @@ class Asked:
     def missing_law(self, model: "Model", engine: "Engine") -> str:
         """Return the warning of a checkpoint without a law; empty where it has one."""
         dtype = engine.fingerprint.dtype
-        pipeline = get_pipeline(self.round.preset)
-        if self.has_law or bundled_noise(model.digest, pipeline.noise, dtype, dtype) is not None:
+        noise = get_pipeline(self.round.preset).noise
+        if self.has_law or bundled_noise(model.digest, noise, dtype, dtype) is not None:
             return ""
-        reference = shlex.quote(model.reference)
-        flags = f"--model {reference} --quick"
-        flags += f" --preset {self.round.preset} --seq-len {self.round.seq_len}"
+        flags = (
+            f"--model {shlex.quote(model.reference)} --quick --preset {self.round.preset} "
+            f"--seq-len {self.round.seq_len}"
+        )
         return (
             f"no law of checkpoint {model.digest[:12]} comes with assay or is pinned, so without "
             f"one verdicts are undecided: `assay poc calibrate {flags} --dtype {dtype} --pins "
@@ -188,11 +189,10 @@ def _pinned_engine(
     started.
     """
     builds = pins.builds or ()
-    formats = list(dict.fromkeys(of_weights(dtype) for build in builds for dtype in build.dtype))
     allowed: dict[str, Sequence[Any]] = {
         "engine": [name for build in builds for name in build.engine],
         "batch_size": [size for build in builds for size in build.batch_size],
-        "dtype": formats,
+        "dtype": [*dict.fromkeys(of_weights(dtype) for build in builds for dtype in build.dtype)],
     }
     for name, choices in allowed.items():
         value = getattr(proving, name)
@@ -225,8 +225,8 @@ def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageEr
 def pinned_format(pins: Path, model: str) -> str | None:
     """Return the number format of a model's weights in the pins; None if they name several."""
     network = NetworkPins.load(pins)
-    builds = network.model(model if len(network.models) > 1 else None).builds
-    formats = {of_weights(dtype) for build in builds for dtype in build.dtype}
+    chosen = network.model(model if len(network.models) > 1 else None)
+    formats = {of_weights(dtype) for build in chosen.builds for dtype in build.dtype}
     return formats.pop() if len(formats) == 1 else None
 
 
@@ -283,8 +283,7 @@ def write_pins(
     if length is not None:
         check_positions(model, model_info(model).max_positions, seq_len=length, steps=steps)
     # In which dtype it would run does not matter.
-    identity = identify(model, dtype="float32").with_frame(frame)
-    digest = identity.digest
+    digest = identify(model, dtype="float32").with_frame(frame).digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
             raise ProofMismatch(
@@ -311,13 +310,15 @@ def write_pins(
     if not unfilled:
         # A file that this version writes is one that it reads.
         NetworkPins.load(output)
-    stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
-    counts = {
+    return {
+        "path": str(output),
+        "model": model,
+        "digest": digest,
+        **{name: round[name] for name in ("preset", "seq_len", "strength")},
         "builds": len(builds) if headers or engine else 0,
         "calibrations": len(files),
         "to_fill_in": ", ".join(unfilled) or "nothing",
     }
-    return {"path": str(output), "model": model, "digest": digest} | stated | counts
 
 
 def _round(chosen: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
@@ -425,29 +426,22 @@ def list_pinned(network: NetworkPins) -> list[str]:
 def list_open(network: NetworkPins) -> list[str]:
     """Return what a file leaves open and who says it instead, one line each."""
     agreed = network.round
-    lines = []
-    if agreed.block_hash is None:
-        lines.append("block: --block-hash says it for each round")
-    if not network.nodes:
-        lines.append(
-            "key: --public-key says it for each proof; [[nodes]] lists those that may prove"
-        )
-    if not network.nodes and agreed.node_count > 1:
-        lines.append("share: --node-id says it for each proof")
-    if agreed.nonces is None:
-        lines.append(
-            f"nonces: any {agreed.fewest_nonces} or more that are consecutive in the share"
-        )
-    if (
-        Round(
-            block_hash="any", public_key="any", preset=agreed.preset, strength=agreed.strength
-        ).strength
-        == 32
-    ):
-        lines.append(
-            "input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 "
-            "ends that"
-        )
+    drawn = Round(
+        block_hash="any", public_key="any", preset=agreed.preset, strength=agreed.strength
+    )
+    texts = {
+        "block: --block-hash says it for each round": agreed.block_hash is None,
+        "key: --public-key says it for each proof; [[nodes]] lists those that may prove": (
+            not network.nodes
+        ),
+        "share: --node-id says it for each proof": not network.nodes and agreed.node_count > 1,
+        f"nonces: any {agreed.fewest_nonces} or more that are consecutive in the share": (
+            agreed.nonces is None
+        ),
+        "input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 ends "
+        "that": drawn.strength == 32,
+    }
+    lines = [text for text, is_open in texts.items() if is_open]
     for model in network.models:
         lines += [
             f"build of {model.reference}: {_values(build, build.free)}"

@@ -120,8 +120,8 @@ class Extent:
     @property
     def limits(self) -> str:
         """What a quick law cannot decide, in words."""
-        words = {"formats": " and ".join(self.formats), "positions": self.seq_len}
-        return LIMITS.format(**words) if self.quick else ""
+        limits = LIMITS.format(formats=" and ".join(self.formats), positions=self.seq_len)
+        return limits if self.quick else ""
 
 
 def calibrate_model(
@@ -254,11 +254,10 @@ def _estimate(lender: _Lender, extent: Extent, *, with_frame: bool) -> str:
         name: _seconds_per_position(lender.model(name), extent.seq_len)
         for name in reversed(extent.formats)
     }
-    steps = get_pipeline(extent.preset).steps
-    positions = extent.blocks * extent.nonces * (extent.seq_len + steps)
+    length = extent.seq_len + get_pipeline(extent.preset).steps
     fewer = 2 if lender.model(extent.formats[0]).device.type == "cpu" else 1
     shapes = sum(fewer if shape.fewer_threads else 1 for shape in SHAPES)
-    lasts = sum(seconds.values()) * positions * shapes
+    lasts = sum(seconds.values()) * extent.blocks * extent.nonces * length * shapes
     if with_frame:
         lasts += seconds[extent.formats[0]] * SEQUENCES * POSITIONS
     estimate = (
@@ -332,8 +331,7 @@ class _Store:
         def replayed() -> list[float]:
             inputs = proof.round.inputs([record.nonce for record in proof.records])
             batches = compute(engine, proof.header.pipeline, inputs, proof.records)
-            records = [*chain.from_iterable(batches)]
-            return [float(value) for value in residuals(proof.records, records)]
+            return residuals(proof.records, [*chain.from_iterable(batches)]).tolist()
 
         headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
         return np.array(self._once(f"{_hashed(headers)}.json", replayed))
@@ -341,11 +339,11 @@ class _Store:
     def effective_dimension(self, engine: HFEngine, model: Model, round: Round) -> float:
         """Return the effective dimension of the states of an engine."""
         header = describe_proof(model, round, range(1), engine)
-        numbers = self._once(
+        (dimension,) = self._once(
             f"{_hashed(['states', header.as_dict()])}.json",
             lambda: [read_block_factor(engine, round).effective_dimension],
         )
-        return numbers[0]
+        return dimension
 
     def _once(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
         """Return the numbers of a file; measure and write them where it is missing."""
@@ -450,11 +448,13 @@ def _engines(
     for name in extent.formats:
         model = lender.model(name).with_frame(frame)
         for shape in SHAPES:
-            compiled = shape is SHAPES[0] and worth_compiling(model) and not steps
-            sizes = {"batch_size": shape.batch_size, "seq_len": extent.seq_len}
-            fewer = shape.fewer_threads and model.device.type == "cpu"
             with engine_variant(
-                model, **sizes, compiled=compiled, plain=shape.plain, fewer_threads=fewer
+                model,
+                batch_size=shape.batch_size,
+                seq_len=extent.seq_len,
+                compiled=shape is SHAPES[0] and worth_compiling(model) and not steps,
+                plain=shape.plain,
+                fewer_threads=shape.fewer_threads and model.device.type == "cpu",
             ) as opened:
                 yield opened
 

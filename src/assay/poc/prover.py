@@ -82,13 +82,14 @@ def prove(
         True
     """
     if engine is None:
-        shape = {
-            "batch_size": DEFAULT_BATCH if batch_size is None else batch_size,
-            "seq_len": round.seq_len,
-        }
         # Decoding runs the kernels of eager torch.
         decoding = get_pipeline(round.preset).steps > 0
-        engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
+        engine = HFEngine(
+            model,
+            batch_size=DEFAULT_BATCH if batch_size is None else batch_size,
+            seq_len=round.seq_len,
+            compiled=worth_compiling(model) and not decoding,
+        )
     elif batch_size not in (None, engine.batch_size):
         raise UsageError(
             f"batch_size {batch_size} with an engine of {engine.batch_size} rows",
@@ -102,9 +103,8 @@ def prove(
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         records: list[Record] = []
         if out:
-            first = dumps(header.as_dict())
             records = out.resume(
-                first,
+                dumps(header.as_dict()),
                 len(chosen),  # below the header, so that the records begin in line 2
                 lambda number, line: parse_record_line(
                     out.partial, number, line, header, chosen[number - 2]

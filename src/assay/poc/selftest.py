@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -35,6 +35,8 @@ from assay.poc.verdict.sample_plan import sequential_test
 Outcome = Literal["same bits", "within the law", "beyond the law", "no law", "not run"]
 Run = Callable[[Sequence[int]], list[Record]]
 """Compute nonces, in the order in which they are given."""
+Variants = dict[str, Callable[[], AbstractContextManager[tuple[Model, Engine]]]]
+"""What opens the engine of every setting that needs one of its own, the usual one first."""
 
 ALONE = 4  # nonces that run in a batch of their own, one after the other
 ANSWER_SECONDS = 300.0  # of a server for one request
@@ -134,13 +136,6 @@ def _ordered(record: Record) -> npt.NDArray[np.int64]:
     return np.where(integers < 0, lowest - integers, integers)
 
 
-class _Variant(NamedTuple):
-    """A setting that needs an engine of its own."""
-
-    name: str
-    open: Callable[[], AbstractContextManager[tuple[Model, Engine]]]
-
-
 def run_selftest(
     launch: Launch,
     round: Round,
@@ -165,10 +160,11 @@ def run_selftest(
         ModelError: The model cannot be loaded, or not run in its usual setting.
     """
     settings = _hf_variants if launch.engine == "hf" else _started_variants
-    variants = settings(launch, round, batch_size)
+    (_, open_usual), *others = settings(launch, round, batch_size).items()
+    total = len(others) + 1
     chosen = range(0, 2 * nonces, 2)  # so that others have a place between them
     rows: list[SettingResult] = []
-    with variants[0].open() as (model, engine):
+    with open_usual() as (model, engine):
         run = _runner(engine, round)
         usual = run(chosen)
         header = describe_proof(model, round.with_model(model.reference), chosen, engine)
@@ -176,18 +172,18 @@ def run_selftest(
         back = run(chosen[::-1])[::-1]
         rows += _repeated(run, usual, chosen, law, reason)
         rows.append(compare("other places in the batch", usual, back, law, reason=reason))
-    for number, variant in enumerate(variants[1:], start=1):
+    for number, (name, open_other) in enumerate(others, start=1):
         if progress:
-            progress(number, len(variants))
+            progress(number, total)
         try:
-            with variant.open() as (_, engine):
+            with open_other() as (_, engine):
                 law, reason = _law(header, engine, calibration)
                 again = _runner(engine, round)(chosen)
-            rows.append(compare(variant.name, usual, again, law, reason=reason))
+            rows.append(compare(name, usual, again, law, reason=reason))
         except (UsageError, ModelError, BackendUnavailable) as error:
-            rows.append(SettingResult(setting=variant.name, outcome="not run", reason=error.seen))
+            rows.append(SettingResult(setting=name, outcome="not run", reason=error.seen))
     if progress:
-        progress(len(variants), len(variants))
+        progress(total, total)
     return SelfTest(comparisons=tuple(rows), engine=header.fingerprint.as_dict())
 
 
@@ -265,36 +261,36 @@ def _runner(engine: Engine, round: Round) -> Run:
     ]
 
 
-def _hf_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant]:
+def _hf_variants(launch: Launch, round: Round, batch_size: int) -> Variants:
     """Return the settings of the engine on transformers: batch, kernels, attention and threads."""
-    pipeline = get_pipeline(round.preset)
-    frame = launch.read_frame(pipeline)
+    frame = launch.read_frame(get_pipeline(round.preset))
     model = load(launch.model, launch.dtype, launch.device).with_frame(frame)
     compiled = worth_compiling(model)
-    attention = str(model.module.config._attn_implementation)
     smaller = max(1, batch_size // 4)
 
     def opened(
         size: int = batch_size, *, plain: bool = False, eager: bool = False, fewer: bool = False
     ) -> AbstractContextManager[tuple[Model, Engine]]:
-        kernels = compiled and not (plain or eager)
-        shape = {"batch_size": size, "seq_len": round.seq_len, "compiled": kernels}
-        return engine_variant(model, plain=plain, fewer_threads=fewer, **shape)
+        return engine_variant(
+            model,
+            plain=plain,
+            fewer_threads=fewer,
+            batch_size=size,
+            seq_len=round.seq_len,
+            compiled=compiled and not (plain or eager),
+        )
 
-    variants = [
-        _Variant("usual", opened),
-        _Variant(f"batches of {smaller}", partial(opened, smaller)),
-    ]
-    if attention != "eager":
-        variants.append(_Variant("eager attention", partial(opened, plain=True)))
+    variants: Variants = {"usual": opened, f"batches of {smaller}": partial(opened, smaller)}
+    if str(model.module.config._attn_implementation) != "eager":
+        variants["eager attention"] = partial(opened, plain=True)
     if compiled:
-        variants.append(_Variant("eager kernels", partial(opened, eager=True)))
+        variants["eager kernels"] = partial(opened, eager=True)
     if model.device.type == "cpu" and torch.get_num_threads() > 1:
-        variants.append(_Variant("half of the threads", partial(opened, fewer=True)))
+        variants["half of the threads"] = partial(opened, fewer=True)
     return variants
 
 
-def _started_variants(launch: Launch, round: Round, batch_size: int) -> list[_Variant]:
+def _started_variants(launch: Launch, round: Round, batch_size: int) -> Variants:
     """Return the settings of an engine that is started for each: batches, and switches of vLLM.
 
     Whole batches run inside the workers, beside vLLM's scheduler, so a switch of the scheduler
@@ -307,45 +303,53 @@ def _started_variants(launch: Launch, round: Round, batch_size: int) -> list[_Va
     requests = usual | {"path": "requests"}
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": chunk}
 
-    shape = {"frame": launch.read_frame(get_pipeline(round.preset)), "seq_len": round.seq_len}
-    opened = partial(launch.start, launch, launch.dtype, **shape)
-
-    def variant(name: str, size: int = batch_size, **options: Any) -> _Variant:
-        more = {"options": options} if options else {}
-        return _Variant(name, partial(opened, batch_size=size, **more))
-
+    opened = partial(
+        launch.start,
+        launch,
+        launch.dtype,
+        frame=launch.read_frame(get_pipeline(round.preset)),
+        seq_len=round.seq_len,
+        batch_size=batch_size,
+    )
     if launch.engine != "vllm":
-        return [variant("usual"), variant(f"batches of {smaller}", smaller)]
-    return [
-        variant("usual", **usual),
-        variant(f"batches of {smaller}", smaller, **usual),
-        variant("as requests", **requests),
-        variant("prefix cache", **requests | {"enable_prefix_caching": True}),
-        variant("chunked prefill", **requests | chunks | {"max_num_seqs": smaller}),
-        variant("speculative decoding", **requests | {"speculative_config": SPECULATION}),
-        *(
-            variant(f"divided over {count} devices", **usual | {"tensor_parallel_size": count})
-            for count in DIVISIONS
-            if torch.cuda.device_count() >= count
-        ),
-    ]
+        return {"usual": opened, f"batches of {smaller}": partial(opened, batch_size=smaller)}
+    options: dict[str, dict[str, Any]] = {
+        "as requests": requests,
+        "prefix cache": requests | {"enable_prefix_caching": True},
+        "chunked prefill": requests | chunks | {"max_num_seqs": smaller},
+        "speculative decoding": requests | {"speculative_config": SPECULATION},
+    }
+    for count in DIVISIONS:
+        if torch.cuda.device_count() >= count:
+            options[f"divided over {count} devices"] = usual | {"tensor_parallel_size": count}
+    return {
+        "usual": partial(opened, options=usual),
+        f"batches of {smaller}": partial(opened, batch_size=smaller, options=usual),
+        **{name: partial(opened, options=values) for name, values in options.items()},
+    }
 
 
 def _asker(client: httpx.Client, url: str, round: Round) -> Callable[[int], Run]:
     """Return a function that gives, for a batch size, one that asks a server for nonces."""
     pipeline = get_pipeline(round.preset)
-    params = {"model": round.model, "seq_len": round.seq_len, "k_dim": pipeline.vector_size}
     shared = ("block_hash", "block_height", "public_key", "node_id", "node_count")
-    body = {name: getattr(round, name) for name in shared}
-    body |= {"params": params | {"preset": round.preset}, "wait": True}
+    body = {name: getattr(round, name) for name in shared} | {"wait": True}
+    body["params"] = {
+        "model": round.model,
+        "seq_len": round.seq_len,
+        "k_dim": pipeline.vector_size,
+        "preset": round.preset,
+    }
 
     def ask(size: int, nonces: Sequence[int]) -> list[Record]:
-        request = body | {"nonces": list(nonces), "batch_size": size}
         try:
-            answer = client.post(f"{url}/generate", json=request)
+            answer = client.post(
+                f"{url}/generate", json=body | {"nonces": list(nonces), "batch_size": size}
+            )
             answer.raise_for_status()
-            artifacts = answer.json()["artifacts"]
-            texts = {artifact["nonce"]: artifact["vector_b64"] for artifact in artifacts}
+            texts = {
+                artifact["nonce"]: artifact["vector_b64"] for artifact in answer.json()["artifacts"]
+            }
             form = published_form(pipeline)
             return [form.unpack(nonce, texts[nonce], pipeline) for nonce in nonces]
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
