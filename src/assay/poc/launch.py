@@ -201,10 +201,9 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
 
 
 def _check_positions(model: str, max_positions: int, header: Header) -> None:
-    positions = header.round.seq_len + header.pipeline.steps
-    if positions > max_positions:
+    if header.positions > max_positions:
         raise ProofMismatch(
-            f"a proof of {positions} positions",
+            f"a proof of {header.positions} positions",
             wanted=f"at most the {max_positions} of {model}",
             do="pass the round's model with --model, or ask the node for its proof of this round",
         )

@@ -178,13 +178,11 @@ def _controlling(header: Header, control: Model, model: Model) -> HFEngine:
             wanted=f"the checkpoint of the proof, {model.digest[:12]}",
             do="load the same checkpoint in the other number format",
         )
-    compiled = worth_compiling(control) and not header.pipeline.steps
-    size = judging_batch(header)
     return HFEngine(
         control.with_frame(model.frame),
-        batch_size=size,
+        batch_size=judging_batch(header),
         seq_len=header.round.seq_len,
-        compiled=compiled,
+        compiled=worth_compiling(control) and not header.pipeline.steps,
     )
 
 

@@ -141,13 +141,8 @@ class Commitment:
     @classmethod
     def of(cls, proof: Proof) -> Self:
         """Return the commitment to all records of a proof."""
-        return cls.to(proof.header, CommitmentTree.of(proof.records))
-
-    @classmethod
-    def to(cls, header: Header, tree: "CommitmentTree") -> Self:
-        """Return the commitment to the nonces of a tree, in the round that a header names."""
-        model = read_as(FramedModelLine, dumps(header.as_dict()["model"]).encode())
-        return cls(round=header.round, model=model, top=tree.top)
+        model = read_as(FramedModelLine, dumps(proof.header.as_dict()["model"]).encode())
+        return cls(round=proof.round, model=model, top=CommitmentTree.of(proof.records).top)
 
     @property
     def root(self) -> str:
@@ -261,8 +256,9 @@ class Commitment:
             check_name(name, value, do="pass it as the chain prints it")
         if size >= count:
             return tuple(range(count))
-        parts = (validator_key, block_hash, self.round.block_height, self.round.model)
-        text = join_prefixed(SAMPLE_TEXT, *parts).encode()
+        text = join_prefixed(
+            SAMPLE_TEXT, validator_key, block_hash, self.round.block_height, self.round.model
+        ).encode()
         # A larger number would favour the first places.
         unbiased = 2**64 - 2**64 % count
         places: set[int] = set()
@@ -280,11 +276,14 @@ class Commitment:
             raise _broken("a path that leads to another root", f"root {self.root[:12]}")
 
     def _statement(self) -> dict[str, Any]:
-        model = {name: value for name, value in vars(self.model).items() if value != ""}
         size, first, last, digest = self.top
-        tree = {"count": size, "first": first, "last": last, "hash": digest.hex()}
-        head = {"kind": KIND, "schema": SCHEMA, "round": self.round.as_dict()}
-        return {**head, "model": model, "tree": tree}
+        return {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "round": self.round.as_dict(),
+            "model": {name: value for name, value in vars(self.model).items() if value != ""},
+            "tree": {"count": size, "first": first, "last": last, "hash": digest.hex()},
+        }
 
     def line(self) -> str:
         """Return the line of a commitment file, without its newline."""
@@ -398,8 +397,12 @@ class CommitmentTree:
         check_number("index", index, 0, count - 1)
         pieces = _pieces(0, count, (index, index + 1))
         path = b"".join(self._packed(start, size) for start, size in pieces if start != index)
-        value = self._values_NB[index].tobytes()
-        return Opening(index=index, nonce=int(self._nonces_N[index]), value=value, path=path)
+        return Opening(
+            index=index,
+            nonce=int(self._nonces_N[index]),
+            value=self._values_NB[index].tobytes(),
+            path=path,
+        )
 
     def prefix(self, count: int) -> bytes:
         """Return the path that proves what the first nonces are, for `Commitment.check_prefix`."""
@@ -410,8 +413,8 @@ class CommitmentTree:
     def _leaves(self) -> npt.NDArray[Any]:
         """Return the lowest level, as :func:`leaf` gives it: a gain of 4 at a million nonces."""
         nonces = self._nonces_N.astype(">u8")
-        width = self._values_NB.shape[1]
-        layout = np.dtype([("tag", "u1"), ("nonce", ">u8"), ("value", "u1", (width,))])
+        value = ("value", "u1", self._values_NB.shape[1:])
+        layout = np.dtype([("tag", "u1"), ("nonce", ">u8"), value])
         rows = np.zeros(len(nonces), layout)
         rows["nonce"] = nonces
         rows["value"] = self._values_NB

@@ -170,19 +170,27 @@ def parse_header(line: bytes) -> Header:
     round = read_round(read.round)
     fingerprint = read.fingerprint
     pipeline = get_pipeline(round.preset)
-    if read.pipeline != json.loads(dumps(pipeline.as_dict())):  # tuples become lists
-        raise format_error(
-            f"another pipeline than this version's {pipeline.name}", "the same description"
-        )
-    if read.model.reference != round.model:
-        raise format_error("two different model references", "one")
-    if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1:
-        raise format_error(
+    for is_wrong, seen, wanted in (
+        (
+            # Tuples become lists.
+            read.pipeline != json.loads(dumps(pipeline.as_dict())),
+            f"another pipeline than this version's {pipeline.name}",
+            "the same description",
+        ),
+        (read.model.reference != round.model, "two different model references", "one"),
+        (
+            fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1,
             f"an engine of {fingerprint.batch_size} × {fingerprint.seq_len} positions",
             f"one for seq_len {round.seq_len}, of at least one row",
-        )
-    if pipeline.framed is not bool(read.model.frame):
-        raise format_error("a frame, or none", "one for the presets that need it, and for no other")
+        ),
+        (
+            pipeline.framed is not bool(read.model.frame),
+            "a frame, or none",
+            "one for the presets that need it, and for no other",
+        ),
+    ):
+        if is_wrong:
+            raise format_error(seen, wanted)
     _check_runs(read.nonces, round)
     return Header(
         round=round,

@@ -170,8 +170,8 @@ FIELDS = tuple(name for name in Build.model_fields if name != "name")
 
 def describe_build(fingerprint: Fingerprint) -> dict[str, str | int]:
     """Return the fields of a fingerprint that a build names, with the kernels as one text."""
-    values = {name: getattr(fingerprint, name) for name in FIELDS}
-    return values | {"kernels": SEPARATOR.join(fingerprint.kernels)}
+    kernels = {"kernels": SEPARATOR.join(fingerprint.kernels)}
+    return {name: getattr(fingerprint, name) for name in FIELDS} | kernels
 
 
 def nearest_build(
@@ -242,17 +242,13 @@ class Pins:
     def __post_init__(self) -> None:
         if self.preset is not None:
             object.__setattr__(self, "preset", get_pipeline(self.preset).name)
-        placeholders: dict[str, Any] = {
+        values: dict[str, Any] = {
             "block_hash": "any",
             "public_key": "any",
             "node_count": MAX_NONCE,
+            **{name: getattr(self, name) for name in self._of_round},
         }
-        values = {
-            name: value
-            for name in Round.__dataclass_fields__
-            if (value := getattr(self, name)) is not None
-        }
-        round = Round(**(placeholders | values))
+        round = Round(**values)
         if self.strength is not None:
             # A preset with versioned texts always has 256.
             object.__setattr__(self, "strength", round.strength)
@@ -280,6 +276,10 @@ class Pins:
     def given(self) -> tuple[str, ...]:
         """Names of the values that are pinned."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    @property
+    def _of_round(self) -> tuple[str, ...]:
+        return tuple(name for name in self.given if name in Round.__dataclass_fields__)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -316,9 +316,10 @@ class Pins:
 
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict a pin."""
-        pinned = (name for name in Round.__dataclass_fields__ if getattr(self, name) is not None)
         return tuple(
-            name for name in pinned if getattr(self, name) != _named(name, getattr(round, name))
+            name
+            for name in self._of_round
+            if getattr(self, name) != _named(name, getattr(round, name))
         )
 
     def check(self, header: Header) -> None:
@@ -390,7 +391,6 @@ class Pins:
         """Return the values taken on the prover's word: neither pinned nor at their default."""
         round = header.round
         pipeline = header.pipeline
-        formats = pipeline.number_formats or streams.DTYPES
         at_default = {
             "block_hash": False,
             "public_key": False,
@@ -402,7 +402,8 @@ class Pins:
             "node_id": round.node_id == Round.node_id,
             "node_count": round.node_count == Round.node_count,
             "nonces": self.fewest_nonces is not None or _in_a_row(header, FEWEST_NONCES),
-            "prover_dtype": bool(self.formats) or header.fingerprint.dtype in formats,
+            "prover_dtype": bool(self.formats)
+            or header.fingerprint.dtype in (pipeline.number_formats or streams.DTYPES),
         }
         return tuple(
             name

@@ -160,8 +160,8 @@ class PinnedFile(Table):
         Raises:
             DataError: The file cannot be read, or is longer than a calibration.
         """
-        digest = hashlib.sha256(read_whole(path, LONGEST_CALIBRATION)).hexdigest()
-        return cls(file=os.path.relpath(path, folder), sha256=digest)
+        content = read_whole(path, LONGEST_CALIBRATION)
+        return cls(file=os.path.relpath(path, folder), sha256=hashlib.sha256(content).hexdigest())
 
 
 class ModelPins(Table):
@@ -311,14 +311,11 @@ class NetworkPins(Table):
         round_pins = self.round
         pipeline = get_pipeline(self.round.preset)
         if (round_pins.r_target is None) is (pipeline.output == "distance"):
-            expected = (
-                "a distance"
-                if round_pins.r_target is None
-                else "none: only distances have a target"
-            )
             raise UsageError(
                 f"round.r_target {round_pins.r_target} with preset {pipeline.name}",
-                wanted=expected,
+                wanted="a distance"
+                if round_pins.r_target is None
+                else "none: only distances have a target",
                 do="correct one of the two",
             )
         if pipeline.framed and (
@@ -337,9 +334,8 @@ class NetworkPins(Table):
                 *round_pins.nonces
             )
         names = {build.name for model in self.models for build in model.builds if build.name}
-        of_key = self._of_key
         for node in self.nodes:
-            nodes_of_key = of_key.setdefault(node.public_key, [])
+            nodes_of_key = self._of_key.setdefault(node.public_key, [])
             self._check_node(node, nodes_of_key, names)
             nodes_of_key.append(node)
         shares = [(node.public_key, node.node_id % self._count(node)) for node in self.nodes]
@@ -388,10 +384,9 @@ class NetworkPins(Table):
             if matches
             else f"model {name!r:.80}, which {self._path} does not have"
         )
-        expected = f"the digest of one of {names:.400}" if matches else f"one of {names:.400}"
         raise UsageError(
             problem,
-            wanted=expected,
+            wanted=f"{'the digest of ' if matches else ''}one of {names:.400}",
             do="use a model that the network agreed on, or add it to the pins",
             field="model",
         )
@@ -417,9 +412,14 @@ class NetworkPins(Table):
         Raises:
             UsageError: A value contradicts the file, or the file does not say enough without it.
         """
-        named = {"block_hash": block_hash, "public_key": public_key, "node_id": node_id}
-        stated: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        values = replace(also or Pins(), **stated)
+        named: dict[str, Any] = {
+            "block_hash": block_hash,
+            "public_key": public_key,
+            "node_id": node_id,
+        }
+        values = replace(
+            also or Pins(), **{name: value for name, value in named.items() if value is not None}
+        )
         node = self._node(values)
         chosen = self.model(model)
         positions = self.round.nonces
@@ -445,15 +445,21 @@ class NetworkPins(Table):
         of_key = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
         matches = [node for node in of_key if share in (None, node.node_id)]
 
-        def lack(flag: str, wanted: str) -> UsageError:
-            return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
-
-        if not self.nodes and share is None and count > 1:
-            raise lack("--node-id", f"the share of the node, one of {count}")
-        if key is None and len(self._of_key) > 1:
-            raise lack("--public-key", f"the key of one of its {len(self._of_key)} nodes")
-        if len(matches) > 1:
-            raise lack("--node-id", f"one of the {len(of_key)} shares of this key")
+        for is_lacking, flag, wanted in (
+            (
+                not self.nodes and share is None and count > 1,
+                "--node-id",
+                f"the share of the node, one of {count}",
+            ),
+            (
+                key is None and len(self._of_key) > 1,
+                "--public-key",
+                f"the key of one of its {len(self._of_key)} nodes",
+            ),
+            (len(matches) > 1, "--node-id", f"one of the {len(of_key)} shares of this key"),
+        ):
+            if is_lacking:
+                raise UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
         if matches or (not self.nodes and (share or 0) <= count):
             return matches[0] if matches else None
         if not self.nodes:

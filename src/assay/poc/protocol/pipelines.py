@@ -357,10 +357,9 @@ def unsupported(
     pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]
 ) -> UsageError:
     """Return the refusal of a pipeline on an engine, with the presets that it supports."""
-    supported = [name for name, row in PIPELINES.items() if supports(row)]
     return UsageError(
         f"preset {pipeline.name} on the {engine} engine",
-        wanted=f"one of {', '.join(supported)}",
+        wanted=f"one of {', '.join(name for name, row in PIPELINES.items() if supports(row))}",
         do="choose one of them with --preset, or use --engine hf in one process",
     )
 

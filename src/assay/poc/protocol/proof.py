@@ -101,13 +101,12 @@ class Proof(StrictFile):
             records.append(parse_record_line(path, number, line, header, nonce))
             digest.update(line)
         number, line = next(lines, (number + 1, b""))
-        sha256 = digest.hexdigest()
         footer = Footer.read_end(
             path,
             number,
             line,
             lines,
-            lambda seconds: cls.build(header, records, seconds, sha256=sha256).footer,
+            lambda seconds: cls.build(header, records, seconds, sha256=digest.hexdigest()).footer,
         )
         return cls(header, tuple(records), footer)
 
@@ -136,8 +135,12 @@ class Proof(StrictFile):
             sha256 = hashlib.sha256(
                 "".join(f"{header.line(record)}\n" for record in records).encode()
             ).hexdigest()
-        valid = sum(header.is_valid(record) for record in records)
-        footer = Footer(records=len(records), valid=valid, seconds=seconds, sha256=sha256)
+        footer = Footer(
+            records=len(records),
+            valid=sum(map(header.is_valid, records)),
+            seconds=seconds,
+            sha256=sha256,
+        )
         return cls(header, tuple(records), footer)
 
 

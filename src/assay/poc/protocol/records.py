@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -157,13 +158,11 @@ class PublishedForm:
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
         """Return the record whose bytes, in base64, another machine sent."""
         size = packed_size(pipeline)
-        packed = _decode(text, size, f"base64 of {size} bytes")
-        arrays = {}
-        start = 0
-        for column in self.columns:
-            stop = start + column.size(pipeline)
-            arrays[column.name] = _numbers(packed[start:stop], column.dtype)
-            start = stop
+        packed = BytesIO(_decode(text, size, f"base64 of {size} bytes"))
+        arrays = {
+            column.name: _numbers(packed.read(column.size(pipeline)), column.dtype)
+            for column in self.columns
+        }
         return self._record(nonce, arrays, pipeline)
 
     def missing(self, nonce: int, pipeline: Pipeline) -> Record:

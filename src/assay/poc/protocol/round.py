@@ -103,11 +103,14 @@ class Round:
                 wanted="a reference of printable characters",
                 do="pass it as text",
             )
-        check_number("block_height", self.block_height, 0, MAX_NONCE)
-        check_number("node_count", self.node_count, 1, MAX_NONCE)
-        # A network that numbers its nodes from 1 has a node 3 of 3, and after one left, a 3 of 2.
-        check_number("node_id", self.node_id, 0, MAX_NONCE)
-        check_number("seq_len", self.seq_len, self._fewest_positions, MAX_SEQ_LEN)
+        for name, low, high in (
+            ("block_height", 0, MAX_NONCE),
+            ("node_count", 1, MAX_NONCE),
+            # Networks that number nodes from 1 have a node 3 of 3, and after one left, a 3 of 2.
+            ("node_id", 0, MAX_NONCE),
+            ("seq_len", self._fewest_positions, MAX_SEQ_LEN),
+        ):
+            check_number(name, getattr(self, name), low, high)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
             raise UsageError(

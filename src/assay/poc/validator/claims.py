@@ -17,7 +17,6 @@ import numpy.typing as npt
 from assay.errors import AssayError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.signatures import parsed
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.proof import Proof
@@ -314,11 +313,8 @@ class Reader:
             )
 
 
-def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
-    """Return what a message claims, after all in it was held against the pins."""
-    if kind != "proof":
-        values = parsed(body)[1]
-        return reader.claim(values, sender_of(values, reader.registry))
+def read_proof(body: bytes, reader: Reader) -> Claim:
+    """Return what a proof claims, after all in it was held against the pins."""
     try:
         proof = Proof.parse("the proof", body)
     except AssayError as error:
@@ -364,5 +360,5 @@ def _packed(artifact: Any) -> Any:
     points = artifact.get("k_points_steps") if isinstance(artifact, dict) else None
     if not isinstance(points, list) or any(type(point) is not int for point in points):
         return artifact
-    others = {name: value for name, value in artifact.items() if name != "k_points_steps"}
-    return others | {"vector_b64": pack_points(points)}
+    packed = artifact | {"vector_b64": pack_points(points)}
+    return {name: value for name, value in packed.items() if name != "k_points_steps"}

@@ -231,8 +231,7 @@ class Inbox:
             new_places = _add_nonces(connection, named, now)
             for message, new, places in zip(messages, fresh, new_places, strict=True):
                 sender = senders[message.public_key]
-                named_first = len(places) if message.claim else message.nonces
-                nonces = named_first if new else 0
+                nonces = (len(places) if message.claim else message.nonces) if new else 0
                 changes.append((now, int(new), nonces, int(not new), sender))
                 if new:
                     claim = restrict_claim(message.claim, message.nonces, places)
@@ -271,8 +270,9 @@ class Inbox:
         """
         if connection.exec_driver_sql("SELECT 1 FROM node_rounds").first():
             return
-        columns = "seq, sender, at, seed, nonces, planned, drawn, claim"
-        query = f"SELECT {columns} FROM inbox WHERE seq = ?"
+        query = (
+            "SELECT seq, sender, at, seed, nonces, planned, drawn, claim FROM inbox WHERE seq = ?"
+        )
         waiting = "SELECT seq FROM inbox WHERE claim IS NOT NULL AND nonces > 0 ORDER BY seq"
         numbers = connection.exec_driver_sql(waiting).scalars().all()
         for first in (True, False):
@@ -392,8 +392,10 @@ class Inbox:
         drawn than a large one. A node that stands there twice has two samples drawn.
         """
         chosen: list[int] = []
-        waits = "sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT ?"
-        query = f"SELECT seq, nonces - drawn FROM inbox WHERE {waits}"
+        query = (
+            "SELECT seq, nonces - drawn FROM inbox "
+            "WHERE sender = ? AND drawn < nonces AND planned = drawn ORDER BY turn LIMIT ?"
+        )
         change = "UPDATE inbox SET planned = drawn + ? WHERE seq = ?"
         with self.database.write() as connection:
             for key in public_keys:
@@ -415,12 +417,10 @@ class Inbox:
             )
 
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
-        columns = (
-            "seq, public_key, inbox.id, seed, digest, drawn, planned, inbox.nonces, claim, pins"
-        )
         query = (
-            f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT "
-            f"{limit:d}"
+            "SELECT seq, public_key, inbox.id, seed, digest, drawn, planned, inbox.nonces, claim, "
+            "pins FROM inbox JOIN senders ON senders.id = sender "
+            f"WHERE {where} LIMIT {limit:d}"
         )
         return [Draw(*row) for row in connection.exec_driver_sql(query)]
 
@@ -470,8 +470,10 @@ class Inbox:
 
     def latest_verdicts(self) -> dict[str, str]:
         """Return the latest verdict of every account that ever had one."""
-        latest = "id IN (SELECT max(id) FROM verdicts GROUP BY account)"
-        rows = self._rows(f"SELECT account, verdict FROM verdicts WHERE {latest}")
+        rows = self._rows(
+            "SELECT account, verdict FROM verdicts "
+            "WHERE id IN (SELECT max(id) FROM verdicts GROUP BY account)"
+        )
         return {row.account: row.verdict for row in rows}
 
     def counts(self) -> dict[str, int]:

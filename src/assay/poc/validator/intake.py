@@ -15,7 +15,7 @@ from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.routes import Bodies, observed
 from assay.poc.net.shares import PARTS
 from assay.poc.net.signatures import message_id, parsed
-from assay.poc.validator.claims import Claim, Reader, read_claim, refused, sender_of
+from assay.poc.validator.claims import Claim, Reader, read_proof, refused, sender_of
 from assay.poc.validator.inbox import Message
 from assay.poc.validator.validator_controller import ValidatorController
 
@@ -37,8 +37,11 @@ class Intake:
         callbacks = Bodies(server.max_body, server.max_bodies)
         proofs = Bodies(settings.max_proof, max(server.max_bodies, PARTS * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
-        paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
-        self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
+        self._kinds = {
+            f"{PREFIX}/generated": "generated",
+            f"{PREFIX}/validated": "validated",
+            f"{PREFIX}/proofs": "proof",
+        }
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
         # One proof of each node waits for a free place, in turn.
         self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)
@@ -109,7 +112,7 @@ class Intake:
         if kind == "proof":
             del text
             async with self._turns[sender.public_key], self._parsing:
-                claim = await asyncio.to_thread(read_claim, kind, body, reader)
+                claim = await asyncio.to_thread(read_proof, body, reader)
                 return claimed_message(kind, known_as, body, claim, reader)
         # The path is not signed. The body is, and tells the two kinds apart.
         if ("fraud_detected" in values) != (kind == "validated"):

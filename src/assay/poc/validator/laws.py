@@ -39,8 +39,8 @@ class Noises:
         chosen = settings.calibration
         # of the engine that recomputes, so that none is made for its description alone
         self._batch_size = batch_size
-        pinned = registry.network.calibrations(registry.model) if chosen is None else ()
-        self._measured = [Calibration.load(path) for path in pinned] if chosen is None else [chosen]
+        pinned = registry.network.calibrations(registry.model)
+        self._measured = [*map(Calibration.load, pinned)] if chosen is None else [chosen]
         self._found = lru_cache(KEPT)(self._find)
         self.laws = [self._law(build, settings) for build in registry.model.builds]
         """For every build the nonces that its law needs, and their power; or which command measures
@@ -71,9 +71,12 @@ class Noises:
 
     def _round(self, block_hash: str) -> Round:
         """Return a round of a block; whose it is does not matter to a law."""
-        agreed = self._registry.network.round
-        preset = self._registry.pipeline.name
-        return Round(block_hash=block_hash, public_key="any", preset=preset, seq_len=agreed.seq_len)
+        return Round(
+            block_hash=block_hash,
+            public_key="any",
+            preset=self._registry.pipeline.name,
+            seq_len=self._registry.network.round.seq_len,
+        )
 
     def _find(self, build: Build, block_hash: str | None) -> Noise | None:
         registry = self._registry

@@ -355,8 +355,11 @@ class Recomputer(EngineThread):
         for sample in samples:
             rows = slice(start, start + len(sample.inputs))
             start = rows.stop
-            more = {dtype: records[rows] for dtype, records in controls.items()}
-            residuals_N = sample.noise.residuals(sample.received, again[rows], more)
+            residuals_N = sample.noise.residuals(
+                sample.received,
+                again[rows],
+                {dtype: records[rows] for dtype, records in controls.items()},
+            )
             updates.append(
                 sample.update(account_of(sample.round.public_key, registry), residuals_N)
             )

@@ -120,8 +120,9 @@ class Registry:
         """Nodes that may send, by key."""
         agreed = network.round.model_dump_json(include={"preset", "seq_len", "strength"})
         agreed += self.model.model_dump_json(include={"digest", "weights", "frame"})
-        builds = self.model.builds
-        self.computed = {build: sha256(agreed + build.model_dump_json()) for build in builds}
+        self.computed = {
+            build: sha256(agreed + build.model_dump_json()) for build in self.model.builds
+        }
         """Hashes of what the nodes of a build compute, which their callbacks do not state."""
         if not self.senders:
             raise UsageError(
@@ -147,10 +148,9 @@ class Registry:
         weights.
         """
         if self.network.round.seq_len > model.max_positions:
-            most = model.max_positions
             raise UsageError(
                 f"seq_len {self.network.round.seq_len} with {model.reference}",
-                wanted=f"at most its {most} positions",
+                wanted=f"at most its {model.max_positions} positions",
                 do="correct seq_len in the file of --pins",
             )
 

@@ -85,9 +85,8 @@ def _validator_router(
     @router.get("/status", response_model=None, openapi_extra=Scope.READ.extra)
     async def status() -> Response:
         """Return what the validator does, and what it accepts."""
-        hidden = ("nodes", "changes")
         return JSONResponse(
-            {name: value for name, value in feed.values.items() if name not in hidden}
+            {name: value for name, value in feed.values.items() if name not in ("nodes", "changes")}
         )
 
     @router.get("/events", response_model=None, openapi_extra=Scope.READ.extra)
@@ -113,9 +112,11 @@ def _validator_router(
         """Return entries of an account in the ledger, with a place above ``after`` among them, the
         oldest first.
         """
-        present = (standing.account for standing in controller.worker.standings.values())
         # Also those of builds that the pins no longer name.
-        known_accounts = chain(present, controller.ledger.accounts())
+        known_accounts = chain(
+            (standing.account for standing in controller.worker.standings.values()),
+            controller.ledger.accounts(),
+        )
         matching = next(
             (candidate for candidate in known_accounts if account_id(candidate) == account), None
         )
@@ -145,8 +146,12 @@ def _validator_router(
         It needs no key. Whoever records it holds the validator to both.
         """
         count, head = controller.ledger.head
-        ledger = {"entries": count, "head": head}
-        return JSONResponse({"commitments": controller.inbox.epochs(limit), "ledger": ledger})
+        return JSONResponse(
+            {
+                "commitments": controller.inbox.epochs(limit),
+                "ledger": {"entries": count, "head": head},
+            }
+        )
 
     @router.get("/blocks", response_model=None, openapi_extra=Scope.READ.extra)
     def blocks() -> Response:
