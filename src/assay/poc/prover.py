@@ -19,7 +19,7 @@ from assay.poc.protocol.header import Header, runs_of
 from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import Proof, parse_record_line
 from assay.poc.protocol.records import Record, published_form
-from assay.poc.protocol.round import Input, Round, RoundInputs
+from assay.poc.protocol.round import Input, Round
 
 DEFAULT_BATCH = 32
 
@@ -112,7 +112,7 @@ def prove(
             )
         if progress:
             progress(len(records), len(chosen))
-        inputs = RoundInputs(round, chosen[len(records) :])
+        inputs = round.inputs(chosen[len(records) :])
         for batch in compute(engine, header.pipeline, inputs):
             records.extend(batch)
             if out:

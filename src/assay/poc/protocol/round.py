@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -206,7 +206,7 @@ class Round:
         self.check_nonces(chosen)
         return chosen
 
-    def inputs(self, nonces: Sequence[int]) -> "RoundInputs":
+    def inputs(self, nonces: Sequence[int]) -> Sequence[Input]:
         """Return the inputs of nonces for :meth:`assay.poc.Engine.run`.
 
         Example:
@@ -281,13 +281,7 @@ class RoundInputs(Sequence[Input]):
     def __len__(self) -> int:
         return len(self.nonces)
 
-    @overload
-    def __getitem__(self, place: int) -> Input: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> "RoundInputs": ...
-
-    def __getitem__(self, place: int | slice) -> "Input | RoundInputs":
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return RoundInputs(self.round, self.nonces[place])
         return Input(self.round, self.nonces[place])
