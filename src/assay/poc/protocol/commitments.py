@@ -27,7 +27,7 @@ from assay.errors import CommitmentBroken, ProofMismatch, UsageError
 from assay.files.jsonl import dumps, read_lines
 from assay.files.storage import write_atomic
 from assay.poc.protocol.checks import DIGEST, MAX_NONCE, check_name, check_number, join_prefixed
-from assay.poc.protocol.header import FramedModelLine, Header, read_round
+from assay.poc.protocol.header import FramedModelLine, Header
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.records import Record, pack_record
 from assay.poc.protocol.round import MAX_COUNT, Round
@@ -307,7 +307,7 @@ class Commitment:
     def _parse(cls, line: bytes) -> Self:
         fields = read_as(_CommitmentLine, line)
         tree = fields.tree
-        round = read_round(fields.round)
+        round = fields.round
         top = Label(tree.count, tree.first, tree.last, bytes.fromhex(tree.hash))
         if top.last - top.first < (top.size - 1) * round.node_count:
             raise format_error(
@@ -335,7 +335,7 @@ class _CommitmentLine:
 
     kind: Literal["assay.poc.commitment"]
     schema: Literal[1]
-    round: dict[str, Any]
+    round: Round
     model: FramedModelLine
     tree: _TreeLine
     root: str

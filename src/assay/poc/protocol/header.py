@@ -147,27 +147,17 @@ class _HeaderLine:
 
     kind: Literal["assay.poc.proof"]
     schema: Literal[1]
-    round: dict[str, Any]
+    round: Round
     pipeline: dict[str, Any]
     model: FramedModelLine
     fingerprint: Fingerprint
     nonces: Annotated[tuple[tuple[int, int, int], ...], FailFast()]
 
 
-def read_round(values: dict[str, Any]) -> Round:
-    """Return the round of a file; an AssayError where a value is missing, unknown or wrong."""
-    if values.keys() != Round.__dataclass_fields__.keys():
-        odd = ", ".join(sorted(values.keys() ^ Round.__dataclass_fields__.keys()))
-        raise format_error(
-            f"a round with {odd:.200} missing or unknown", ", ".join(Round.__dataclass_fields__)
-        )
-    return Round(**values)
-
-
 def parse_header(line: bytes) -> Header:
     """Read the header line of a proof. Raises AssayError: the line is wrong; names what is."""
     read = read_as(_HeaderLine, line)
-    round = read_round(read.round)
+    round = read.round
     fingerprint = read.fingerprint
     pipeline = get_pipeline(round.preset)
     for is_wrong, seen, wanted in (

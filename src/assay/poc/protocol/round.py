@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from assay.errors import UsageError
 from assay.poc.protocol.checks import MAX_NONCE, check_name, check_number, join_prefixed
 from assay.poc.protocol.pipelines import Pipeline, Positions, find_pipeline, get_pipeline
+from assay.poc.protocol.strict_file import STRICT
 
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
@@ -79,6 +80,8 @@ class Round:
         'block_alpha_node_A_nonce5'
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     block_hash: str
     public_key: str
     block_height: int = 0
@@ -87,7 +90,7 @@ class Round:
     model: str = ""
     preset: str = "poc-2.0"
     seq_len: int = 256
-    r_target: float = 1.416
+    r_target: int | float = 1.416  # written as it was given
     strength: Literal[32, 256] = 32
 
     def __post_init__(self) -> None:
