@@ -3,7 +3,7 @@
 Legend of shapes: S sequences, T positions, D hidden size.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int32
@@ -50,14 +50,11 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     positions = min(POSITIONS, model.max_positions)
     engine = HFEngine(model, batch_size=_BATCH, seq_len=positions)
     nothing = np.zeros(model.hidden_size, np.float32)
-    shape: dict[str, Any] = {
-        "digest": model.digest,
-        "weights": model.weights,
-        "rows": model.vocab_size,
-    }
     # A frame without measurements, for its choice of tokens.
     drawn = Frame(
-        **shape,
+        digest=model.digest,
+        weights=model.weights,
+        rows=model.vocab_size,
         left_out=_left_out(model.tokenizer, model.vocab_size),
         mean=nothing,
         scale=nothing + 1,
@@ -74,14 +71,12 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
         if progress:
             progress(start + _BATCH, SEQUENCES)
     states_ND = np.concatenate(batches)
-    mean_D = states_ND.mean(axis=0)
     scale_D = states_ND.std(axis=0)
     # A coordinate that hardly moves would become noise.
     scale_D = np.maximum(scale_D, _SMALLEST * float(np.median(scale_D)) or 1.0)
-    return Frame(
-        **shape,
-        left_out=drawn.left_out,
-        mean=mean_D.astype(np.float32),
+    return replace(
+        drawn,
+        mean=states_ND.mean(axis=0).astype(np.float32),
         scale=scale_D.astype(np.float32),
     )
 

@@ -232,13 +232,22 @@ class Reader:
         block = values.get("block_hash")
         height = values.get("block_height")
         node_id = values.get("node_id")
-        if type(height) is not int or not 0 <= height <= MAX_NONCE:
-            raise refused("block_height", height, "a height")
         agreed = self.blocks.get(block) if isinstance(block, str) else None
-        if agreed is None or agreed.height not in (None, height):
-            raise refused("block_hash", block, "of a block that is open, at its height")
-        if not sender.has(node_id):
-            raise refused("node_id", node_id, "of a machine that the pins list for this key")
+        for holds, name, wanted in (
+            (
+                type(height) is int and 0 <= height <= MAX_NONCE,
+                "block_height",
+                "a height",
+            ),
+            (
+                agreed is not None and agreed.height in (None, height),
+                "block_hash",
+                "of a block that is open, at its height",
+            ),
+            (sender.has(node_id), "node_id", "of a machine that the pins list for this key"),
+        ):
+            if not holds:
+                raise refused(name, values.get(name), wanted)
         return int(node_id)  # type: ignore[arg-type]  # a number, as the node has it
 
     def _distances(self, values: JsonObject) -> tuple[list[Any], Sequence[float | str]]:

@@ -108,10 +108,8 @@ class Registry:
         self._pinned = defaultdict[str, list[NodePins]](list)
         for node in network.nodes:
             self._pinned[node.public_key].append(node)
-        entry_by_key = {entry.public_key: entry for entry in entries}
-        entries_of_nodes = {
-            key: entry_by_key.get(key) or NodeEntry(public_key=key) for key in self._pinned
-        } | entry_by_key
+        entries_of_nodes = {key: NodeEntry(public_key=key) for key in self._pinned}
+        entries_of_nodes |= {entry.public_key: entry for entry in entries}
         _check_names(entries_of_nodes)
         _check_owners(entries_of_nodes.values(), settings.callback_secrets)
         self.senders = {
