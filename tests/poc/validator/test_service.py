@@ -297,17 +297,17 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
 def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monkeypatch, tmp_path):
     """Its proofs are parsed one after the other, whatever they cost."""
     go = threading.Event()
-    real = _intake.read_claim
+    real = _intake.read_proof
     proofs = dict[str, str]()
     for key in ("node_A", "node_B"):
         proof_of(small_model, key).save(tmp_path / key)
         proofs[key] = (tmp_path / key).read_text()
 
-    def slow(kind: str, body: bytes, reader: object) -> object:
+    def slow(body: bytes, reader: object) -> object:
         assert b"node_A" not in body[:2000] or go.wait(20)
-        return real(kind, body, reader)
+        return real(body, reader)
 
-    monkeypatch.setattr(_intake, "read_claim", slow)
+    monkeypatch.setattr(_intake, "read_proof", slow)
     with validating() as running, ThreadPoolExecutor() as pool:
         held = [
             pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs")
