@@ -10,14 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from assay.errors import UsageError
 from assay.poc.protocol.checks import MAX_NONCE, check_name, check_number, join_prefixed
 from assay.poc.protocol.pipelines import Pipeline, Positions, find_pipeline, get_pipeline
-from assay.poc.protocol.strict_file import STRICT
 
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
@@ -79,8 +78,6 @@ class Round:
         >>> round.text("inputs", 5)
         'block_alpha_node_A_nonce5'
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     block_hash: str
     public_key: str
