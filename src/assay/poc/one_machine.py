@@ -331,7 +331,8 @@ class _Store:
         def replayed() -> list[float]:
             inputs = proof.round.inputs([record.nonce for record in proof.records])
             batches = compute(engine, proof.header.pipeline, inputs, proof.records)
-            return residuals(proof.records, [*chain.from_iterable(batches)]).tolist()
+            errors_N = residuals(proof.records, [*chain.from_iterable(batches)])
+            return [float(error) for error in errors_N]
 
         headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
         return np.array(self._once(f"{_hashed(headers)}.json", replayed))
