@@ -1152,7 +1152,7 @@ def tries_of_plugin(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     from assay.poc.vllm.preflight import PluginSettings
 
     responses = Responses(PluginSettings())
-    responses.recorder = SimpleNamespace(sink=SimpleNamespace(check=lambda client: None))
+    responses.sink = SimpleNamespace(check=lambda client: None)
     responses.post("block_alpha")
     for header in (REQUEST_ID, USER_SEED):
         for value in HEADERS:

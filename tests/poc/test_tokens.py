@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from assay import streams
 from assay.errors import DataError, ProofFormatError, ProofMismatch, UsageError
 from assay.models import load_model
 from assay.models.frame import Frame
@@ -21,6 +22,7 @@ from assay.poc import (
     verify,
 )
 from assay.poc.cheats import rounded
+from assay.poc.engines.base import device_tokens, token_inputs
 from tests.wordings import refuses
 
 ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=32, preset="tokens-1")
@@ -47,6 +49,9 @@ def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
     frame = framed.frame
     tokenizer = framed.tokenizer
     assert set(tokenizer.all_special_ids) <= set(frame.left_out.tolist())
+    inputs = ROUND.inputs([3, 2**40])
+    ids = device_tokens(streams.get_backend("auto", "cpu"), inputs, frame, seq_len=64)
+    assert ids.tolist() == token_inputs(inputs, frame, seq_len=64).ravel().tolist()
     drawn = frame.tokens(np.random.default_rng(0).integers(0, 2**32, (1, 40_000), np.uint32))
     assert len(set(drawn.ravel().tolist())) > 0.99 * frame.rows
     assert not set(drawn.ravel().tolist()) & set(frame.left_out.tolist())

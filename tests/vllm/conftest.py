@@ -173,7 +173,7 @@ def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
     call = engine.client.direct.call
 
     async def of_no_nonces(method: str, *args: Any) -> Any:
-        return await call(method, *((*args[:2], -1) if method == "assay_pass" else args))
+        return await call(method, *((*args[:3], -1, *args[4:]) if method == "assay_pass" else args))
 
     patch.setattr(engine.client.direct, "call", of_no_nonces)
 
@@ -196,4 +196,4 @@ def values_of(hooks, key, nonces):
     """Collect what the hooks of a worker hold of a request; nothing of it may be at fault."""
     reply = hooks.collect(key, list(nonces))
     assert (reply["failed"], reply["nonces"], hooks.errors) == ({}, list(nonces), 0)
-    return np.frombuffer(reply["values"], reply["dtype"]).reshape(reply["shape"])
+    return np.frombuffer(reply["values"], reply["dtype"]).reshape(len(nonces), reply["width"])

@@ -16,7 +16,7 @@ from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blocker
-from assay.poc.vllm.rows import Rows, Spec, split_id, unpack_values
+from assay.poc.vllm.rows import Rows, Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
 from tests.vllm.conftest import settings_of_vllm
@@ -39,6 +39,8 @@ class Workers:
         self.called: list[list[int]] = []
         self.dealt: list[list[list[int]]] = []
         self.requested: list[int] = []
+        self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
+        self.flushed = 0
         self.turn = asyncio.Lock()
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
         self.throttle = Throttle(
@@ -51,23 +53,38 @@ class Workers:
         if method == "assay_batch":
             return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
         if method == "assay_pass":
-            _, shares, _ = args
+            call, _, shares, _, wait = args
             self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
+            found = (
+                {"error": "broken"}
+                if self.broken
+                else {"seconds": 0.002, **self.reply(shares[engine])}
+            )
+            begun = {"call": call, **found}
             self.running += 1
             self.most = max(self.most, self.running)
             async with self.turn:  # a worker takes calls in order
+                before, self.begun[engine] = self.begun.get(engine), begun
                 await asyncio.sleep(0.002)
                 self.running -= 1
-            if self.broken:
-                return [{"error": "broken"}]
-            return [{"seconds": 0.002, **self.reply(shares[engine])}]
+                return [
+                    [
+                        each
+                        for each in (before, self.begun.pop(engine, None) if wait else None)
+                        if each
+                    ]
+                ]
+        if method == "assay_flush":
+            async with self.turn:
+                self.flushed += 1
+                return [[self.begun.pop(engine)] if engine in self.begun else []]
         return [self.reply(args[1]) if method == "assay_collect" else None]
 
     async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
         assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
-        self.dealt += [args[1]] if method == "assay_pass" else []
+        self.dealt += [args[2]] if method == "assay_pass" else []
         return [
             await self.collective_rpc(method, args, engine) for engine in range(self.client.engines)
         ]
@@ -80,7 +97,7 @@ class Workers:
             "nonces": nonces,
             "values": values.tobytes(),
             "dtype": "float32",
-            "shape": [len(nonces)],
+            "width": 0,
         }
 
     async def generate(self, prompt, sampling, name, priority):
@@ -89,13 +106,17 @@ class Workers:
         yield None
 
 
-async def values_of(workers: Workers, count: int, batch_size: int = 8) -> list[float]:
-    """Return the values of a stream in their order."""
+async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
+    """Return the values of a stream in their order; ``between`` is called with the number of those
+    that are there.
+    """
     stream = NonceStream(workers.client, SPEC, range(count), batch_size)
     await stream.open()
     values: list[float] = []
     while (batch := await stream.next()) is not None:
         values += batch.tolist()
+        if between is not None:
+            await between(len(values))
     await stream.close()
     return values
 
@@ -243,26 +264,43 @@ async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an
     )
 
 
-def test_a_worker_says_why_a_call_did_not_run_and_runs_the_next_one():
-    def run(spec, nonces, batch):
+def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
+    happened = []
+
+    class Values:
+        def __init__(self, nonces):
+            self.nonces = nonces
+
+        def numpy(self):
+            happened.append(("waited", self.nonces))
+            if self.nonces == [2]:
+                raise RuntimeError("an error of the device")
+            return np.array(self.nonces, np.float32)
+
+    def begin(spec, nonces, batch):
+        happened.append(("queued", nonces))
         if nonces == [3]:
             raise RuntimeError("no memory")
-        return None if nonces == [4] else np.array(nonces, np.float32)
+        return Values(nonces)
 
     worker = WorkerExtension()
     rows = Rows()
     worker.vllm_config = config()
-    worker.vllm_config.parallel_config.data_parallel_index = 1
+    worker.model_runner = SimpleNamespace(device=CPU)
     worker.assay_hooks = SimpleNamespace(rows=rows)
-    worker.assay_passes = SimpleNamespace(run=run)
+    worker.assay_passes = SimpleNamespace(begin=begin)
     rows.open("key", SPEC)
-    reply = worker.assay_pass("key", [[1], [2]], 1)
-    assert (reply["nonces"], unpack_values(reply)) == ([2], {2: 2.0})
-    assert reply["seconds"] > 0
-    assert worker.assay_pass("key", [[3]], 1) == {"error": "RuntimeError: no memory"}
-    assert worker.assay_pass("key", [[4]], 1) == {}  # another worker of the group has the values
-    assert worker.assay_pass("key", [[1], []], 1) == {}
-    assert "the stream has ended" in worker.assay_pass("gone", [[1]], 1)["error"]
+    replies = [worker.assay_pass(str(nonce), "key", [[nonce]], 1, False) for nonce in (1, 2, 3)]
+    assert replies[0] == []
+    assert [(each["call"], each["nonces"]) for each in replies[1]] == [("1", [1])]
+    assert replies[2] == [{"call": "2", "error": "RuntimeError: an error of the device"}]
+    assert worker.assay_pass("4", "gone", [[4]], 1, False) == [
+        {"call": "3", "error": "RuntimeError: no memory"}
+    ]
+    assert worker.assay_flush() == [{"call": "4", "error": "the stream has ended"}]
+    assert worker.assay_flush() == []
+    wanted = [("queued", [1]), ("queued", [2]), ("waited", [1]), ("queued", [3]), ("waited", [2])]
+    assert happened == wanted
 
 
 @pytest.mark.parametrize(("settings", "batch"), [({"path": "requests"}, 4), ({}, 0)])
@@ -284,12 +322,15 @@ async def test_an_engine_that_dies_fails_its_nonces_in_words():
         await values_of(workers, 64)
 
 
-async def test_nonces_whose_calls_fail_become_requests():
+async def test_values_that_the_workers_have_lost_are_computed_again():
     workers = Workers()
-    workers.broken = True
-    assert await values_of(workers, 40) == list(range(40))
-    direct = workers.client.direct
-    assert (len(workers.requested), direct.reason, direct.in_flight) == (40, "broken", 0)
+
+    async def lose(done: int) -> None:
+        if done == 40:
+            workers.begun.clear()
+
+    assert await values_of(workers, 64, between=lose) == list(range(64))
+    assert workers.client.direct.in_flight == 0
 
 
 async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another():

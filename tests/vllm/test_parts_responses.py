@@ -65,9 +65,12 @@ class LLM:
 
     errored = False
 
-    def __init__(self, turns: int = 3, late: float = 0.0) -> None:
-        self.output_processor = SimpleNamespace(add_request=lambda *given: None)
+    def __init__(self, turns: int = 3, pause: float = 0.0, late: float = 0.0) -> None:
+        self.output_processor = SimpleNamespace(
+            add_request=lambda *given: None, process_outputs=lambda *given: None
+        )
         self.turns = turns
+        self.pause = pause
         self.late = late
         self.sent = []
         self.calls = []
@@ -92,7 +95,11 @@ class LLM:
             self.sent.append(request)
         for turn in range(self.turns):
             finish = "stop" if turn == self.turns - 1 else None
-            await asyncio.sleep(0)
+            mine = [one for one in self.sent if one.external_req_id == request_id]
+            self.output_processor.process_outputs(
+                [SimpleNamespace(request_id=one.request_id, new_token_ids=[0]) for one in mine]
+            )
+            await asyncio.sleep(self.pause)
             yield SimpleNamespace(
                 outputs=[
                     SimpleNamespace(index=index, token_ids=[index], finish_reason=finish)
@@ -106,8 +113,8 @@ class LLM:
             raise self.reply
         await asyncio.sleep(self.late)
         made = {
-            name: np.arange(count).repeat(12).astype(np.float16).tobytes()
-            for name, count in args[0].items()
+            name: np.arange(*at).repeat(12).astype(np.float16).tobytes()
+            for name, at in args[0].items()
         }
         return [made] if self.reply is None else self.reply
 
@@ -120,22 +127,17 @@ def recorded(llm: LLM | None = None, seeded: bool = True) -> tuple[LLM, Sink, Re
 
 
 async def ask(
-    llm: LLM,
-    accepted: AcceptedRequest | None,
-    prompts=((5, 6),),
-    stop_after: int = 99,
-    name: str = "cmpl",
-    **given,
+    llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 99, **given
 ) -> int:
     """Ask as a route does for the prompts of one request; return how many outputs came."""
     ACCEPTED.set(accepted)
     options = {
-        option: given.pop(option)
-        for option in ("lora_request", "prompt_embeds", "mm_features")
-        if option in given
+        name: given.pop(name)
+        for name in ("lora_request", "prompt_embeds", "mm_features")
+        if name in given
     }
     calls = [
-        llm.generate(prompt, params(**given), f"{name}-{i}", **options)
+        llm.generate(prompt, params(**given), f"cmpl-{i}", **options)
         for i, prompt in enumerate(prompts)
     ]
     count = 0
@@ -207,27 +209,24 @@ async def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
     await ask(llm, AcceptedRequest("r", "block"), stop_after=1)
     await ask(llm, AcceptedRequest("s", "block"))
     assert [one.request_id for one in sink.receipts] == ["s"]
-    assert llm.calls == [("assay_sketches", {"0_cmpl-0-ab": 1}, ["0_cmpl-0-ab"])]
+    assert llm.calls == [("assay_sketches", {"0_cmpl-0-ab": [0, 1]}, ["0_cmpl-0-ab"])]
 
 
-async def test_responses_that_end_during_a_call_share_the_next_one():
-    llm, sink, _ = recorded(LLM(turns=33, late=0.05))
-    await asyncio.gather(*(ask(llm, AcceptedRequest(f"r{i}", "block"), name=f"{i}") for i in "abc"))
-    assert sorted(len(counts) for _, counts, _ in llm.calls) in ([3], [1, 2])
-    assert [receipt.sketches[:, 0].tolist() for receipt in sink.receipts] == 3 * [[0, 1]]
-
-
-async def test_a_client_that_leaves_during_a_call_does_not_take_along_the_sketches_of_another():
-    llm, sink, _ = recorded(LLM(turns=1, late=0.05))
-    leaving, staying = (
-        asyncio.ensure_future(ask(llm, AcceptedRequest(i, "block"), name=i)) for i in "ab"
-    )
-    while not llm.calls:
-        await asyncio.sleep(0.001)
-    leaving.cancel()
-    await staying
-    assert [receipt.request_id for receipt in sink.receipts] == ["b"]
-    assert sink.receipts[0].sketches[:, 0].tolist() == [0]
+@pytest.mark.parametrize(
+    ("turns", "pause", "late", "asked"),
+    [
+        (70, 0.006, 0.0, [[0, 1], [1, 2], [2, 3]]),
+        (33, 0.0, 0.0, None),  # it waits for the sketches of its last steps
+        (33, 0.004, 0.05, [[0, 1], [1, 2]]),  # it ends during a call, and waits for the next one
+    ],
+)
+async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_when_it_ends(
+    turns, pause, late, asked
+):
+    llm, sink, _ = recorded(LLM(turns, pause, late))
+    await ask(llm, AcceptedRequest("r", "block"))
+    assert asked in (None, [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()])
+    assert sink.receipts[0].sketches[:, 0].tolist() == list(range(3 if turns == 70 else 2))
 
 
 def lora_request(path: Path) -> SimpleNamespace:
@@ -333,12 +332,12 @@ def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_pree
     )  # preempted, and all computed again: token 31 is next
     for at in range(41, 80):
         step(runner, {"a": (at, 1)})
-    given = capture.read({"a": 3, "x": 3, "unknown": 1})
+    given = capture.read({"a": range(3), "x": range(3), "unknown": range(1)})
     assert (given["x"], given["unknown"]) == (b"", b"")
     found = np.frombuffer(given["a"], np.float16).reshape(-1, 12)
     states = torch.stack([state_of("a", 9 + token) for token in (0, 32, 64)])
     assert found.tolist() == sketch_states(states, step_seeds(words, [0, 32, 64])).numpy().tolist()
-    assert capture.read({"a": 2})["a"] == given["a"][:48]
+    assert capture.read({"a": range(1, 2)})["a"] == given["a"][24:48]
     assert capture.errors == 0
 
 
@@ -347,9 +346,9 @@ def test_sketches_behind_one_that_is_missing_are_not_handed_out_and_none_of_requ
     capture = Capture(runner, CONFIG)
     step(runner, {"a": (0, 2)}, [new_request("a", 2, range(8))])
     step(runner, {"a": (65, 1)})
-    assert len(capture.read({"a": 3})["a"]) == 24
+    assert len(capture.read({"a": range(3)})["a"]) == 24
     capture.drop(["a", "b"])
-    assert capture.read({"a": 1}) == {"a": b""}
+    assert capture.read({"a": range(1)}) == {"a": b""}
     assert capture.there == {}
 
 
@@ -376,7 +375,7 @@ def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts(
         states = torch.stack([state_of(name, at) for at in positions])
         lay_out(runner, states, {"a": (bound, len(positions))}, prompt=10, **padded)
         runner.sample_tokens()
-    found = np.frombuffer(capture.read({"a": 2})["a"], np.float16).reshape(-1, 12)
+    found = np.frombuffer(capture.read({"a": range(2)})["a"], np.float16).reshape(-1, 12)
     wanted = sketch_states(
         torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32])
     )
@@ -402,6 +401,7 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     responses, (llm, sink, recorder), app = Responses(PluginSettings()), recorded(), FastAPI()
+    responses.sink = sink
     responses.recorder = recorder
 
     @app.post("/v1/chat/completions")

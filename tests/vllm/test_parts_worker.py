@@ -19,7 +19,7 @@ from assay.poc.engines.hf.decoding import Draws
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
-from assay.poc.vllm.rows import CLAIMED, Chunk, Rows, Spec, new_key, read_step, request_id, split_id
+from assay.poc.vllm.rows import CLAIMED, Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import Hooks, WorkerExtension
 from tests.vllm.conftest import lay_out, settings_of_vllm, values_of
@@ -65,8 +65,8 @@ def rows_with(count: int) -> Rows:
     rows = Rows()
     rows.open("a", SPEC)
     for nonce in range(count):
-        rows.get("a").filled[nonce] = None
-        rows.get("a").rows[nonce] = torch.tensor([float(nonce)])
+        rows.get("a").fill(nonce)
+        rows.get("a").put(nonce, torch.tensor([float(nonce)]))
     return rows
 
 
@@ -100,11 +100,14 @@ def test_streams_that_nobody_closes_are_bounded_and_those_that_are_used_stay():
 @pytest.mark.parametrize(
     "state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})]
 )
-def test_a_rank_without_states_has_no_chunks(state):
-    assert read_step(SimpleNamespace(execute_model_state=state)) is None
+def test_a_rank_without_states_has_no_spans(state):
+    assert spans(SimpleNamespace(execute_model_state=state)) is None
 
 
-def test_new_nonces_of_a_step_get_their_own_inputs(monkeypatch: pytest.MonkeyPatch):
+def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
     monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
     steps: list[object] = []
     runner = SimpleNamespace(device=CPU, execute_model=steps.append, sample_tokens=None)
@@ -162,15 +165,20 @@ def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
     hooks = hooks_on(SimpleNamespace(device=CPU, execute_model=None, sample_tokens=None))
     key = new_key()
     hooks.rows.open(key, SPEC)
-    hooks.rows.get(key).filled[3] = None
-    hooks.rows.get(key).failed[4] = "too long"
+    hooks.rows.get(key).fill(3)
+    hooks.rows.get(key).fail(4, "too long")
     assert hooks.collect(key, [3, 4]) == {"failed": {"4": "too long"}}
     assert hooks.rows.counts() == {"streams": 1, "rows": 0, "filled": 0, "dropped": 0, "failed": 0}
 
 
 @pytest.mark.parametrize("preset", ["hardened", "tokens-1"])
-def test_chunks_of_a_step_are_summed_each_for_itself(preset: str, monkeypatch: pytest.MonkeyPatch):
-    """Three steps: whole prompts beside halves of others, with the states of a stranger between."""
+def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Three steps: whole prompts beside halves of others, in groups of two, with the states of a
+    stranger between.
+    """
+    monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
     runner = SimpleNamespace(device=CPU, execute_model=None, sample_tokens=lambda: None)
     hooks = hooks_on(runner)
     round = Round(block_hash="b", public_key="k", seq_len=8, preset=preset)
@@ -181,7 +189,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself(preset: str, monkeypatch: p
     reading = hooks.transform(spec).reading(spec.round.inputs(range(5)), 8)
     steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
     for nonce in range(5):
-        hooks.rows.get(key).filled[nonce] = None
+        hooks.rows.get(key).fill(nonce)
     for step in steps:
         parts = [torch.full((3, 16), float("nan"))]
         start = 3
@@ -192,14 +200,14 @@ def test_chunks_of_a_step_are_summed_each_for_itself(preset: str, monkeypatch: p
             parts.append(states_BTD[nonce, begin:end])
             found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
             start += end - begin
-        left = torch.cat(parts), found
-        monkeypatch.setattr(_extension, "read_step", lambda _, left=left: left)
+        left = torch.cat(parts), SimpleNamespace(chunks=found.copy)
+        monkeypatch.setattr(_extension, "spans", lambda _, left=left: left)
         runner.sample_tokens()
     assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
     nonces, rows = hooks.rows.get(key).take(range(5))
     assert nonces == list(range(5))
     torch.testing.assert_close(torch.stack(rows), reading.sum(states_BTD), atol=1e-6, rtol=0)
-    assert not hooks.rows.get(key).filled.keys() & set(range(5))
+    assert not hooks.rows.get(key).parts
     assert not hooks.rows.get(key).rows
 
 
@@ -354,7 +362,7 @@ def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
     values = values_of(hooks, key, NONCES)
     np.testing.assert_allclose(values.reshape(3, -1, 12), sketches.astype(np.float32), atol=1e-3)
     assert hooks.rows.counts()["rows"] == 0
-    assert hooks.rows.counts()["filled"] == 0
+    assert hooks.rows.get(key).decodes == {}
 
 
 @pytest.mark.parametrize("kind", [Runner, NewRunner])
@@ -393,7 +401,7 @@ def test_requests_of_another_length_or_with_embeddings_fail_alone():
     short = {3: (prompts[0][:-1], None), 8: (prompts[1], [1] * STEPS), 20: (prompts[2], None)}
     hooks = started(runner, key, short)
     assert sorted(hooks.rows.get(key).failed) == [3, 8]
-    assert list(hooks.rows.get(key).filled) == [20]
+    assert list(hooks.rows.get(key).decodes) == [20]
 
 
 @pytest.mark.parametrize(

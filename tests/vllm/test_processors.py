@@ -185,7 +185,9 @@ def test_v2_gives_the_scores_of_the_definition_for_every_row(
 
 
 def test_v2_gives_every_step_its_noise_while_a_batch_stays_and_when_it_changes():
-    """Requests come, wait and go, and a prompt comes in pieces."""
+    """Seeds are made for several steps ahead: requests come, wait and go, and a prompt comes in
+    pieces.
+    """
     states, processor = processor_v2(0)
     slots = {2: 0, 4: 3}
     prompts = {2: PROMPTS[0], 4: PROMPTS[3]}
@@ -198,9 +200,11 @@ def test_v2_gives_every_step_its_noise_while_a_batch_stays_and_when_it_changes()
             states.put(slot, prompts[slot], [])
         ctx = context(states, order, {})
         given = logits(len(order), turn)
-        ctx.pos = torch.tensor([len(prompts[slot]) + len(outputs[slot]) - 1 for slot in order])
+        ctx.seq_lens_upper_bound_np = np.array(
+            [len(prompts[slot]) + len(outputs[slot]) for slot in order]
+        )
         if turn == 0:  # the first piece of a prompt: its row gives nothing
-            ctx.pos[0] -= 1
+            ctx.seq_lens_upper_bound_np[0] -= 1
         made = processor.apply(given.clone(), ctx)
         for row, slot in enumerate(order):
             if turn or row:

@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt32
+from jaxtyping import Float, Float32, Int32, Int64, UInt32
 from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
+from assay.models.device import to_device
 from assay.models.frame import Frame
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import Pipeline, unsupported
@@ -107,6 +108,25 @@ def noise_inputs(
     return as_tensor(values).view(len(inputs), seq_len, hidden_size)
 
 
+class HostCopy:
+    """Values on their way from a device to the host, on the stream that computes them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = values
+        self._done = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._done = torch.cuda.current_stream(values.device).record_event()
+
+    def numpy(self) -> NDArray[Any]:
+        """Wait for the values, and return them; an error of the device comes up here."""
+        if self._done is not None:
+            self._done.synchronize()
+        # Other values will land in this memory.
+        return self._host.numpy().copy()
+
+
 def padded_batches(
     inputs: Sequence[Input], size: int, rows: int
 ) -> Iterator[tuple[int, list[Input]]]:
@@ -155,3 +175,22 @@ def token_inputs(
 ) -> Int64[np.ndarray, "B T"]:
     """Return the token ids that are the model's inputs, from the seeds of the stream ``prompt``."""
     return frame.tokens(drawn_seeds(inputs, "prompt", range(seq_len)))
+
+
+def device_tokens(
+    backend: streams.Backend, inputs: Sequence[Input], frame: Frame, *, seq_len: int
+) -> Int32[Tensor, " N"]:
+    """Return the ids of :func:`token_inputs` in one row, on the device, without synchronising.
+
+    For 64 nonces of 256 positions numpy takes 1.2 ms on the host of an H100, 6 % of a pass of a
+    small model.
+    """
+    device = torch.device(backend.device)
+    words_B8 = to_device(streams.seeds(seed_texts(inputs, "prompt"), 256).view(np.int32), device)
+    steps_N = torch.arange(seq_len, device=device).repeat(len(inputs))
+    seeds_N = backend.row_seeds(words_B8.repeat_interleave(seq_len, dim=0), steps_N).view(
+        torch.int32
+    )
+    places_N = ((seeds_N.long() & 0xFFFFFFFF) * frame.drawn) >> 32
+    left_out_N = torch.searchsorted(to_device(frame.before, device), places_N, right=True)
+    return (places_N + left_out_N).int()

@@ -10,7 +10,6 @@ sketch.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -73,9 +72,8 @@ class Client:
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
-        self._counting = asyncio.Lock()
-        self._counted: list[Any] = []
-        self._counted_at = -math.inf
+        self._counting: asyncio.Task[list[Any]] | None = None
+        self._counted_at = 0.0
 
     async def install(self) -> None:
         """Prepare the workers; the device names all kinds that compute one pass."""
@@ -174,11 +172,18 @@ class Client:
 
     async def counts(self) -> list[Any]:
         """Return what the workers hold; all who ask within :data:`COUNTS_KEPT` share one call."""
-        async with self._counting:
-            if time.monotonic() - self._counted_at > COUNTS_KEPT:
-                self._counted = await self.call("assay_counts")
-                self._counted_at = time.monotonic()
-            return self._counted
+        now = time.monotonic()
+        counting = self._counting
+        failed = (
+            counting is not None
+            and counting.done()
+            and (counting.cancelled() or counting.exception() is not None)
+        )
+        if counting is None or failed or (counting.done() and now - self._counted_at > COUNTS_KEPT):
+            counting = self._counting = asyncio.ensure_future(self.call("assay_counts"))
+            self._counted_at = now
+        # A client that leaves must not cancel what others wait for.
+        return await asyncio.shield(counting)
 
 
 def most_positions(config: Any) -> int:
@@ -221,9 +226,16 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     calling = asyncio.ensure_future(_replies(llm, method, args, engines))
     dying = asyncio.ensure_future(_death(llm))
     try:
-        await asyncio.wait({calling, dying}, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if calling.done():
-            return calling.result()
+        async with asyncio.timeout(TIMEOUT):
+            await asyncio.wait({calling, dying}, return_when=asyncio.FIRST_COMPLETED)
+        died = not calling.done()
+        replies = [] if died else calling.result()
+    except TimeoutError:
+        raise ModelError(
+            f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
+            wanted="workers that run",
+            do="see the log of vLLM",
+        ) from None
     except Exception as error:  # of vLLM, and of any kind
         raise _failure(error)(
             f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
@@ -233,17 +245,13 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     finally:
         calling.cancel()
         dying.cancel()
-    if dying.done():
+    if died:
         raise EngineEnded(
             f"vLLM's engine died and did not answer {method}",
             wanted="an engine that runs",
             do="see the log of vLLM, and start it again",
         )
-    raise ModelError(
-        f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
-        wanted="workers that run",
-        do="see the log of vLLM",
-    )
+    return replies
 
 
 async def _replies(llm: Any, method: str, args: tuple[Any, ...], engines: int) -> list[Any]:

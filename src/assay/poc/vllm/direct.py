@@ -11,24 +11,23 @@ nonce.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain, count
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
 from assay.errors import reason_of
-from assay.models.device import free_bytes, to_device
-from assay.poc.engines.base import noise_inputs, token_inputs
-from assay.poc.protocol.round import Input
+from assay.models.device import free_bytes
+from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
-from assay.poc.vllm.rows import Spec, is_first_of_group, unpack_values
+from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.arrays import dtype_name, torch_dtype
 
@@ -39,6 +38,8 @@ CALLS = 2
 waits for both.
 """
 
+# seconds in which the next call follows if there is one; its reply has the values of the one before
+FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
 # Calls that fail one after the other until all nonces are requests.
 FAILURES = 3
@@ -50,10 +51,6 @@ CACHE_SPECS = {"FullAttentionSpec"}
 """Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from
 step to step.
 """
-# Number of input values that are made at once: vLLM leaves little of a GPU's memory free.
-MAX_VALUES = 2**24
-# Number of state values that are summed at once; they are held three times in float32.
-MAX_SUMMED = 2**23
 MAX_TABLES = 8  # shapes of passes whose metadata is kept
 # Bytes of activations that a recorded pass may keep from vLLM.
 MAX_GRAPH = 2**30
@@ -112,6 +109,9 @@ class DirectPath:
         self.call = call
         self.sizers: dict[int, CallSizer] = {}
         self._running = self._failures = 0
+        self._names = count()
+        self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
+        self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
 
     async def open(self, key: str, seq_len: int) -> CallSizer:
@@ -161,10 +161,29 @@ class DirectPath:
         """Run nonces in the workers, and return their values, none of them if they did not run.
 
         A call that has fewer nonces than were admitted, because its stream ends, says nothing about
-        the next one.
+        the next one, and none may follow it.
         """
+        is_whole = len(nonces) == admitted
+        name = f"{key} {next(self._names)}"
+        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
-        replies = await self.call("assay_pass", key, shares, sizer.batch // self._engines)
+        try:
+            await self._ask(
+                "assay_pass", name, key, shares, sizer.batch // self._engines, not is_whole
+            )
+            while not waiting.done():
+                others = set(self._asked)
+                timeout = None if others else FOLLOWS
+                await asyncio.wait(
+                    {waiting, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not (others or self._asked or waiting.done()):
+                    await self._ask("assay_flush")
+                    if not waiting.done():
+                        waiting.set_result([{"error": "the workers do not know the call"}])
+        finally:
+            del self._waiting[name]
+        replies = waiting.result()
         self.reason = next((reply["error"] for reply in replies if "error" in reply), None)
         if self.reason is not None:
             self._failures += 1
@@ -172,11 +191,36 @@ class DirectPath:
         self._failures = 0
         self.calls += 1
         self.nonces += len(nonces)
-        if len(nonces) == admitted:
-            sizer.ran(admitted, max((reply.get("seconds", 0.0) for reply in replies), default=0.0))
+        if is_whole:
+            sizer.ran(
+                admitted,
+                max((reply["seconds"] for reply in replies if "values" in reply), default=0.0),
+            )
         return {
             nonce: values for reply in replies for nonce, values in unpack_values(reply).items()
         }
+
+    async def _ask(self, method: str, *args: Any) -> None:
+        """Call a method of every worker, and hand what it returns to the calls that wait for it.
+
+        A call that is given up does not take along the values of another one, which are in its
+        reply.
+        """
+        asking = asyncio.ensure_future(self.call(method, *args))
+        self._asked.add(asking)
+        asking.add_done_callback(self._settle)
+        await asyncio.shield(asking)
+
+    def _settle(self, call: "asyncio.Future[list[Any]]") -> None:
+        self._asked.discard(call)
+        if call.cancelled() or call.exception() is not None:
+            return
+        replies_by_call: dict[str, list[dict[str, Any]]] = {}
+        for reply in chain.from_iterable(call.result()):
+            replies_by_call.setdefault(reply["call"], []).append(reply)
+        for name, replies in replies_by_call.items():
+            if name in self._waiting and not self._waiting[name].done():
+                self._waiting[name].set_result(replies)
 
     def describe(self) -> dict[str, Any]:
         """Return what the engine's route shows: whether nonces run so now, why not, and how many
@@ -208,6 +252,30 @@ class DirectPath:
 # the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a
 # model runner may still be read by a step. vLLM's CUDA graphs have its own cache in them, so passes
 # are recorded in others.
+
+
+class DeviceTimer:
+    """Measures the device time of queued work until :meth:`stop`, without synchronising."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[Any] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._events[0].record()
+        self._seconds = -time.perf_counter()
+
+    def stop(self) -> None:
+        """Take the end of the work; a CPU has done it by now."""
+        self._seconds += time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Wait for the end, and return the time of the device."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
 class PassGraph:
@@ -390,8 +458,8 @@ class DirectPasses:
         return max(1, min(most, int(scheduler.max_num_seqs)))
 
     @torch.inference_mode()
-    def run(self, spec: Spec, nonces: list[int], batch: int) -> NDArray[Any] | None:
-        """Run passes, and return the published values; None on workers that do not answer.
+    def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
+        """Queue passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
         the rest.
@@ -403,17 +471,33 @@ class DirectPasses:
             raise RuntimeError("a step of vLLM is not finished")
         parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
         rows = [self._rows(spec, part) for part in parts]
-        if not is_first_of_group():
-            return None
-        values = self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces))
-        return values.cpu().numpy()
+        return (
+            HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
+            if is_first_of_group()
+            else None
+        )
 
     def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return what is read of the hidden states of one pass, [B, D]."""
         seq_len = spec.round.seq_len
         states_ND = self._forward(spec, nonces)
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
-        return read_states(self._transform(spec), spec.round.inputs(nonces), states_BTD)
+        if spec.pipeline.read == "last":
+            # A view would keep the states of every pass.
+            return states_BTD[:, -1].clone()
+        reading = self._transform(spec).reading(spec.round.inputs(nonces), seq_len)
+        assert reading is not None
+        at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
+        parts = (
+            torch.split(values, at_once)
+            for values in (states_BTD, reading.weights.to(states_BTD.device))
+        )
+        return torch.cat(
+            [
+                reading._replace(weights=part_BT).sum(part)
+                for part, part_BT in zip(*parts, strict=True)
+            ]
+        )
 
     def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the
@@ -497,8 +581,7 @@ class DirectPasses:
         if spec.frame is not None:
             # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would
             # notice others.
-            ids_BT = token_inputs(inputs, spec.frame, seq_len=seq_len)
-            ids_N = to_device(ids_BT.astype(np.int32).reshape(-1), device)
+            ids_N = device_tokens(self._streams, inputs, spec.frame, seq_len=seq_len)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for
@@ -595,19 +678,6 @@ class DirectPasses:
         """Return vLLM's own cache of the first layer of this worker."""
         cache: Tensor = _attention_layers(self._runner, self._config)[0].kv_cache
         return cache
-
-
-def read_states(transform: Transform, inputs: Sequence[Input], states_BTD: Tensor) -> Tensor:
-    """Return what a pipeline reads of the states of nonces, [B, D]."""
-    seq_len, width = states_BTD.shape[1:]
-    reading = transform.reading(inputs, seq_len)
-    if reading is None:
-        # A view would keep the states of every pass.
-        return states_BTD[:, -1].clone()
-    at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * width))
-    weights_BT = reading.weights.to(states_BTD.device)
-    parts = zip(*(torch.split(part, at_once) for part in (states_BTD, weights_BT)), strict=True)
-    return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in parts])
 
 
 def _attention_layers(runner: Any, config: Any) -> list[Any]:

@@ -41,7 +41,7 @@ from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.service.chain_api import CHAIN_PREFIX
-from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
 from assay.poc.service.service_api import PREFIX, PREFIXES, attach, dashboard_router
 from assay.poc.service.service_controller import Controller
 from assay.poc.vllm.client import Client, call_workers, connect
@@ -74,6 +74,7 @@ class Responses:
         # Hash of the block that was posted last.
         self.newest: str | None = None
         self.recorder: Recorder | None = None
+        self.sink: ReceiptSink | None = None
         self.chat_template: str | None = (
             None  # SHA-256 of the one that the server renders with, if it is known
         )
@@ -115,9 +116,10 @@ class Responses:
                 config.scheduler_config.max_num_seqs, config.model_config.max_model_len
             ),
         )
+        self.sink = receipts.sink(header)
         self.recorder = Recorder(
             llm,
-            receipts.sink(header),
+            self.sink,
             public_key=header.public_key,
             digest=header.digest,
             seeded=self.settings.responses == "seeded",
@@ -127,7 +129,7 @@ class Responses:
         self, headers: dict[bytes, bytes], path: str, client: str | None
     ) -> AcceptedRequest | None:
         """Fix the seed of a request's answer; None where it is not recorded."""
-        if self.recorder is None:
+        if self.sink is None:
             return None
         named = headers.get(REQUEST_ID)
         seed = headers.get(USER_SEED)
@@ -136,7 +138,7 @@ class Responses:
         user_seed = None if seed is None else seed.decode("latin-1")
         if user_seed is not None:
             check_name("X-Assay-User-Seed", user_seed, do="send such a seed, or none", fewest=0)
-        self.recorder.sink.check(client)
+        self.sink.check(client)
         later = self.settings.responses_block == "next"
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
         chosen_by: Literal["client", "server"] = "server" if named is None else "client"

@@ -13,7 +13,7 @@ to the first one, and a mixture has routers that the round seeds, which only tra
 Legend of shapes: N rows of a step, T positions of a nonce, D hidden size, Q points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -30,16 +30,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import layer_reflection, reflect
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.rows import (
-    Chunk,
-    RowStream,
-    Spec,
-    StepRow,
-    call_before,
-    check_length,
-    chunks_of,
-    place_inputs,
-)
+from assay.poc.vllm.rows import Chunk, RowStream, StepRow, call_before, step_spans
 from assay.streams.arrays import dtype_name
 
 _MOST_BLOCKS = 4  # whose reflections are kept
@@ -104,15 +95,17 @@ class Chains:
         self._scheduled = scheduler_output.num_scheduled_tokens
 
     def begin(
-        self, spec: Spec, nonce: int, request: Any, claimed: Sequence[int] | None
-    ) -> ChainState:
+        self, stream: RowStream, nonce: int, request: Any, claimed: Sequence[int] | None
+    ) -> None:
         """Start a nonce's request with its inputs; a ValueError for another length."""
-        round = spec.round
+        round = stream.spec.round
         inputs = round.inputs([nonce])
-        steps = spec.pipeline.steps
-        check_length(request, round.seq_len + (0 if claimed is None else steps))
-        if claimed is not None and len(claimed) != steps + 1:
-            raise ValueError(f"{len(claimed)} points for {steps} steps")
+        steps = stream.spec.pipeline.steps
+        positions = round.seq_len + (0 if claimed is None else steps)
+        sent = request.prompt_embeds
+        length = len(request.prompt_token_ids if sent is None else sent)
+        if length != positions or (claimed is not None and len(claimed) != steps + 1):
+            raise ValueError(f"inputs or placeholders of {length} for {positions} positions")
         chain = Chain(
             inputs, hidden_size=self._width, device=self._runner.device, dtype=self._dtype
         )
@@ -129,20 +122,31 @@ class Chains:
         if claimed is not None:
             stated = np.array(claimed, np.uint8)
             parts.append(chain.embeddings(stated[None, :-1], 1))
-        place_inputs(request, torch.cat(parts, dim=1)[0])
-        return ChainState(chain, stated)
+        request.prompt_embeds = torch.cat(parts, dim=1)[0].cpu()
+        request.prompt_is_token_ids = [False] * positions
+        stream.decodes[nonce] = ChainState(chain, stated)
+        stream.fill(nonce)
 
-    def end_step(self) -> None:
-        """Do nothing: points are chosen when their states are read."""
+    def step(
+        self, states_ND: Tensor, step_rows: Sequence[StepRow]
+    ) -> Iterator[tuple[StepRow, Exception]]:
+        """Read what a step says of nonces; yield those that failed."""
+        for step_row in step_rows:
+            state = step_row.stream.decodes.get(step_row.nonce)
+            if not isinstance(state, ChainState):
+                continue
+            try:
+                self._read(states_ND, step_row, state)
+            except Exception as error:
+                yield step_row, error
 
     def values(self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
         """Return the points, or the margins of a replay, of finished nonces."""
         return torch.stack(list(rows))
 
-    def read(self, states_ND: Tensor, step_row: StepRow) -> None:
+    def _read(self, states_ND: Tensor, step_row: StepRow, state: ChainState) -> None:
         """Keep the points of the positions of this step, or the margins of claimed ones."""
         stream, nonce, _, chunk = step_row
-        state: ChainState = stream.filled[nonce]
         steps = stream.spec.pipeline.steps
         first = chunk.computed + 1 - stream.spec.round.seq_len  # step that the first position has
         low = max(first, 0)
@@ -165,7 +169,7 @@ class Chains:
             state.kept.append(margins(scores_NQ, claimed))
             done = torch.cat(state.kept)
         if high == steps + 1:
-            stream.rows[nonce] = done
+            stream.put(nonce, done)
 
     # Before the layers: inputs of chains, and where to reflect
 
@@ -175,9 +179,9 @@ class Chains:
         """Write the inputs of chains over the embeddings of tokens, and note the rows of nonces."""
         self._reflected = []
         rows: dict[Round, list[Tensor]] = {}
-        for chunk in chunks_of(self._runner, self._scheduled):
+        for chunk in step_spans(self._runner, self._scheduled).chunks():
             place = self._rows.find(chunk.request_id)
-            state = None if place is None else place[0].filled.get(place[1])
+            state = None if place is None else place[0].decodes.get(place[1])
             if place is None or not isinstance(state, ChainState):
                 continue
             round = place[0].spec.round

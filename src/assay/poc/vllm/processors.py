@@ -8,13 +8,16 @@ The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 r
 on GPUs, :class:`ProcessorV2`. With drafts a request has a row for every draft token there, and
 vLLM's rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or
 with none, the tokens are the same. Nothing there waits for the device. A small model's step takes
-as long on the host as on the device, so V2 lays parameters out only when the batch changes. Which
-step a request is at, the device knows by the position of its row.
+as long on the host as on the device, so parameters are laid out only when the batch changes, and go
+to the device in one copy. Without drafts the host knows which step a request is at, and seeds are
+made for several steps at once. With drafts only the device does.
 
-Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary.
+Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A
+    steps ahead.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +36,8 @@ from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
 
-UNSEEDED = SeedArgument(0, (0,) * 8, (0,) * 8, UNTOUCHED)
-"""What stands for a request that is not seeded beside those that are."""
-
+# Steps whose seeds are made at once: as many as a batch may well stay the same for.
+AHEAD = 16
 MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of
 a GPU free.
@@ -73,6 +75,17 @@ class Row(NamedTuple):
         )
 
 
+class BatchV1(NamedTuple):
+    """What stays the same while the seeded requests of the batch do."""
+
+    height: int  # rows of the logits, those of other requests included
+    rows: list[Row]
+    places: Tensor | None  # rows of the logits, int64 [N]; None if they are all
+    words: Tensor  # of the streams, uint32 [N, 8]
+    sampler: Sampler
+    prompts: Tensor | None  # whether a prompt has a token, [N, V]; None where that changes nothing
+
+
 class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
     """Turns the logits of seeded requests into scores, whose largest is the sample."""
 
@@ -80,6 +93,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         self._device = torch.device(device)
         self._streams = streams.get_backend("auto", str(self._device))
         self._rows: dict[int, Row] = {}
+        self._batch: BatchV1 | None = None
 
     def is_argmax_invariant(self) -> bool:
         """Return False: the noise decides which token is the largest."""
@@ -87,39 +101,69 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: Any) -> None:
         """Follow the requests that came, went and moved."""
-        process_dict_updates(self._rows, batch_update, Row.of)
+        if process_dict_updates(self._rows, batch_update, Row.of):
+            self._batch = None
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the logits with scores in the rows of seeded requests."""
         if not self._rows:
             return logits
-        vocab_size = logits.shape[1]
-        rows = self._rows.values()
-        sampler = Sampler(
-            [row.carried.sampling or UNTOUCHED for row in rows], vocab_size, self._device
-        )
+        batch = self._batch
+        if batch is None or batch.height != len(logits):
+            batch = self._batch = self._made(*logits.shape)
+        l_NV = logits if batch.places is None else logits.index_select(0, batch.places)
         history = {}
-        if sampler.penalises:
-            prompts_NV = count_tokens([row.prompt for row in rows], vocab_size, self._device)
-            counts_NV = count_tokens([row.output for row in rows], vocab_size, self._device)
-            history = {"prompt_NV": prompts_NV > 0, "counts_NV": counts_NV}
-        words = torch.tensor([row.carried.tokens for row in rows], dtype=torch.uint32)
-        steps = torch.tensor([len(row.output) for row in rows])
-        seeds_N = self._streams.row_seeds(
-            to_device(words, self._device), to_device(steps, self._device)
+        if batch.prompts is not None:
+            outputs = [row.output for row in batch.rows]
+            history = {
+                "prompt_NV": batch.prompts,
+                "counts_NV": count_tokens(outputs, logits.shape[1], self._device),
+            }
+        steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(
+            self._device, non_blocking=True
         )
-        places_N = to_device(list(self._rows), self._device)
-        l_NV = sampler.penalise(logits.index_select(0, places_N), **history)
-        return logits.index_copy_(0, places_N, sampler.add_noise(l_NV, seeds_N, in_place=True))
+        seeds_N = self._streams.row_seeds(batch.words, steps_N)
+        s_NV = batch.sampler.add_noise(
+            batch.sampler.penalise(l_NV, **history), seeds_N, in_place=True
+        )
+        return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
+
+    def _made(self, height: int, vocab_size: int) -> BatchV1:
+        row_places = sorted(self._rows)
+        rows = [self._rows[place] for place in row_places]
+        samplings = [row.carried.sampling or Sampling() for row in rows]
+        sampler = Sampler(samplings, vocab_size, self._device)
+        prompts = [row.prompt for row in rows]
+        words = torch.tensor([row.carried.tokens for row in rows], dtype=torch.uint32)
+        return BatchV1(
+            height=height,
+            rows=rows,
+            places=None
+            if len(row_places) == height
+            else torch.tensor(row_places).to(self._device, non_blocking=True),
+            words=words.to(self._device, non_blocking=True),
+            sampler=sampler,
+            prompts=count_tokens(prompts, vocab_size, self._device) > 0
+            if sampler.penalises
+            else None,
+        )
 
 
-class BatchV2(NamedTuple):
-    """What a step needs to know of its requests, for as long as these stay the same."""
+@dataclass
+class BatchV2:
+    """What the rows of a step need to know of their requests, for as long as these stay the
+    same.
+    """
 
     slots: NDArray[np.int64]  # of the requests in the order of the step, [N]
     sampler: Sampler
-    words: Tensor  # of the stream of each, [N, 8]
-    firsts: Tensor  # positions [N] that give their first tokens
+    begun: NDArray[np.int64] | None = (
+        None  # lengths [N] of the requests at which the first of `seeds` is due
+    )
+    # Seeds of that step and of the following ones, int32 [N] with the bits of uint32.
+    seeds: tuple[Tensor, ...] = ()
+    words: Tensor | None = None  # with drafts, of the stream of each row, [R, 8]
+    firsts: Tensor | None = None  # with drafts, the positions [R] that give the first tokens
 
 
 class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
@@ -129,31 +173,48 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         self._states = req_states
         self._device = torch.device(req_states.device)
         self._streams = streams.get_backend("auto", str(self._device))
-        self._seeded: dict[int, SeedArgument] = {}  # by slot
+        self._drafts = getattr(vllm_config, "speculative_config", None) is not None
+        slots = req_states.max_num_reqs
+        self._seeded_M = np.zeros(slots, bool)
+        self._samplings = [UNTOUCHED] * slots
+        self._words_M8 = np.zeros((slots, 8), np.uint32)
+        self._prompts_M = np.zeros(slots, np.int64)
         self._batch: BatchV2 | None = None
+        self._host_streams = streams.get_backend("auto", "cpu")
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
-        self._batch = None
         carried = read_seed_argument(sampling_params)
-        if carried is None or carried.tokens is None:
-            self._seeded.pop(req_idx, None)
-            return False
-        self._seeded[req_idx] = carried
-        return True
+        seeded = False
+        sampling = UNTOUCHED
+        prompt = 0
+        words: tuple[int, ...] = (0,) * 8
+        if carried is not None and carried.tokens is not None:
+            seeded = True
+            sampling = carried.sampling or UNTOUCHED
+            words = carried.tokens
+            prompt = carried.prompt
+        self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = (
+            seeded,
+            words,
+            prompt,
+        )
+        self._samplings[req_idx], self._batch = sampling, None
+        return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Return the logits [R, V] with scores in seeded rows, in place where possible."""
         slots_N = ctx.idx_mapping_np
-        if self._batch is None or not np.array_equal(slots_N, self._batch.slots):
-            if self._seeded.keys().isdisjoint(slots_N.tolist()):
-                return logits
-            self._batch = self._made(slots_N, logits.shape[1])
         batch = self._batch
-        if len(logits) != len(slots_N):
-            batch = self._by_row(batch, ctx)
+        if batch is None or not np.array_equal(slots_N, batch.slots):
+            if not self._seeded_M[slots_N].any():
+                return logits
+            batch = self._batch = self._made(slots_N, logits.shape[1])
+        if self._drafts:
+            batch, seeds_R = self._by_position(batch, len(logits), ctx)
+        else:
+            seeds_R = self._by_length(batch, ctx.seq_lens_upper_bound_np[: len(slots_N)])
         sampler = batch.sampler
-        seeds_R = self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
         history = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
         at_once = max(1, MOST_VALUES // logits.shape[1])
         if len(logits) <= at_once:
@@ -168,29 +229,50 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         return logits
 
     def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> BatchV2:
-        carried = [self._seeded.get(slot, UNSEEDED) for slot in slots_N.tolist()]
-        samplings = [request.sampling or UNTOUCHED for request in carried]
-        words_N8 = np.array([request.tokens for request in carried], np.uint32)
-        firsts_N = np.array([request.prompt - 1 for request in carried])
-        return BatchV2(
-            slots=slots_N.copy(),
-            sampler=Sampler(samplings, vocab_size, self._device),
-            words=to_device(words_N8.view(np.int32), self._device),
-            firsts=to_device(firsts_N, self._device),
-        )
+        sampler = Sampler([self._samplings[slot] for slot in slots_N], vocab_size, self._device)
+        batch = BatchV2(slots_N.copy(), sampler)
+        if self._drafts:
+            batch.words = to_device(self._words_M8[slots_N].view(np.int32), self._device)
+            batch.firsts = to_device(self._prompts_M[slots_N] - 1, self._device)
+        return batch
 
-    def _by_row(self, batch: BatchV2, ctx: Any) -> BatchV2:
-        """Return the batch of all rows of a step with drafts. Only the device knows which request a
-        row belongs to.
+    def _by_length(self, batch: BatchV2, lengths_N: NDArray[Any]) -> Tensor:
+        """Return the seeds of a step without drafts, whose requests have so many tokens: all but
+        the one to come.
         """
-        order_M = torch.zeros(self._states.max_num_reqs, dtype=torch.int64, device=self._device)
-        order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
-        index_R = order_M[ctx.expanded_idx_mapping.long()]
-        return batch._replace(
-            sampler=batch.sampler.rows(index_R),
-            words=batch.words.index_select(0, index_R),
-            firsts=batch.firsts.index_select(0, index_R),
-        )
+        ahead = -1 if batch.begun is None else int(lengths_N[0] - batch.begun[0])
+        if (
+            batch.begun is None
+            or not 0 <= ahead < AHEAD
+            or not np.array_equal(lengths_N, batch.begun + ahead)
+        ):
+            steps_AN = lengths_N - self._prompts_M[batch.slots] + np.arange(AHEAD)[:, None]
+            words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
+            made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
+            batch.seeds = to_device(
+                made.view(torch.int32).view(steps_AN.shape), self._device
+            ).unbind()
+            batch.begun = lengths_N.copy()
+            ahead = 0
+        return batch.seeds[ahead]
+
+    def _by_position(self, batch: BatchV2, rows: int, ctx: Any) -> tuple[BatchV2, Tensor]:
+        """Return the batch and the seeds of all rows of a server with drafts: the device knows
+        which are accepted.
+        """
+        assert batch.words is not None
+        assert batch.firsts is not None
+        # Which request a row belongs to is known there, too.
+        if rows != len(batch.slots):
+            order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
+            order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
+            index_R = order_M[ctx.expanded_idx_mapping.long()]
+            words = batch.words.index_select(0, index_R)
+            firsts = batch.firsts.index_select(0, index_R)
+            return replace(batch, sampler=batch.sampler.rows(index_R)), self._streams.row_seeds(
+                words, ctx.pos - firsts
+            )
+        return batch, self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:
         """Return the tokens of the prompt of every row, and its output so far: committed tokens,

@@ -1,11 +1,12 @@
 """The serving side: seeds clients' requests, and stores a receipt before each answer ends.
 
-Two methods are wrapped, on the instances of one ``AsyncLLM``. ``generate``, through which every
-route of the server goes, hands its outputs on, and stores the receipt of a choice before the output
-that ends it. ``add_request`` of the output processor is called once for every choice, with its
-number: there the request that goes to the engine gets temperature 0 and what its logits processor
-needs, while the server keeps the parameters that the client sent. Bodies of requests are not read
-and not changed, so that every route and every client works as before.
+Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches
+wraps a third. ``generate``, through which every route of the server goes, hands its outputs on, and
+stores the receipt of a choice before the output that ends it. ``add_request`` of the output
+processor is called once for every choice, with its number: there the request that goes to the
+engine gets temperature 0 and what its logits processor needs, while the server keeps the parameters
+that the client sent. Bodies of requests are not read and not changed, so that every route and every
+client works as before.
 
 What the client fixed before the engine saw anything is an :class:`AcceptedRequest` in the context
 of its HTTP request. Calls without one, those of nonces among them, pass through.
@@ -17,16 +18,16 @@ import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from assay.errors import AssayError, ModelError
+from assay.errors import AssayError, ModelError, reason_of
 from assay.files.names import normal_form
-from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
+from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.responses.adapters import Adapter, digest_adapter
-from assay.poc.responses.receipts import Finish, Prompt, Receipt
+from assay.poc.responses.receipts import Prompt, Receipt
 from assay.poc.responses.sampling import ResponseSeed, Sampling
 from assay.poc.service.receipt_keeper import ReceiptSink
 from assay.poc.vllm.client import call_workers
@@ -34,7 +35,7 @@ from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
 log = logging.getLogger("assay.responses")
 
-FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
+FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
 MASKS = (
@@ -61,83 +62,175 @@ NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} |
 }
 """What vLLM's own sampler is told of a seeded request: take the largest score."""
 
+PAUSE = 0.02  # seconds between two calls for sketches
+PUT_OFF = 0.1  # seconds more if no response waits
+BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
+
 ACCEPTED: "ContextVar[AcceptedRequest | None]" = ContextVar("assay_accepted", default=None)
 """The HTTP request in whose context the engine is called."""
 
 
 @dataclass(eq=False)
 class Choice:
-    """One response in the making."""
+    """One response in the making: what its receipt will say, and its sketches so far."""
 
     engine_id: str  # of its request in the engine
-    draft: Receipt  # without what is known at the end
+    seed: ResponseSeed
+    sampling: Sampling | None  # None where the engine samples by itself
+    prompt: tuple[int, ...]
+    mask: bool  # whether tokens were forbidden or forced in a way that the receipt does not repeat
+    chosen_by: Literal["client", "server"] = "server"
+    adapter: Adapter | None = None
+    chat_template: str | None = None  # SHA-256, of a prompt that it made
     output: list[int] = field(default_factory=list)
-    finish: Finish | None = None
-    sketches: bytes = b""
+    finish: Literal["", "stop", "length", "abort"] = ""
+
+    tokens: int = 0  # that the engine has handed out, of which the server may not have the last
+    asked: int = 0  # number of sketches
+    found: bytearray = field(default_factory=bytearray)  # sketches that were taken
+    waiter: "asyncio.Future[None] | None" = None
+
+    @property
+    def taken(self) -> int:
+        """Number of sketches that were taken."""
+        return len(self.found) // BYTES
 
     @property
     def due(self) -> int:
         """Number of sketches that there are of its tokens."""
-        return len(sketch_steps(len(self.output)))
+        return len(sketch_steps(self.tokens))
+
+    def wake(self, error: Exception | None = None) -> None:
+        """Wake who waits for the last sketches, with an error if the workers did not answer."""
+        if self.waiter is not None and not self.waiter.done():
+            if error is None:
+                self.waiter.set_result(None)
+            else:
+                self.waiter.set_exception(error)
 
     def receipt(self) -> Receipt:
         """Return the receipt of an ended response; a ModelError where a sketch is missing."""
-        sketches = np.frombuffer(self.sketches, np.float16).reshape(-1, SKETCH_SIZE)
-        if len(sketches) < self.due:
+        steps = self.due
+        sketches = np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
+        if len(sketches) < steps:
             raise ModelError(
                 f"{len(sketches)} sketches of {len(self.output)} tokens",
-                wanted=f"{self.due}",
+                wanted=f"{steps}",
                 do="see the log of vLLM's workers",
             )
-        finish = self.finish or "abort"
-        return replace(self.draft, output=tuple(self.output), finish=finish, sketches=sketches)
+        return Receipt(
+            **{
+                name: getattr(self.seed, name)
+                for name in ("request_id", "index", "user_seed", "block_hash")
+            },
+            **{
+                name: getattr(self, name)
+                for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")
+            },
+            prompt=Prompt.of(self.prompt),
+            output=tuple(self.output),
+            finish=self.finish or "abort",
+            sketches=sketches[:steps],
+        )
 
 
 class Collector:
-    """Takes the sketches of one engine's responses from its workers as they end.
+    """Takes the sketches of one engine's responses from its workers, while the responses go on.
 
-    A call interrupts the engine between two steps. So there is one at a time, for all responses
-    that have ended by then, and it drops those that clients have left.
+    A receipt needs every sketch. Were all of them asked for at the end, every answer would wait for
+    a call into the engine's loop, which is answered between two steps. So the tokens that the
+    engine hands out are counted, a sketch is asked for once its token is there, and a response that
+    ends waits only where its last sketch is of the last few steps. Calls interrupt the engine: one
+    asks for all sketches that are due, and is put off while no response waits.
     """
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        self._open: dict[str, Choice] = {}
         self._due: dict[str, Choice] = {}
+        self._called: dict[str, Choice] = {}
         self._forgotten: list[str] = []
-        self._calling = asyncio.Lock()
+        self._running: asyncio.Task[None] | None = None
+        self._waits: asyncio.Event  # of the task that runs
+        self._process = llm.output_processor.process_outputs
+        llm.output_processor.process_outputs = self._wrapped_process
+
+    def follow(self, choice: Choice) -> None:
+        """Count the tokens of a response that begins."""
+        self._open[choice.engine_id] = choice
 
     def forget(self, choices: Iterable[Choice]) -> None:
-        """Drop responses, with the next call in the workers too."""
+        """Drop responses, here and with the next call in the workers."""
         for choice in choices:
             self._due.pop(choice.engine_id, None)
-            self._forgotten.append(choice.engine_id)
+            if self._open.pop(choice.engine_id, None) is not None:
+                self._forgotten.append(choice.engine_id)
 
     async def finish(self, choices: list[Choice]) -> None:
-        """Take the sketches of ended responses; a ModelError where no worker answers."""
-        self._due |= {choice.engine_id: choice for choice in choices}
+        """Wait for the sketches of ended responses; a ModelError where no worker answers."""
+        waiters = []
+        for choice in choices:
+            choice.tokens = len(choice.output)
+            if choice.taken < choice.due:
+                choice.waiter = asyncio.get_running_loop().create_future()
+                waiters.append(choice.waiter)
+                if choice.asked < choice.due or choice.engine_id not in self._called:
+                    self._ask(choice)
+                self._waits.set()
         try:
-            async with self._calling:
-                # The call of another response may have taken them.
-                if any(choice.engine_id in self._due for choice in choices):
-                    await self._take()
+            await asyncio.gather(*waiters)
         finally:
             self.forget(choices)
 
-    async def _take(self) -> None:
-        known = -1
-        # Responses that end in one step: the server wakes them a part at a time.
-        while len(self._due) > known:
-            known = len(self._due)
-            await asyncio.sleep(0)
-        due = dict(self._due)
-        forgotten = list(self._forgotten)
-        counts = {name: choice.due for name, choice in due.items()}
-        # Where it fails, or its client leaves, the next response asks again for all others.
-        for reply in await call_workers(self._llm, "assay_sketches", counts, forgotten):
-            for name, sketches in reply.items():
-                due[name].sketches = sketches
-        self._due = {name: choice for name, choice in self._due.items() if name not in due}
-        del self._forgotten[: len(forgotten)]
+    def _wrapped_process(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count the tokens of a step before the server sees them."""
+        for output in outputs:
+            if (choice := self._open.get(output.request_id)) is not None:
+                choice.tokens += len(output.new_token_ids)
+                # More are due, without a range for every token.
+                if choice.tokens > SKETCH_EVERY * choice.asked:
+                    self._ask(choice)
+        return self._process(outputs, *args, **kwargs)
+
+    def _ask(self, choice: Choice) -> None:
+        self._due[choice.engine_id] = choice
+        choice.asked = choice.due
+        if self._running is None or self._running.done():
+            self._waits = asyncio.Event()
+            self._running = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while self._due:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._waits.wait(), PUT_OFF)
+            due = -1
+            # Responses that end in one step: the server wakes them a part at a time.
+            while len(self._due) > due:
+                due = len(self._due)
+                await asyncio.sleep(0)
+            self._waits.clear()
+            self._called = self._due
+            self._due = {}
+            forgotten = self._forgotten
+            self._forgotten = []
+            ranges = {name: [choice.taken, choice.due] for name, choice in self._called.items()}
+            try:
+                replies = await call_workers(self._llm, "assay_sketches", ranges, forgotten)
+                for name, data in (item for reply in replies for item in reply.items()):
+                    self._called[name].found += data
+                for name, choice in self._called.items():
+                    # One that ended since waits for the next call.
+                    if ranges[name][1] == choice.due:
+                        choice.wake()
+            except Exception as error:
+                reason = reason_of(error)[:300]
+                failed = ModelError(
+                    f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM"
+                )
+                for choice in self._called.values():
+                    choice.wake(failed)
+            self._called = {}
+            await asyncio.sleep(PAUSE)
 
 
 @dataclass
@@ -309,21 +402,11 @@ class Recorder:
             }
             sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
         prompt = tuple(request.prompt_token_ids)
-        draft = Receipt(
-            user_seed=user_seed,
-            request_id=accepted.request_id,
-            index=seed.index,
-            block_hash=accepted.block_hash,
-            prompt=Prompt.of(prompt),
-            output=(),
-            sketches=np.zeros((0, SKETCH_SIZE), np.float16),
-            sampling=sampling,
-            chosen_by=accepted.chosen_by,
-            mask=any(getattr(params, name, None) for name in MASKS),
-            adapter=adapter,
-            chat_template=accepted.chat_template,
-        )
-        call.choices[index] = Choice(request.request_id, draft)
+        mask = any(getattr(params, name, None) for name in MASKS)
+        stated = accepted.chosen_by, adapter, accepted.chat_template
+        choice = Choice(request.request_id, seed, sampling, prompt, mask, *stated)
+        call.choices[index] = choice
+        self._collector.follow(choice)
         words = tuple(seed.words().tolist()) if self._seeded else None
         return _with(
             params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling)

@@ -4,43 +4,38 @@ A row is what is read of the hidden states of a nonce. Request ids lead to the n
 vLLM that are read are internal to it; :mod:`assay.poc.vllm.compatibility` refuses a version in
 which one is missing.
 
-Legend of shapes: T positions, D hidden size, S states, K numbers of a sketch.
+Legend of shapes: D hidden size.
 """
 
-import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from typing_extensions import override
 
 from assay.models.device import processor
 from assay.models.frame import Frame
-from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, Pipeline
+from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import sketch_states
 from assay.poc.vllm.compatibility import rounded_cache, runner_kind, stored_as
 from assay.streams.arrays import dtype_name
 
-T = TypeVar("T")
 MAX_STREAMS = 16
 # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
 MAX_ROWS = 4096
-# The id of a nonce's request, to which vLLM adds a suffix.
-REQUEST_ID = re.compile(r"(?P<key>assay-.*)\.(?P<nonce>[0-9]{1,16})(-[^.]*)?", re.DOTALL)
 # Characters of the reason for which a nonce or a call did not run.
 LONGEST_REASON = 300
-# Numbers of projections that are made at once: vLLM leaves little of a GPU's memory free.
-MOST_NORMALS = 2**22
+# Number of input values that are made at once: vLLM leaves little of a GPU's memory free.
+MAX_VALUES = 2**24
 # key of `extra_args` of a request that replays: the tokens or points that another node states
 CLAIMED = "assay_claimed"
+# Number of state values that are summed at once; they are held three times in float32.
+MAX_SUMMED = 2**23
 
 
 def new_key() -> str:
@@ -55,20 +50,27 @@ def request_id(key: str, nonce: int) -> str:
 
 def split_id(text: str) -> tuple[str, int] | None:
     """Return key and nonce of a request id with vLLM's suffix; None for other requests."""
-    match = REQUEST_ID.fullmatch(text)
-    return match and (match["key"], int(match["nonce"]))
+    key, _, number = text.rpartition(".")
+    digits = number.partition("-")[0]
+    if not key.startswith("assay-") or not (
+        digits.isascii() and digits.isdigit() and len(digits) <= 16
+    ):
+        return None
+    return key, int(digits)
 
 
 def pack_values(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
     """Return values of nonces as they leave a worker, in plain types.
 
-    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``shape``.
+    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the
+    numbers of each, or 0 for distances.
     """
+    width = values.shape[1] if values.ndim > 1 else 0
     return {
         "nonces": nonces,
         "values": values.tobytes(),
         "dtype": str(values.dtype),
-        "shape": list(values.shape),
+        "width": width,
     }
 
 
@@ -78,8 +80,10 @@ def unpack_values(reply: dict[str, Any]) -> dict[int, Any]:
     """
     if "values" not in reply:
         return {}
-    values = np.frombuffer(reply["values"], dtype=reply["dtype"]).reshape(reply["shape"])
-    return dict(zip(reply["nonces"], values, strict=True))
+    width = reply["width"]
+    values = np.frombuffer(reply["values"], dtype=reply["dtype"])
+    rows = values.reshape(len(reply["nonces"]), width) if width else values
+    return dict(zip(reply["nonces"], rows, strict=True))
 
 
 class Spec(NamedTuple):
@@ -90,40 +94,55 @@ class Spec(NamedTuple):
     frame: Frame | None = None  # of the checkpoint, for a pipeline that has one
 
 
-class Bounded(OrderedDict[int, T]):
-    """Something by nonce. Of more than :data:`MAX_ROWS` entries the oldest are dropped."""
-
-    dropped = 0  # number of entries
-
-    @override
-    def __setitem__(self, nonce: int, value: T) -> None:
-        super().__setitem__(nonce, value)
-        while len(self) > MAX_ROWS:
-            self.popitem(last=False)
-            self.dropped += 1
-
-
 @dataclass(eq=False)
 class RowStream:
-    """The nonces of one caller: a round, or a validation in it.
-
-    Only rows of nonces in ``filled`` are kept: their inputs are known to be those of the round, not
-    placeholders. Its values are what is known so far of nonces that take several steps. A row must
-    not be a view, which would keep all states of a step alive.
-    """
+    """The nonces of one caller: a round, or a validation in it."""
 
     spec: Spec
-    rows: Bounded[Tensor] = field(default_factory=Bounded)
-    filled: Bounded[Any] = field(default_factory=Bounded)
+    rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
+    # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are
+    # kept.
+    filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
+    # Sums or states of prompts that come in several steps.
+    parts: dict[int, Tensor] = field(default_factory=dict)
+    # Of nonces of several steps, what runs them knows so far, until they are collected.
+    decodes: dict[int, Any] = field(default_factory=dict)
     # Reasons of nonces that could not run.
-    failed: Bounded[str] = field(default_factory=Bounded)
+    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)
+    dropped: int = 0  # number of rows that were never collected
+
+    def fill(self, nonce: int) -> None:
+        """Note that the inputs of a nonce are those of its round."""
+        self.filled[nonce] = None
+        while len(self.filled) > MAX_ROWS:
+            self._forget(self.filled.popitem(last=False)[0])
+
+    def fail(self, nonce: int, reason: str) -> None:
+        """Keep the reason for which a nonce could not run."""
+        self.failed[nonce] = reason
+        while len(self.failed) > MAX_ROWS:
+            self.failed.popitem(last=False)
+
+    def put(self, nonce: int, row_D: Tensor) -> None:
+        """Keep the row of a nonce. It must not be a view, which would keep all states of a step
+        alive.
+        """
+        self.rows[nonce] = row_D
+        while len(self.rows) > MAX_ROWS:
+            self.rows.popitem(last=False)
+            self.dropped += 1
 
     def take(self, nonces: Sequence[int]) -> tuple[list[int], list[Tensor]]:
         """Remove and return the rows of those nonces that are there."""
         for nonce in nonces:
             self.filled.pop(nonce, None)
+            self._forget(nonce)
         present = [nonce for nonce in nonces if nonce in self.rows]
         return present, [self.rows.pop(nonce) for nonce in present]
+
+    def _forget(self, nonce: int) -> None:
+        self.parts.pop(nonce, None)
+        self.decodes.pop(nonce, None)
 
 
 class Rows:
@@ -147,7 +166,7 @@ class Rows:
     def close(self, key: str) -> None:
         """End a stream, and drop its rows."""
         if (stream := self._streams.pop(key, None)) is not None:
-            self._dropped += len(stream.rows) + stream.rows.dropped
+            self._dropped += len(stream.rows) + stream.dropped
 
     def get(self, key: str) -> RowStream | None:
         """Return the stream of a key, which is used now, or None."""
@@ -170,19 +189,19 @@ class Rows:
             "streams": len(streams),
             "rows": sum(len(stream.rows) for stream in streams),
             "filled": sum(len(stream.filled) for stream in streams),
-            "dropped": self._dropped + sum(stream.rows.dropped for stream in streams),
+            "dropped": self._dropped + sum(stream.dropped for stream in streams),
             "failed": sum(len(stream.failed) for stream in streams),
         }
 
 
 class Chunk(NamedTuple):
-    """The tokens of one request in one step."""
+    """The tokens of one request in one step, a column of :class:`Spans`."""
 
-    request_id: str  # as the worker knows it
-    start: int  # row of the first token in the hidden states of the step
-    length: int  # number of tokens in it
-    computed: int  # number of tokens that were computed in earlier steps
-    prompt: int  # number of tokens of the prompt
+    request_id: str
+    start: int
+    length: int
+    computed: int
+    prompt: int
 
     @property
     def in_prompt(self) -> int:
@@ -204,67 +223,54 @@ class StepRow(NamedTuple):
     chunk: Chunk
 
 
-def read_step(runner: Any) -> tuple[Tensor, list[Chunk]] | None:
-    """Return the step's hidden states [tokens, D] and requests; None on ranks without states.
+@dataclass(frozen=True)
+class Spans:
+    """The requests of a step as arrays: a loop would cost as much as a small model's layers.
 
-    The runner of ``vllm/v1/worker/gpu/model_runner.py`` may have padded the batch behind
-    ``num_reqs``.
+    Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in
+    that of ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
     """
+
+    names: list[str]  # ids of the requests, as the worker knows them
+    starts: NDArray[np.int64]  # rows of their first tokens in the hidden states of the step
+    lengths: NDArray[np.int64]  # numbers of their tokens in it
+    computed: NDArray[np.int64]  # numbers of their tokens that were computed in earlier steps
+    prompts: NDArray[np.int64]  # numbers of the tokens of their prompts
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Return them request by request."""
+        columns = (
+            numbers.tolist() for numbers in (self.starts, self.lengths, self.computed, self.prompts)
+        )
+        return map(Chunk, self.names, *columns)
+
+
+def spans(runner: Any) -> tuple[Tensor, Spans] | None:
+    """Return the step's hidden states [tokens, D] and requests; None on ranks without states."""
     # What both model runners keep between ``execute_model`` and ``sample_tokens``.
     state = runner.execute_model_state
     if state is None or not hasattr(state.hidden_states, "shape"):
         return None
-    if runner_kind(runner) == "v1":
-        return state.hidden_states, chunks_of(runner, state.scheduler_output.num_scheduled_tokens)
-    batch = state.input_batch
-    names = batch.req_ids[: batch.num_reqs]
-    lengths = np.diff(batch.query_start_loc_np[: len(names) + 1]).tolist()
-    counts = batch.num_computed_tokens_np, batch.prefill_len_np
-    return state.hidden_states, _chunks(names, lengths, *counts)
+    if runner_kind(runner) == "v2":
+        batch = state.input_batch
+        names = list(batch.req_ids[: batch.num_reqs])
+        ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
+        return state.hidden_states, _spans_of(
+            names, ends, batch.num_computed_tokens_np, batch.prefill_len_np
+        )
+    return state.hidden_states, step_spans(runner, state.scheduler_output.num_scheduled_tokens)
 
 
-def chunks_of(runner: Any, scheduled: Mapping[str, int]) -> list[Chunk]:
+def step_spans(runner: Any, scheduled: Mapping[str, int]) -> Spans:
     """Return the requests of a step of the V1 runner, from the tokens scheduled of each."""
     batch = runner.input_batch
-    lengths = [scheduled[name] for name in batch.req_ids]
-    return _chunks(batch.req_ids, lengths, batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
+    ends = np.cumsum([0, *(scheduled[name] for name in batch.req_ids)])
+    return _spans_of(batch.req_ids, ends, batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
 
 
-def _chunks(names: Sequence[str], lengths: list[int], *counts: NDArray[Any]) -> list[Chunk]:
-    starts = accumulate(lengths, initial=0)
-    columns = (numbers[: len(names)].tolist() for numbers in counts)
-    return list(map(Chunk, names, starts, lengths, *columns))
-
-
-def sketched_tokens(low: int, high: int) -> range:
-    """Return the numbers of the tokens from ``low`` on, and before ``high``, that are sketched."""
-    return range(-(-max(low, 0) // SKETCH_EVERY) * SKETCH_EVERY, high, SKETCH_EVERY)
-
-
-def sketch_in_parts(states_SD: Tensor, seeds_S: NDArray[np.uint32]) -> Tensor:
-    """Return what :func:`sketch_states` returns of states, [S, K], for a part of them at a time."""
-    at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * states_SD.shape[1]))
-    parts = [slice(start, start + at_once) for start in range(0, len(seeds_S), at_once)]
-    return torch.cat([sketch_states(states_SD[part], seeds_S[part]) for part in parts])
-
-
-def place_inputs(request: Any, inputs_TD: Tensor) -> None:
-    """Give a new request of vLLM its input embeddings, on the CPU, where vLLM expects them.
-
-    V1 copies both into its InputBatch (``add_request``), V2 into ``model_states/prompt_embeds.py``:
-    positions whose ``prompt_is_token_ids`` is False take their embedding from ``prompt_embeds``,
-    not from the token.
-    """
-    request.prompt_embeds = inputs_TD.cpu()
-    request.prompt_is_token_ids = [False] * len(inputs_TD)
-
-
-def check_length(request: Any, positions: int) -> None:
-    """Raise a ValueError for a request with inputs or placeholders of another length."""
-    sent = request.prompt_embeds
-    length = len(request.prompt_token_ids if sent is None else sent)
-    if length != positions:
-        raise ValueError(f"inputs or placeholders of {length} for {positions} positions")
+def _spans_of(names: list[str], ends: NDArray[np.int64], *counts: NDArray[Any]) -> Spans:
+    computed, prompts = (np.asarray(numbers[: len(names)], np.int64) for numbers in counts)
+    return Spans(names, ends[:-1], np.diff(ends), computed, prompts)
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:

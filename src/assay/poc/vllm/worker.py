@@ -17,9 +17,8 @@ numbers that are kept of a nonce that decodes.
 """
 
 import logging
-import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,41 +29,42 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError, reason_of
 from assay.models.frame import Frame
-from assay.poc.engines.base import drawn_seeds, margins, noise_inputs, token_inputs
+from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs, token_inputs
 from assay.poc.protocol.pipelines import (
     SKETCH_EVERY,
+    SKETCH_SIZE,
+    Positions,
     get_pipeline,
     sketch_steps,
 )
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import Transform
+from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
-from assay.poc.vllm.direct import DirectPasses, direct_path_blocker, read_states
+from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
 from assay.poc.vllm.points import Chains
 from assay.poc.vllm.rows import (
     CLAIMED,
     LONGEST_REASON,
+    MAX_SUMMED,
+    MAX_VALUES,
+    Chunk,
     Rows,
     RowStream,
     Spec,
     StepRow,
     call_before,
-    check_length,
     describe,
     is_first_of_group,
     is_first_stage,
     pack_values,
-    place_inputs,
-    read_step,
-    sketch_in_parts,
-    sketched_tokens,
+    spans,
 )
 from assay.streams.arrays import dtype_name
 
 log = logging.getLogger("assay.vllm")
 
 MAX_TRANSFORMS = 4
-# Numbers that are made at once for margins: vLLM leaves little memory.
+# Numbers that are made at once for margins and for sketches: vLLM leaves little memory.
 MOST_LOGITS = 2**24
 
 Reply = dict[str, Any]
@@ -78,6 +78,9 @@ class WorkerExtension:
     vllm_config: Any
     assay_hooks: "Hooks"
     assay_passes: DirectPasses
+    assay_pending: Callable[[], Reply] | None = (
+        None  # waits for the values of the last call, until they are asked for
+    )
 
     def assay_install(self) -> Reply:
         """Wrap the model runner once, and describe this worker."""
@@ -90,7 +93,7 @@ class WorkerExtension:
                 runner, config, self.assay_hooks.transform, activations=measured
             )
         return {
-            "problems": [],  # which the engine's route shows
+            "problems": [],
             "decodes": decoding_blocker(runner, config) is None,
             **describe(runner, config),
         }
@@ -154,26 +157,63 @@ class WorkerExtension:
         except Exception as error:  # memory, or a name of vLLM
             return {"batch": 0, "reason": _describe_failure(error)}
 
-    def assay_pass(self, key: str, shares: list[list[int]], batch: int) -> Reply:
-        """Run this engine's share of a call, in passes of so many nonces.
+    def assay_pass(
+        self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool
+    ) -> list[Reply]:
+        """Queue this engine's share of a call, and return the values of the call before.
 
-        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. The
-        last worker of a group returns the values as ``assay_collect`` does, and the ``seconds``
-        that they took; ``error`` is the reason if they did not run.
+        A device that had to wait for the reply to one call and for the next to be queued would idle
+        for some milliseconds between the two. With ``wait`` the values of this call are returned as
+        well.
+
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each
+        reply has the name of its call; the last worker of a group adds the values as
+        ``assay_collect`` does; ``error`` is the reason if they did not run.
+        """
+        before = self.assay_pending
+        self.assay_pending = self.assay_begin(call, key, shares, batch)
+        replies = [] if before is None else [before()]
+        return replies + self.assay_flush() if wait else replies
+
+    def assay_flush(self) -> list[Reply]:
+        """Return what the last call has computed, if nothing has asked for it yet."""
+        pending = self.assay_pending
+        self.assay_pending = None
+        return [] if pending is None else [pending()]
+
+    def assay_begin(
+        self, call: str, key: str, shares: list[list[int]], batch: int
+    ) -> Callable[[], Reply]:
+        """Queue this engine's share of a call; return what waits for the values and makes the
+        reply.
         """
         # An engine that steps by itself keeps its rank under this name only.
-        rank = self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
-        nonces = shares[rank]
-        began = time.perf_counter()
+        nonces = shares[
+            self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
+        ]
+        stream = self.assay_hooks.rows.get(key)
+        if stream is None:
+            return partial(dict, call=call, error="the stream has ended")
         try:
-            stream = self.assay_hooks.rows.get(key)
-            assert stream is not None, "the stream has ended"
-            values = self.assay_passes.run(stream.spec, nonces, batch) if nonces else None
-        except Exception as error:  # memory, or a kernel
-            return {"error": _describe_failure(error)}
-        if values is None:
-            return {}
-        return pack_values(nonces, values) | {"seconds": time.perf_counter() - began}
+            timer = DeviceTimer(self.model_runner.device)
+            values = self.assay_passes.begin(stream.spec, nonces, batch) if nonces else None
+            timer.stop()
+        except Exception as error:
+            return partial(dict, call=call, error=_describe_failure(error))
+        return partial(_reply, call, nonces, values, timer)
+
+
+def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
+    """Wait for the values of a call, which only some workers have."""
+    try:
+        values_of_call = (
+            {}
+            if values is None
+            else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
+        )
+        return {"call": call, **values_of_call}
+    except Exception as error:
+        return {"call": call, "error": _describe_failure(error)}
 
 
 def _describe_failure(error: Exception) -> str:
@@ -239,90 +279,179 @@ class Hooks:
 
     def _fill(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
         """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
+        empty: dict[RowStream, list[tuple[int, Any]]] = {}
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            place = self.rows.find(request.req_id)
+            place_of_nonce = self.rows.find(request.req_id)
             try:
                 if request.prompt_embeds is not None:
                     _disarm(request, self._width)
-                if place is not None:
-                    stream, nonce = place
-                    stream.filled[nonce] = self._begin(stream.spec, nonce, request)
+                if place_of_nonce and self._needs_noise(*place_of_nonce, request):
+                    stream, nonce = place_of_nonce
+                    empty.setdefault(stream, []).append((nonce, request))
             except Exception as error:
-                if place is not None:
-                    self.fail(*place, error)
+                if place_of_nonce:
+                    self._fail(*place_of_nonce, error)
+        for stream, requests in empty.items():
+            # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a
+            # time.
+            at_once = MAX_VALUES // (stream.spec.round.seq_len * self._width)
+            self._in_parts(stream, requests, at_once, self._fill_part)
 
-    def _begin(self, spec: Spec, nonce: int, request: Any) -> Any:
-        """Check or make the inputs of a nonce; return what is known of one that takes steps."""
-        if stepper := self._steppers.get(spec.pipeline.output):
+    def _needs_noise(self, stream: RowStream, nonce: int, request: Any) -> bool:
+        """Begin a nonce whose inputs came with its request; return whether they are to be made."""
+        pipeline = stream.spec.pipeline
+        if stepper := self._steppers.get(pipeline.output):
             claimed = (request.sampling_params.extra_args or {}).get(CLAIMED)
-            return stepper.begin(spec, nonce, request, claimed)
-        if spec.pipeline.framed:
-            _check_tokens(spec, nonce, request)
-            return None
-        check_length(request, spec.round.seq_len)
+            stepper.begin(stream, nonce, request, claimed)
+            return False
+        if pipeline.framed:
+            _check_tokens(stream.spec, nonce, request)
+            stream.fill(nonce)
+            return False
+        sent = request.prompt_embeds
+        seq_len = stream.spec.round.seq_len
+        length = len(request.prompt_token_ids if sent is None else sent)
+        if length != seq_len:
+            raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
         # Later stages of a pipeline get hidden states, so only the first one makes noise.
-        if request.prompt_embeds is None and is_first_stage():
-            # On its own CUDA stream the copy to the CPU waits for the noise only, not for the
-            # running step.
-            with torch.cuda.stream(self._side):
-                inputs_BTD = noise_inputs(
-                    self._streams,
-                    spec.round.inputs([nonce]),
-                    dtype=dtype_name(self._model.dtype),
-                    seq_len=spec.round.seq_len,
-                    hidden_size=self._width,
-                )
-                place_inputs(request, inputs_BTD[0])
-        return None
+        if sent is None and is_first_stage():
+            return True
+        stream.fill(nonce)
+        return False
+
+    def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
+        """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
+        round = stream.spec.round
+        nonces = [nonce for nonce, _ in requests]
+        dtype = dtype_name(self._model.dtype)
+        shape = {"seq_len": round.seq_len, "hidden_size": self._width}
+        # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running
+        # step.
+        with torch.cuda.stream(self._side):
+            inputs_BTD = noise_inputs(
+                self._streams, round.inputs(nonces), dtype=dtype, **shape
+            ).cpu()
+        for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
+            # V1 copies both into its InputBatch (add_request), V2 into
+            # model_states/prompt_embeds.py: positions whose prompt_is_token_ids is False take their
+            # embedding from prompt_embeds, not from the token.
+            request.prompt_embeds = inputs_TD
+            request.prompt_is_token_ids = [False] * round.seq_len
+            stream.fill(nonce)
 
     # After a step: hidden states
 
     @torch.inference_mode()
     def _capture(self, *args: Any, **kwargs: Any) -> None:
         """Keep what the pipelines read of the hidden states of this step."""
-        if not len(self.rows) or (step := read_step(self._runner)) is None:
+        if not len(self.rows):
             return
-        states_ND, chunks = step
-        for row, chunk in enumerate(chunks):
-            place = self.rows.find(chunk.request_id)
-            if place is None or place[1] not in place[0].filled:
+        if (captured := spans(self._runner)) is None:
+            return
+        states_ND, of_step = captured
+        sums: dict[tuple[RowStream, int, bool], list[tuple[int, Chunk]]] = {}
+        decoding: list[StepRow] = []
+        for row, chunk in enumerate(of_step.chunks()):
+            place_of_nonce = self.rows.find(chunk.request_id)
+            if place_of_nonce is None or place_of_nonce[1] not in place_of_nonce[0].filled:
                 continue
-            step_row = StepRow(*place, row, chunk)
+            stream, nonce = place_of_nonce
+            if stream.spec.pipeline.steps:
+                decoding.append(StepRow(stream, nonce, row, chunk))
+                continue
+            if not chunk.in_prompt:
+                continue
             try:
-                if stepper := self._steppers.get(step_row.stream.spec.pipeline.output):
-                    stepper.read(states_ND, step_row)
-                elif chunk.in_prompt:
-                    self._read(states_ND, step_row)
+                if chunk.prompt != stream.spec.round.seq_len:
+                    raise ValueError(
+                        f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} "
+                        f"positions"
+                    )
+                if isinstance(read := stream.spec.pipeline.read, Positions):
+                    length = chunk.prompt if read.scaled else chunk.in_prompt
+                    sums.setdefault((stream, length, read.scaled), []).append((nonce, chunk))
+                elif chunk.ends_prompt:
+                    stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
-                self.fail(*place, error)
-        for stepper in self._steppers.values():
-            stepper.end_step()
+                self._fail(stream, nonce, error)
+        for (stream, length, scaled), pieces in sums.items():
+            # The host pays for every launch, so chunks of one length are summed in one kernel.
+            work = partial(self._join_part if scaled else self._add_part, states_ND)
+            self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
+        for stepper in self._steppers.values() if decoding else ():
+            for failed, reason in stepper.step(states_ND, decoding):
+                self._fail(failed.stream, failed.nonce, reason)
 
-    def _read(self, states_ND: Tensor, step_row: StepRow) -> None:
-        """Read the states of a prompt that ends; keep those of one that comes in several steps.
+    def _add_part(
+        self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
+    ) -> None:
+        """Add the signed unit states of chunks of one length to the sums of earlier steps."""
+        reading = self.transform(stream.spec).reading(
+            stream.spec.round.inputs([nonce for nonce, _ in pieces]), stream.spec.round.seq_len
+        )
+        assert reading is not None
+        parts = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
+        weights = [
+            reading.weights[row, at.computed : at.computed + length] for row, at, length in parts
+        ]
+        states_BND = torch.stack(
+            [states_ND[at.start : at.start + length] for _, at, length in parts]
+        )
+        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device), first=0).sum(
+            states_BND
+        )
+        for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
+            sum_D = sum_D if chunk.computed == 0 else stream.parts.pop(nonce) + sum_D
+            if chunk.ends_prompt:
+                stream.put(nonce, sum_D)
+            else:
+                stream.parts[nonce] = sum_D
 
-        The scale of a coordinate is one of all positions, so no part can be summed before the end.
+    def _join_part(
+        self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
+    ) -> None:
+        """Join the states of chunks to those of earlier steps, and sum those of prompts that end.
+
+        The scale of a coordinate is one of all positions, so no part of a prompt can be summed
+        before its end.
         """
-        stream, nonce, _, chunk = step_row
-        spec = stream.spec
-        if chunk.prompt != spec.round.seq_len:
-            raise ValueError(
-                f"a prompt of {chunk.prompt} tokens for {spec.round.seq_len} positions"
-            )
-        states_TD = states_ND[chunk.start : chunk.start + chunk.in_prompt]
-        reads_several = spec.pipeline.read != "last"
-        if reads_several and chunk.computed > 0:
-            states_TD = torch.cat([stream.filled[nonce], states_TD])
-        if chunk.ends_prompt:
-            inputs = spec.round.inputs([nonce])
-            stream.rows[nonce] = read_states(self.transform(spec), inputs, states_TD[None])[0]
-        elif reads_several:
-            stream.filled[nonce] = states_TD.clone()
+        for nonce, chunk in pieces:
+            part_TD = states_ND[chunk.start : chunk.start + chunk.in_prompt]
+            before = [] if chunk.computed == 0 else [stream.parts.pop(nonce)]
+            stream.parts[nonce] = torch.cat([*before, part_TD])
+        if not (ended := [nonce for nonce, chunk in pieces if chunk.ends_prompt]):
+            return
+        reading = self.transform(stream.spec).reading(
+            stream.spec.round.inputs(ended), stream.spec.round.seq_len
+        )
+        assert reading is not None
+        states_BTD = torch.stack([stream.parts.pop(nonce) for nonce in ended])
+        sums_BD = reading._replace(weights=reading.weights.to(states_ND.device)).sum(states_BTD)
+        for nonce, sum_D in zip(ended, sums_BD, strict=True):
+            stream.put(nonce, sum_D)
 
-    def fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
-        """Keep the reason for which a nonce could not run."""
+    def _in_parts(
+        self,
+        stream: RowStream,
+        requests: list[tuple[int, Any]],
+        at_once: int,
+        work: Callable[[RowStream, Any], None],
+    ) -> None:
+        """Do work for some nonces of a stream at a time, for one at least; a part that fails fails
+        its nonces.
+        """
+        at_once = max(1, at_once)
+        for start in range(0, len(requests), at_once):
+            part = requests[start : start + at_once]
+            try:
+                work(stream, part)
+            except Exception as error:
+                for nonce, _ in part:
+                    self._fail(stream, nonce, error)
+
+    def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
         self.errors += 1
-        stream.failed[nonce] = reason_of(error)[:LONGEST_REASON]
+        stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
     def _make_transform(self, spec: Spec) -> Transform:
         vocab_size = int(self._model.get_vocab_size())
@@ -369,13 +498,11 @@ def decoding_blocker(runner: Any, config: Any) -> str | None:
     With drafts a request has several rows of logits, and a sampler that is spread over the workers
     has no whole rows.
     """
-    drafts = getattr(config, "speculative_config", None)
-    sharder = getattr(runner, "batch_sharder", None)
-    checks = (
-        (drafts, "decoding beside speculative decoding"),
-        (sharder, "decoding with a sampler that is spread over the workers"),
-    )
-    return next((reason for part, reason in checks if part is not None), None)
+    if getattr(config, "speculative_config", None) is not None:
+        return "decoding beside speculative decoding"
+    if getattr(runner, "batch_sharder", None) is not None:
+        return "decoding with a sampler that is spread over the workers"
+    return None
 
 
 class Decode(NamedTuple):
@@ -411,26 +538,26 @@ class Decoding:
         self._width = int(config.model_config.get_hidden_size())
         self._vocab = int(config.model_config.get_vocab_size())
         self._streams = streams.get_backend("auto", runner.device.type)
-        self._fail = owner.fail
-        # Nonces of a step, with the seed of the noise of their next token; and on the V2 runner
-        # those whose logits are computed next.
-        self._step: list[tuple[StepRow, int]] = []
-        self._due: list[tuple[StepRow, int]] = []
+        self._due: tuple[list[int], list[int]] | None = None
         if runner_kind(runner) == "v2":
             compute_logits = runner.model.compute_logits
 
             def compute_noisy_logits(*args: Any, **kwargs: Any) -> Any:
                 due = self._due
-                self._due = []
+                self._due = None
                 logits_RV = compute_logits(*args, **kwargs)
-                return self._noisy(logits_RV, due) if due and logits_RV is not None else logits_RV
+                return (
+                    logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
+                )
 
             runner.model.compute_logits = compute_noisy_logits
 
-    def begin(self, spec: Spec, nonce: int, request: Any, listed: Sequence[int] | None) -> Decode:
+    def begin(
+        self, stream: RowStream, nonce: int, request: Any, listed: Sequence[int] | None
+    ) -> None:
         """Start a nonce's request; a ValueError for another length or embeddings."""
-        round = spec.round
-        steps = spec.pipeline.steps
+        round = stream.spec.round
+        steps = stream.spec.pipeline.steps
         positions = round.seq_len + (0 if listed is None else steps - 1)
         length = 0 if request.prompt_embeds is not None else len(request.prompt_token_ids)
         if length != positions or (listed is not None and len(listed) != steps):
@@ -438,33 +565,37 @@ class Decoding:
         claimed = None if listed is None else torch.tensor(listed, dtype=torch.int64)
         size = len(sketch_steps(steps)) * self._width + (0 if listed is None else steps)
         buffer = torch.full((size,), torch.nan, device=self._runner.device)
-        noise = drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0]
-        return Decode(noise, claimed, buffer)
+        stream.decodes[nonce] = Decode(
+            drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0], claimed, buffer
+        )
+        stream.fill(nonce)
 
-    def read(self, states_ND: Tensor, step_row: StepRow) -> None:
-        """Keep what a step says of a nonce, and note the noise of its next token."""
-        stream, nonce, _, chunk = step_row
-        decode: Decode = stream.filled[nonce]
-        self._keep(states_ND, step_row, decode)
-        # The last position of a step gives the next token: none before the prompt has ended.
-        token = chunk.computed + chunk.length - stream.spec.round.seq_len
-        if decode.claimed is None and 0 <= token < len(decode.noise):
-            self._step.append((step_row, int(decode.noise[token])))
-
-    def end_step(self) -> None:
-        """Add the noise to the logits of this step, now or as soon as they are there."""
-        due = self._step
-        self._step = []
-        state = self._runner.execute_model_state
-        if runner_kind(self._runner) == "v2":
-            self._due = due
-        elif due and state.logits is not None:
+    def step(
+        self, states_ND: Tensor, step_rows: Sequence[StepRow]
+    ) -> Iterator[tuple[StepRow, Exception]]:
+        """Keep a step's logits of nonces and request noise for the next; yield failed nonces."""
+        self._due = None
+        due: list[tuple[StepRow, int]] = []
+        for step_row in step_rows:
+            decode = step_row.stream.decodes.get(step_row.nonce)
+            if not isinstance(decode, Decode):
+                continue
             try:
-                logits_RV = self._noisy(state.logits, due)
-                self._runner.execute_model_state = state._replace(logits=logits_RV)
+                self._keep(states_ND, step_row, decode)
             except Exception as error:
-                for step_row, _ in due:
-                    self._fail(step_row.stream, step_row.nonce, error)
+                yield step_row, error
+                continue
+            # The last position of a step gives the next token: none before the prompt has ended.
+            token = (
+                step_row.chunk.computed + step_row.chunk.length - step_row.stream.spec.round.seq_len
+            )
+            if decode.claimed is None and 0 <= token < len(decode.noise):
+                due.append((step_row, int(decode.noise[token])))
+        if due:
+            try:
+                self._announce([step_row.row for step_row, _ in due], [seed for _, seed in due])
+            except Exception as error:
+                yield from ((step_row, error) for step_row, _ in due)
 
     def values(
         self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]
@@ -475,7 +606,9 @@ class Decoding:
         size = len(steps) * self._width
         seeds = drawn_seeds(stream.spec.round.inputs(nonces), "sketch", steps).reshape(-1)
         states = kept_MW[:, :size].reshape(-1, self._width)
-        sketches = sketch_in_parts(states, seeds)
+        at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
+        parts = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
+        sketches = torch.cat([sketch_states(states[part], seeds[part]) for part in parts])
         return torch.cat([sketches.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
 
     def _keep(self, states_ND: Tensor, step_row: StepRow, decode: Decode) -> None:
@@ -486,11 +619,11 @@ class Decoding:
         first = chunk.computed + 1 - stream.spec.round.seq_len
         low = max(first, 0)
         high = min(first + chunk.length, steps)
-        for token in sketched_tokens(low, high):
+        sketched = sketch_steps(steps)
+        for token in range(-(-low // SKETCH_EVERY) * SKETCH_EVERY, high, SKETCH_EVERY):
             place = token // SKETCH_EVERY * self._width
             decode.kept[place : place + self._width] = states_ND[chunk.start + token - first]
         at_once = max(1, MOST_LOGITS // self._vocab)
-        sketched = sketch_steps(steps)
         behind = len(sketched) * self._width
         for start in range(low, high, at_once):
             if decode.claimed is None:
@@ -508,14 +641,25 @@ class Decoding:
             decode.kept[behind + start : behind + end] = margins(scores_NV, claimed_N)
         # Nothing more is to be kept.
         if high > (sketched[-1] if decode.claimed is None else steps - 1):
-            stream.rows[nonce] = decode.kept
+            stream.put(nonce, decode.kept)
 
-    def _noisy(self, logits_RV: Tensor, due: list[tuple[StepRow, int]]) -> Float32[Tensor, "R V"]:
+    def _announce(self, rows: list[int], seeds: list[int]) -> None:
+        """Add noise to rows of the logits of this step, now or as soon as they are there."""
+        state = self._runner.execute_model_state
+        if runner_kind(self._runner) == "v2":
+            self._due = rows, seeds
+        elif state.logits is not None:
+            self._runner.execute_model_state = state._replace(
+                logits=self._noisy(state.logits, rows, seeds)
+            )
+
+    def _noisy(
+        self, logits_RV: Tensor, rows: list[int], seeds: list[int]
+    ) -> Float32[Tensor, "R V"]:
         """Return logits in float32, in which vLLM samples anyway, with noise in some rows."""
         scores_RV = logits_RV.float().contiguous()
-        places = torch.tensor([step_row.row for step_row, _ in due], device=scores_RV.device)
-        seeds = np.array([seed for _, seed in due], np.uint32)
-        self._streams.add_gumbels(scores_RV, self._seeds(seeds), places)
+        places = torch.tensor(rows, device=scores_RV.device)
+        self._streams.add_gumbels(scores_RV, self._seeds(np.array(seeds, np.uint32)), places)
         return scores_RV
 
     def _seeds(self, seeds: UInt32[np.ndarray, " R"]) -> Tensor:
