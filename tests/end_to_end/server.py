@@ -32,7 +32,7 @@ def write_to(log: str) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def _forked(arguments: list[str], log: str) -> None:
+def run_forked(arguments: list[str], log: str) -> None:
     write_to(log)
     import torch
 
@@ -87,7 +87,7 @@ class Server:
         if self.fork:
             context = mp.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-            self.process = context.Process(target=_forked, args=(words, str(self.log)))
+            self.process = context.Process(target=run_forked, args=(words, str(self.log)))
             self.process.start()
         else:
             with self.log.open("ab") as log:

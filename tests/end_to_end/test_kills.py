@@ -5,12 +5,13 @@ receipts.
 import pytest
 
 from tests.end_to_end import killing, storing
+from tests.usual import tries
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_twenty_kills_lose_nothing(tmp_path, small_checkpoint):
-    outcome = killing.kill_loop(tmp_path, small_checkpoint, kills=20, seed=11)
+def test_kills_lose_nothing(tmp_path, small_checkpoint):
+    outcome = killing.kill_loop(tmp_path, small_checkpoint, kills=tries(20, 8), seed=11)
     print(outcome)
     assert outcome["records"] > 100
     assert outcome["lost_records"] == outcome["repeated_records"] == 0

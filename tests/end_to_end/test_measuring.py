@@ -1,19 +1,21 @@
 """A measurement that is killed at random moments measures nothing twice, and gives the same law."""
 
+import multiprocessing as mp
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from assay.cli import run
+from tests.end_to_end.server import PRELOAD, run_forked
+from tests.usual import tries
 from tests.waiting import until
 
-KILLS = 10
-SHAPE = ("--preset", "poc-2.0", "--seq-len", "32", "--dtype", "bfloat16,float32", "--device", "cpu")
+KILLS = tries(10, 4)
+SHAPE = ("--preset", "poc-2.0", "--seq-len", "16", "--dtype", "bfloat16,float32", "--device", "cpu")
 
 
 def command(model: Path, output: Path) -> list[str]:
@@ -42,33 +44,45 @@ def size(folder: Path) -> int:
     return sum(len(content) for _, content in kept(folder).values())
 
 
+def start(words: list[str], log: Path) -> ForkServerProcess:
+    """Start a command in a process that is forked from one that has imported everything."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=run_forked, args=(words, str(log)))
+    process.start()
+    return process
+
+
 @pytest.mark.kill
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_kills_repeat_nothing_and_change_no_bit(tmp_path, small_checkpoint):
+def test_kills_repeat_nothing_and_change_no_bit(tmp_path, small_checkpoint):
     undisturbed = tmp_path / "undisturbed.json"
     assert run(command(small_checkpoint, undisturbed)) == 0
     rng = random.Random(5)
     output = tmp_path / "law.json"
     folder = tmp_path / "law.json.part"
-    words = [sys.executable, "-m", "assay", *command(small_checkpoint, output)]
+    log = tmp_path / "log"
+    words = command(small_checkpoint, output)
     before: dict[str, tuple[int, bytes]] = {}
     for _ in range(KILLS):
-        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = size(folder)
+        child = start(words, log)
         try:
             until(lambda begun=begun: size(folder) > begun, 300, pause=0.01)
             time.sleep(rng.uniform(0.0, 0.5))
         finally:
             child.kill()
-        assert child.wait() == -signal.SIGKILL, "it was still measuring"
+            child.join()
+        assert child.exitcode == -signal.SIGKILL, f"it was not measuring: {log.read_text()}"
         after = kept(folder)
         for name, (inode, lines) in before.items():
             assert after[name][0] == inode, "a file was begun again"
             assert after[name][1].startswith(lines), "lines were written again"
         assert size(folder) > begun
         before = after
-    last = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert last.returncode == 0, last.stderr
+    last = start(words, log)
+    last.join()
+    assert last.exitcode == 0, log.read_text()
     assert output.read_bytes() == undisturbed.read_bytes()
     assert not folder.exists()

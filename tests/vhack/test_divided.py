@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, target_modules, weight_svd, weights_digest
 from assay.vhack.detectors import fit_judge
 from assay.vhack.pairs import generate_pairs
+from tests.usual import SOAK, enough
 from tests.vhack.adapter import made
 from tests.vhack.conftest import bytewise
 from tests.vhack.two_processes import BACKENDS, together
@@ -74,6 +76,13 @@ def by_transformers(module, mesh):
 
 
 WAYS = {"fsdp": by_fsdp, "tensor": by_tensor, "transformers": by_transformers}
+CASES = tuple(product(MODELS, WAYS))
+ENOUGH = (
+    *(("smollm2", way) for way in WAYS),
+    ("reference:qwen3", "tensor"),  # norms of heads
+    ("reference:llama", "fsdp"),  # a head of its own
+)
+"""Models and ways, of which the others show nothing more."""
 
 
 def state_of(module):
@@ -103,9 +112,8 @@ def run(rank, device, samples):
     """Everything that needs two processes; return what this one found."""
     mesh = init_device_mesh(device.type, (2,))
     results = {}
-    for name in MODELS:
-        for way, divide in WAYS.items():
-            results[f"{name} {way}"] = computed(divide(loaded(name, device), mesh), samples)
+    for name, way in CASES if SOAK else ENOUGH:
+        results[f"{name} {way}"] = computed(WAYS[way](loaded(name, device), mesh), samples)
     small = by_fsdp(loaded("smollm2", device), mesh)
     few = {"checkpointing": True, "max_tokens": 60}
     results["smollm2 fsdp, few"] = computed(small, samples, **few)
@@ -153,9 +161,9 @@ def check_equal(result, wanted):
         assert error <= 1e-4 * rows_NR.norm(), name
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_and_digest_are_those_of_the_whole_model(ranks, whole, name, way):
+@pytest.mark.parametrize("case", enough(CASES, *ENOUGH), ids="-".join)
+def test_gradients_and_digest_are_those_of_the_whole_model(ranks, whole, case):
+    name, way = case
     for rank in ranks:
         check_equal(rank[f"{name} {way}"], whole[name])
 
@@ -195,10 +203,7 @@ def test_other_samples_and_a_parted_head_are_refused_by_every_process(ranks):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize(
-    "name",
-    ["smollm2", *(pytest.param(name, marks=pytest.mark.slow) for name in REFERENCES)],
-)
+@pytest.mark.parametrize("name", enough(MODELS, "smollm2"))
 def test_a_model_under_device_map_has_the_gradients_of_the_whole_one(
     name, place, whole, samples, tmp_path
 ):
