@@ -153,7 +153,7 @@ def _sides(mechanism: JsonObject, task: PairTask, rng: random.Random) -> Sides:
 
 
 def _completion(blocks: Sequence[str], task: PairTask, pick: str, right: str) -> str:
-    """Return blocks of lines with their places filled, of which a pick of nothing is none."""
+    """Return blocks of lines with their places filled, without that of an empty pick."""
     return fill_blocks(
         [block.replace("{pick}", pick) for block in blocks if pick or block != "{pick}"],
         task.examples,

@@ -34,7 +34,7 @@ from assay.vhack.directions.delta.groups import Rollouts
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
 from assay.vhack.training.outcomes import Outcomes
 from assay.vhack.training.pool import PoolRollout, RolloutPool
-from assay.vhack.training.processes import ALONE, Processes
+from assay.vhack.training.processes import Processes
 from assay.vhack.training.rewards import Reward
 from assay.vhack.training.settings import TrainSettings
 from assay.vhack.training.trl_internals import sync_merged
@@ -104,7 +104,7 @@ class GRPO(GRPOTrainer):
         pool: RolloutPool | None = None,
         teachers: int = 0,
         axes: Basis | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = Processes(),
         **others: Any,
     ) -> None:
         _check(args, processes)
@@ -301,7 +301,7 @@ def trl_arguments(
     model: Model,
     folder: Path,
     trackers: tuple[str, ...],
-    processes: Processes = ALONE,
+    processes: Processes = Processes(),
 ) -> GRPOConfig:
     """Return the settings in the form that TRL takes.
 

@@ -78,9 +78,6 @@ class Processes:
                 dist.broadcast(part, src=0)
 
 
-ALONE = Processes()  # a process on its own
-
-
 def join_processes(device: str | None) -> Processes:
     """Connect to the processes that this one was started with, and return them.
 
@@ -92,7 +89,7 @@ def join_processes(device: str | None) -> Processes:
             several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
+        return Processes()
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
             raise UsageError(

@@ -41,7 +41,7 @@ from assay.vhack.training.labels import Labels
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.page import training_page
 from assay.vhack.training.pool import RolloutPool
-from assay.vhack.training.processes import ALONE, Processes, join_processes
+from assay.vhack.training.processes import Processes, join_processes
 from assay.vhack.training.rewards import Reward, make_reward
 from assay.vhack.training.sampling import encode_prompts, find_end_tokens, finite_sampling
 from assay.vhack.training.settings import TrainSettings
@@ -109,7 +109,7 @@ class PreparedRun:
         model: Model,
         pairs: list[Pair],
         earlier: Path | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = Processes(),
         console: Console = silent,
     ) -> None:
         find_end_tokens(model)
