@@ -32,8 +32,7 @@ from controls import distances
 from assay import stats
 from assay.poc import Noise, get_pipeline
 from assay.poc.verdict import Life, fit_machines
-from assay.poc.verdict.honest_noise import fit_noise
-from assay.poc.verdict.laws import pack_scores
+from assay.poc.verdict.honest_noise import fit_noise, pack_scores
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.noise_laws import Spread
 

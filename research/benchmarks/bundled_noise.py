@@ -35,8 +35,7 @@ from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
 from assay.poc.prover import compute
-from assay.poc.verdict.honest_noise import BUNDLED_LAWS, fit_noise
-from assay.poc.verdict.laws import law_as_dict
+from assay.poc.verdict.honest_noise import BUNDLED_LAWS, fit_noise, law_as_dict
 from assay.poc.verdict.residuals import residuals
 from assay.poc.verdict.sample_plan import EFFECT
 

@@ -29,8 +29,7 @@ from scipy.optimize import brentq
 
 from assay import stats
 from assay.poc import Noise, get_pipeline
-from assay.poc.verdict.honest_noise import fit_noise
-from assay.poc.verdict.laws import pack_scores
+from assay.poc.verdict.honest_noise import fit_noise, pack_scores
 from assay.stats.noise_laws import Spread
 
 QUANTILES = {"qwen3": 1.64, "llama": 1.63, "smollm2": 2.88}  # 99 % over median, bfloat16/float32

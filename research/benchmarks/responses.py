@@ -29,7 +29,7 @@ from assay.models import read_chat
 from assay.models.chat import chat_template_digest, render_chat
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Sampling, replay
-from assay.poc.responses.response_calibration import BUNDLED_LAWS, MARGIN, fit_response_noise
+from assay.poc.responses.response_calibration import BUNDLED_LAWS, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "bfloat16")
@@ -55,6 +55,7 @@ TOPICS = (
     "coffee",
     "money",
 )  # one token each, so that prompts make a batch
+MARGIN = 2.0  # of bundled laws over the measured noise, for machines that were not measured
 PROMPT = 24
 TOKENS = 64
 AUDITS = 2000

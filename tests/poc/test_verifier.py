@@ -27,8 +27,7 @@ from assay.poc import (
     verify,
 )
 from assay.poc.verdict import judge
-from assay.poc.verdict.published_rule import count_mismatches, published_rule
-from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.residuals import count_mismatches, published_rule, residuals
 from assay.stats import LogNoise, ScaleNoise
 from tests.laws import QWEN3
 from tests.wordings import refuses

@@ -83,9 +83,9 @@ def test_responses_of_one_node_may_come_in_any_order():
     one = ClusterTest(LAW, between=0.3)
     other = ClusterTest(LAW, between=0.3)
     for values in pool:
-        one.update(values)
+        one.take(values, [len(values)])
     for values in reversed(pool):
-        other.update(values)
+        other.take(values, [len(values)])
     assert one.result.log_e_value == pytest.approx(other.result.log_e_value)
     assert one.result.log_evidence_honest == pytest.approx(other.result.log_evidence_honest)
 
@@ -93,21 +93,21 @@ def test_responses_of_one_node_may_come_in_any_order():
 def test_an_honest_node_becomes_honest_and_a_cheat_that_is_excluded_never_does():
     excluded = ClusterTest(LAW, effect=8.0)
     for values in drawn(60, TOKENS, LAW, seed=9):
-        excluded.update(values)
+        excluded.take(values, [len(values)])
     assert excluded.result.verdict == "honest"
     cheat = ClusterTest(LAW, effect=8.0)
     for values in drawn(40, TOKENS, LAW, multiple=8.0, seed=10):
-        cheat.update(values)
+        cheat.take(values, [len(values)])
     assert cheat.result.verdict == "fraud"
     assert cheat.result.log_evidence_honest < 0
 
 
 def test_enough_responses_exclude_a_share_of_them_and_the_verdict_names_what_is_weakest():
     test = ClusterTest(LAW, effect=8.0)
-    test.update(drawn(1, TOKENS, LAW)[0])
+    test.take(drawn(1, TOKENS, LAW)[0], [TOKENS])
     assert list(test.evidence) == ["8 times the honest noise"]
     for values in drawn(20, TOKENS, LAW, seed=11):
-        test.update(values)
+        test.take(values, [len(values)])
     assert any(name.startswith("30% of the responses") for name in test.evidence)
     assert test.result.weakest in test.evidence
 
@@ -120,9 +120,8 @@ def test_sketches_are_judged_by_their_distances():
         for _ in range(200)
     ]
     assert share_accused(logs(test, honest, 14)) <= 0.005
-    assert (
-        test.update([0.2, math.nan]).result.verdict == "fraud"
-    )  # twenty times as far, and a missing one
+    test.take([0.2, math.nan], [2])  # twenty times as far, and a missing one
+    assert test.result.verdict == "fraud"
 
 
 @pytest.mark.parametrize(

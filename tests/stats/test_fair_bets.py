@@ -10,8 +10,7 @@ import pytest
 from assay.stats import LogNoise, SequentialTest
 from assay.stats.e_values import grid_of_multiples
 from assay.stats.fair_bets import fair_bets
-from assay.stats.law_fits import fit_log_noise
-from assay.stats.noise_laws import Spread
+from assay.stats.noise_laws import Spread, fit_log_noise
 
 NARROW = LogNoise(-3.2, 0.28)  # as wide as the law of tokens-1
 

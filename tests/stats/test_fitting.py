@@ -5,8 +5,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import SequentialTest
-from assay.stats.law_fits import fit_log_noise, fit_scale_noise
-from assay.stats.noise_laws import RESOLUTION
+from assay.stats.noise_laws import RESOLUTION, fit_log_noise, fit_scale_noise
 
 RNG = np.random.default_rng(11)
 

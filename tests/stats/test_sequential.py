@@ -281,7 +281,6 @@ def test_what_is_out_of_range_is_refused(law, rates):
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn from a pool", "all different"])
 def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, fewer, monkeypatch):
     # So small that there are several groups of nodes.
-    monkeypatch.setattr("assay.stats.sequential.NODES_TOGETHER", 4)
     monkeypatch.setattr("assay.stats.sequential.LARGEST_SIMULATION", 150)
     rng = np.random.default_rng(5)
     pool = 1e-4 * rng.standard_t(6, 1200)

@@ -29,9 +29,8 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.verdict.build_noise import BuildNoise
 from assay.poc.verdict.calibration_file import Calibration
-from assay.poc.verdict.laws import FloatArray, Law, law_as_dict
-from assay.stats.block_law import BlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.poc.verdict.honest_noise import Law, law_as_dict
+from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw, FloatArray
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 CONFIDENCE = 0.95  # of the interval of a quantile

@@ -44,9 +44,9 @@ from assay.poc.prover import Progress, compute, describe_proof, prove
 from assay.poc.verdict.build_noise import describe_machines
 from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.control import Control
-from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.machine_fit import Residuals, fit_build
 from assay.poc.verdict.residuals import residuals
+from assay.stats.chord import FloatArray
 
 FORMATS = ("bfloat16", "float16", "float32")
 POSITIONS_OF_FULL = 256

@@ -19,13 +19,12 @@ cheats, U scales of clusters, M multiples, K paths.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import scipy
 
-from assay.stats.chord import FloatArray
+from assay.stats.chord import FloatArray, IntArray
 from assay.stats.e_values import (
     CHEAP,
     FAR,
@@ -38,7 +37,6 @@ from assay.stats.e_values import (
 from assay.stats.noise_laws import REACH, LogNoise, Spread, require
 from assay.stats.token_law import TokenNoise
 
-IntArray = npt.NDArray[np.int64]
 ClusteredLaw = TokenNoise | LogNoise
 """Laws of values that come in clusters: tokens by profiles, and sketches by distances."""
 
@@ -191,11 +189,6 @@ class ClusterTest:
         self.n += ends[-1]
         self.clusters += bool(ends[-1])
         return logs_B
-
-    def update(self, values: npt.ArrayLike) -> Self:
-        """Take one cluster, and look at its end only."""
-        self.take(values, [len(np.asarray(values))])
-        return self
 
     @property
     def evidence(self) -> dict[str, float]:

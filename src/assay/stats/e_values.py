@@ -45,9 +45,9 @@ def grid_of_multiples(low: float, high: float, also: Sequence[float] = ()) -> Fl
     multiple takes weight from the others.
     """
     middle = max(min(FAR, high), low)
-    near = _geometric(low, middle, 2.0)
-    far = _geometric(middle, high, 4.0)
-    return np.unique(np.concatenate([near, far, also]))
+    return np.unique(
+        np.concatenate([_geometric(low, middle, 2.0), _geometric(middle, high, 4.0), also])
+    )
 
 
 def _geometric(low: float, high: float, factor: float) -> FloatArray:

@@ -21,9 +21,8 @@ import numpy.typing as npt
 import scipy
 
 from assay.errors import UsageError
-from assay.stats.chord import FloatArray
+from assay.stats.chord import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLACE_ALPHA = 1e-4
@@ -159,33 +158,39 @@ def place_test(
     positions_N = np.asarray(positions)
     _check_arguments(values_N, positions_N, batch_size, honest_size)
     if values_N.size < 2:
-        set_aside_N = np.zeros(values_N.size, dtype=np.bool_)
-        return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, set_aside_N)
+        return PlaceTest(
+            faulty=False,
+            suspected=False,
+            p_value=1.0,
+            pattern="",
+            modulus=None,
+            places=(),
+            share=0.0,
+            ratio=1.0,
+            set_aside=np.zeros(values_N.size, dtype=np.bool_),
+        )
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
     # A value that is not a number is the largest, also where all others are 0.
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
     candidates = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)
-    clearest = candidates[0]
-    ratio = sample.ratio(clearest)
-    faulty = False
-    for places in candidates:
-        if places.p_value <= PLACE_ALPHA and sample.ratio(places) >= MATERIAL_RATIO:
-            clearest = places
-            ratio = sample.ratio(places)
-            faulty = True
-            break
-    dependent = faulty or clearest.p_value <= SUSPICION
+    faults = [
+        places
+        for places in candidates
+        if places.p_value <= PLACE_ALPHA and sample.ratio(places) >= MATERIAL_RATIO
+    ]
+    clearest = faults[0] if faults else candidates[0]
+    dependent = clearest.p_value <= SUSPICION
     bad = sample.extend_run(clearest) if dependent else clearest
     return PlaceTest(
-        faulty=faulty,
-        suspected=dependent and not faulty,
+        faulty=bool(faults),
+        suspected=dependent and not faults,
         p_value=clearest.p_value,
         pattern=str(bad),
         modulus=bad.modulus,
         places=tuple(sorted(bad.places)),
         share=len(bad.places) / bad.modulus,
-        ratio=ratio,
+        ratio=sample.ratio(clearest),
         set_aside=bad.contain(sample.positions) & dependent,
     )
 
@@ -196,10 +201,9 @@ def _check_arguments(
     batch_size: int | None,
     honest_size: float,
 ) -> None:
+    natural = np.issubdtype(positions_N.dtype, np.integer) and positions_N.min(initial=0) >= 0
     alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
-    if alike and values_N.size:
-        alike = np.issubdtype(positions_N.dtype, np.integer) and bool(positions_N.min() >= 0)
-    if not alike:
+    if not alike or (values_N.size and not natural):
         raise UsageError(
             f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape "
             f"{positions_N.shape}",
@@ -217,13 +221,14 @@ def _check_arguments(
 
 def choose_moduli(batch_size: int | None) -> tuple[int, ...]:
     """Return every modulus that is tried, in ascending order."""
-    moduli = set(_POWERS)
-    for modulus in range(2, _LARGEST_MODULUS + 1):
-        if batch_size is not None and (
-            batch_size % modulus == 0 or modulus in [batch_size * factor for factor in _MULTIPLES]
-        ):
-            moduli.add(modulus)
-    return tuple(sorted(moduli))
+    if batch_size is None:
+        return _POWERS
+    multiples = [batch_size * factor for factor in _MULTIPLES]
+    return tuple(
+        modulus
+        for modulus in range(2, _LARGEST_MODULUS + 1)
+        if modulus in (*_POWERS, *multiples) or batch_size % modulus == 0
+    )
 
 
 @dataclass(frozen=True, slots=True)

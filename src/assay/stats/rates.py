@@ -115,9 +115,8 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
         with_zero_R = weights_RG[:, :-1] @ mean_G / total_R
         with_zero.append(with_zero_R)
         with_one.append(with_zero_R + weights_RG[:, -1] / total_R)
-    low = float(np.quantile(with_zero, 0.025))
-    high = float(np.quantile(with_one, 0.975))
     # Both ends grow with the shares; random weights must not say otherwise.
-    return min(low, proportion_interval(count, count)[0]), max(
-        high, proportion_interval(0, count)[1]
+    return (
+        min(float(np.quantile(with_zero, 0.025)), proportion_interval(count, count)[0]),
+        max(float(np.quantile(with_one, 0.975)), proportion_interval(0, count)[1]),
     )

@@ -46,9 +46,6 @@ share is excluded for which n nonces can give c times the evidence that is neede
 LARGEST_SIMULATION = 20_000
 """Different values of simulated nodes whose steps are in memory together."""
 
-NODES_TOGETHER = 256
-"""Simulated nodes that are judged together: their sums fit into a cache."""
-
 _SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])  # of SHARES
 _CHUNK = 256  # values taken at a time
 _ROUNDING = 1e-6  # of logarithms of e-values
@@ -128,12 +125,12 @@ class SequentialTest:
         self._multiples_M = grid_of_multiples(effect, junk, also)
         self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
         # Logarithms of caps and of prices: of bets on all nonces, and on a share of them.
-        self._whole_2M = np.array([[np.inf], [0.0]])
-        if honest is not None:
-            self._whole_2M = np.log(fair_bets(law, honest, self._multiples_M))
-        self._share_2M = self._whole_2M
-        if widest is not None:
-            self._share_2M = np.log(fair_bets(law, widest, self._multiples_M))
+        self._whole_2M, self._share_2M = (
+            np.array([[np.inf], [0.0]])
+            if priced_by is None
+            else np.log(fair_bets(law, priced_by, self._multiples_M))
+            for priced_by in (honest, honest if widest is None else widest)
+        )
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_weight_H = self.spread.fine
         count = self._multiples_M.size
@@ -180,26 +177,20 @@ class SequentialTest:
 
         The state of this object does not change.
         """
-        nodes, checked = np.shape(values_RC)
-        size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
-        accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
-        if not checked:
-            return accused_RC
-        # Audits drawn from the same residuals share their steps, which cost more than their sums.
-        together = NODES_TOGETHER
-        if np.unique(size_RC).size > LARGEST_SIMULATION:
-            together = max(1, LARGEST_SIMULATION // checked)
-        for start in range(0, nodes, together):
+        size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(np.shape(values_RC))
+        accused_RC = np.zeros(size_RC.shape, dtype=np.bool_)
+        together = max(1, LARGEST_SIMULATION // max(1, size_RC.shape[1]))
+        for start in range(0, len(size_RC), together):
             self._accuse(size_RC[start : start + together], accused_RC[start : start + together])
         return accused_RC
 
     def _accuse(self, size_RC: FloatArray, accused_RC: npt.NDArray[np.bool_]) -> None:
         """Set ``accused_RC`` to True from the residual on with which a node is accused."""
+        # Audits drawn from the same residuals share their steps, which cost more than their sums.
         value_U, index = np.unique(size_RC, return_inverse=True)
         index_RC = index.reshape(size_RC.shape)
         steps_U = self.steps(value_U)
         needed = -math.log(self.alpha)
-        first = self.honest_paths
         # Nodes that are not accused yet.
         open_R = np.arange(len(size_RC))
         path = np.tile(self.prior, (open_R.size, 1))
@@ -207,16 +198,14 @@ class SequentialTest:
             path += steps_U[index_RC[open_R, column]]
             # A sum is at most its largest term times their number, so most e-values need not be
             # computed.
-            bets = path[:, first : -self.excluding]
-            bound_R = bets.max(axis=1) - path[:, :first].max(axis=1) + math.log(bets.shape[1])
-            near = np.flatnonzero(bound_R > needed - _ROUNDING)
+            bets = path[:, self.honest_paths : -self.excluding]
+            largest_R = bets.max(axis=1) - path[:, : self.honest_paths].max(axis=1)
+            near = np.flatnonzero(largest_R + math.log(bets.shape[1]) > needed - _ROUNDING)
             over = near[self.log_e(path[near]) >= needed]
             if over.size:
                 accused_RC[open_R[over], column:] = True
                 open_R = np.delete(open_R, over)
                 path = np.delete(path, over, axis=0)
-            if not open_R.size:
-                break
 
     def steps(self, values: npt.ArrayLike) -> FloatArray:
         """Return the logarithms that every value adds to every path, [N, paths].
@@ -236,8 +225,9 @@ class SequentialTest:
                 for multiple in self._multiples_M
             ]
             ratio_NM = np.stack(ratios, axis=1)
-            share_NM = _bets(ratio_NM, self._share_2M)
-            whole_NM = _bets(ratio_NM, self._whole_2M)
+            # Ratios are cut off at their caps, and divided by their prices.
+            share_NM = np.minimum(ratio_NM, self._share_2M[0]) - self._share_2M[1]
+            whole_NM = np.minimum(ratio_NM, self._whole_2M[0]) - self._whole_2M[1]
             scale_N1 = (scaled_N - base_N)[:, None]
             bets.append(scale_N1 + _mixed(share_NM, whole_NM).reshape(size_N.size, -1))
             cheap_NP1 = _mixed(ratio_NM[:, [self._cheap]], ratio_NM[:, [0]])
@@ -266,7 +256,9 @@ class SequentialTest:
     @property
     def result(self) -> SequentialResult:
         """The verdict with the numbers that it rests on."""
-        share = self._share_excluded
+        log_beta = math.log(self.beta)
+        # The smallest share for which so many nonces can give enough.
+        share = next((pi for pi, c in EXCLUDED if self._n * math.log1p(-pi) <= c * log_beta), None)
         over_P = self.honest_over().tolist()
         evidence = {f"{self.effect:g} times the honest noise": over_P[-1]}
         if share is not None:
@@ -288,19 +280,6 @@ class SequentialTest:
             beta=self.beta,
             effect=self.effect,
         )
-
-    @property
-    def _share_excluded(self) -> float | None:
-        for share, factor in EXCLUDED:
-            if self._n * math.log1p(-share) <= factor * math.log(self.beta):
-                return share
-        return None
-
-
-def _bets(ratio_NM: FloatArray, terms_2M: FloatArray) -> FloatArray:
-    """Return log ratios cut off at their caps and divided by their prices."""
-    cap_M, price_M = terms_2M
-    return np.asarray(np.minimum(ratio_NM, cap_M) - price_M)
 
 
 def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:

@@ -11,8 +11,7 @@ from assay.poc import Calibration, bundled_noise
 from assay.poc.service import ServiceSettings
 from assay.poc.service.distance_judge import HonestNoise, check_calibration
 from assay.poc.verdict import Ledger
-from assay.poc.verdict.build_noise import BuildNoise, describe_machines
-from assay.poc.verdict.machine_sizes import Sizes
+from assay.poc.verdict.build_noise import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.noise_laws import Spread
 from tests.laws import QWEN3

@@ -8,10 +8,9 @@ import pytest
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration, Fingerprint
-from assay.poc.verdict.build_noise import BuildNoise, describe_machines
+from assay.poc.verdict.build_noise import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.chain_rule import CHEATS, TARGET, ChainRule, export_rule
-from assay.poc.verdict.laws import pack_scores
-from assay.poc.verdict.machine_sizes import Sizes
+from assay.poc.verdict.honest_noise import pack_scores
 from assay.stats.noise_laws import Spread
 
 ENGINE = Fingerprint(

@@ -10,7 +10,7 @@ import pytest
 
 from assay.poc import Noise
 from assay.poc.verdict import Life
-from assay.poc.verdict.laws import pack_scores
+from assay.poc.verdict.honest_noise import pack_scores
 from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats import LogNoise

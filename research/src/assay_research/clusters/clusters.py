@@ -30,8 +30,7 @@ from assay.files.reading import read_whole
 from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.build_noise import MachineNoise
-from assay.poc.verdict.honest_noise import Noise, fit_noise
-from assay.poc.verdict.laws import law_as_dict
+from assay.poc.verdict.honest_noise import Noise, fit_noise, law_as_dict
 from assay.poc.verdict.machine_fit import fit_machines, leave_out
 from assay.poc.verdict.proof_judge import judge_residuals
 from assay.poc.verdict.sample_plan import sequential_test

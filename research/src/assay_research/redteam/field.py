@@ -31,7 +31,7 @@ from assay.poc.protocol.transforms import Reading as TransformReading
 from assay.poc.protocol.transforms import unit
 from assay.poc.verdict.honest_noise import Noise, fit_noise
 from assay.poc.verdict.machine_fit import PAIR_SPREAD
-from assay.poc.verdict.published_rule import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc.verdict.residuals import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise_laws import Spread

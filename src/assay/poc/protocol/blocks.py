@@ -24,8 +24,7 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.block_law import BlockLaw
-from assay.stats.chord import RANDOM_HEAD_ROWS
+from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
 from assay.streams.arrays import as_tensor
 
 FloatArray = npt.NDArray[np.float64]

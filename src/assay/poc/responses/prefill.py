@@ -105,7 +105,19 @@ class HFPrefill(Prefill):
     def run(
         self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
     ) -> Iterator[tuple[int, Prefilled]]:
-        passes = [self._passes(response) for response in responses]
+        # Parts of every response, each of which one pass serves; what came before is its prompt.
+        passes = [
+            [
+                PromptAndOutput(
+                    response.prompt + response.output[: part.start],
+                    response.output[part.start : part.stop],
+                )
+                for part in steps_of_passes(
+                    self.model.config, len(response.prompt), len(response.output)
+                )
+            ]
+            for response in responses
+        ]
         kinds = [
             [pass_kind(self.model.config, part.positions) for part in parts] for parts in passes
         ]
@@ -127,18 +139,6 @@ class HFPrefill(Prefill):
                     for part in zip(*parts, strict=True)
                 )
                 yield index, Prefilled(logits, hidden, hidden[::SKETCH_EVERY])
-
-    def _passes(self, response: PromptAndOutput) -> list[PromptAndOutput]:
-        """Return a response in parts, each of which one pass serves; what came before a part is its
-        prompt.
-        """
-        prompt = response.prompt
-        output = response.output
-        steps = steps_of_passes(self.model.config, len(prompt), len(output))
-        return [
-            PromptAndOutput(prompt + output[: part.start], output[part.start : part.stop])
-            for part in steps
-        ]
 
     def _fitting(self, responses: Sequence[PromptAndOutput]) -> int:
         """Return how many of these responses fit into a batch, at least one."""

@@ -215,20 +215,25 @@ class Receipt(ResponseName):
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
         prompt = self.prompt
-        prompt_fields = (
-            {"sha256": prompt.sha256, "tokens": prompt.tokens}
-            if prompt.ids is None
-            else {"ids": list(prompt.ids)}
+        return dumps(
+            {
+                "request_id": self.request_id,
+                "chosen_by": self.chosen_by,
+                "index": self.index,
+                "user_seed": self.user_seed,
+                "block_hash": self.block_hash,
+                "sampling": self.sampling and self.sampling.as_dict(),
+                "prompt": {"sha256": prompt.sha256, "tokens": prompt.tokens}
+                if prompt.ids is None
+                else {"ids": prompt.ids},
+                "output": self.output,
+                "finish": self.finish,
+                "mask": self.mask,
+                **({"adapter": asdict(self.adapter)} if self.adapter is not None else {}),
+                **({"chat_template": self.chat_template} if self.chat_template is not None else {}),
+                "sketches": [encode_vector(sketch) for sketch in self.sketches],
+            }
         )
-        names = "request_id chosen_by index user_seed block_hash sampling prompt output finish mask"
-        optional = {
-            "adapter": self.adapter and asdict(self.adapter),
-            "chat_template": self.chat_template,
-        }
-        values = {name: getattr(self, name) for name in names.split()}
-        values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": prompt_fields}
-        values |= {name: value for name, value in optional.items() if value is not None}
-        return dumps(values | {"sketches": [encode_vector(sketch) for sketch in self.sketches]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,15 +276,20 @@ class ReceiptHeader:
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
-        values = {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "public_key": self.public_key,
-            "model": {"reference": self.reference, "digest": self.digest, "weights": self.weights},
-            "fingerprint": self.fingerprint.as_dict(),
-            "sketch": SKETCH if self.sketched else None,
-        }
-        return dumps(values)
+        return dumps(
+            {
+                "kind": KIND,
+                "schema": SCHEMA,
+                "public_key": self.public_key,
+                "model": {
+                    "reference": self.reference,
+                    "digest": self.digest,
+                    "weights": self.weights,
+                },
+                "fingerprint": self.fingerprint.as_dict(),
+                "sketch": SKETCH if self.sketched else None,
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,11 +97,11 @@ def measure_margins(
     profiles = []
     for start in range(0, len(output), rows):
         stop = min(start + rows, len(output))
-        counts_NV = None
-        if sampling.penalises:
-            counts_NV = as_tensor(counts_before(output, vocabulary, start, stop)).to(
-                logits_NV.device
-            )
+        counts_NV = (
+            as_tensor(counts_before(output, vocabulary, start, stop)).to(logits_NV.device)
+            if sampling.penalises
+            else None
+        )
         sampler = Sampler([sampling] * (stop - start), vocabulary, logits_NV.device)
         l_NV = sampler.penalise(logits_NV[start:stop], prompt_NV=prompt_V, counts_NV=counts_NV)
         if not whole:
@@ -157,9 +157,8 @@ def _borders(
     """Return how far tokens are from being kept, 0 for those that are, and how far from being
     dropped.
     """
-    nothing = torch.zeros_like(z_NV)
-    enter_NV = nothing
-    leave_NV = nothing + math.inf
+    enter_NV = torch.zeros_like(z_NV)
+    leave_NV = torch.full_like(z_NV, math.inf)
     left_NV = z_NV > -math.inf
     if sampling.min_p > 0:
         above_NV = z_NV - (z_NV.amax(dim=1, keepdim=True) + math.log(sampling.min_p))

@@ -36,18 +36,13 @@ from assay.poc.responses.token_fit import (
 from assay.poc.verdict.honest_noise import is_bundled
 from assay.poc.verdict.machine_fit import spread_of_new
 from assay.poc.verdict.response_noise import PartNoise, ResponseNoise
-from assay.stats.law_fits import FEWEST_RESIDUALS, fit_log_noise
+from assay.stats.noise_laws import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import ReplayedResponse
 
 FILE_KIND = "assay.poc.responses.response_calibration"
 SCHEMA = 1
-
-MARGIN = 2.0
-"""Factor of the laws of the bundled models over the measured noise, so that they hold for machines
-not measured.
-"""
 
 # Written by research/benchmarks/responses.py --install.
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
@@ -128,13 +123,18 @@ class ResponseCalibration:
         Raises:
             StorageError: The file cannot be written.
         """
-        engines = {
+        values = {
+            "kind": FILE_KIND,
+            "schema": SCHEMA,
+            "digest": self.digest,
             "provers": [prover.as_dict() for prover in self.provers],
             "verifier": self.verifier.as_dict(),
+            "responses": self.responses,
+            "tokens": self.tokens,
+            "matches": self.matches,
+            "noise": self.noise.as_dict(),
         }
-        counts = {name: getattr(self, name) for name in ("responses", "tokens", "matches")}
-        fields = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
-        write_jsonl(path, [fields | {"noise": self.noise.as_dict()}])
+        write_jsonl(path, [values])
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
@@ -270,15 +270,10 @@ def fit_response_noise(
     law, error = fit_log_noise(
         np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL
     )
-    of_provers = [
-        np.concatenate([response.residuals for response in responses])
-        for responses in by_prover
-        if responses
-    ]
     scales = [
-        float(np.median(np.log(law.magnitudes(responses)))) - law.mu
-        for responses in of_provers
-        if len(responses)
+        float(np.median(np.log(law.magnitudes(np.concatenate(residuals))))) - law.mu
+        for residuals in ([response.residuals for response in responses] for responses in by_prover)
+        if any(map(len, residuals))
     ]
     between = max(
         _between([np.log(law.magnitudes(response)) for response in sketches]), LEAST_BETWEEN

@@ -216,8 +216,7 @@ class ResponseSeed(ResponseName):
 
     def words(self, stream: Stream = "tokens") -> NDArray[np.uint32]:
         """Return SHA-256 of the seed text of a stream as 8 big-endian words, uint32 [8]."""
-        words_18: NDArray[np.uint32] = streams.seeds([self.text(stream)], 256)
-        return words_18.reshape(8)
+        return np.asarray(streams.seeds([self.text(stream)], 256), np.uint32).reshape(8)
 
     def step_seeds(self, steps: Sequence[int], stream: Stream = "tokens") -> NDArray[np.uint32]:
         """Return the 32-bit seeds of a stream's steps, uint32 [N]; step 0 gives the first token."""

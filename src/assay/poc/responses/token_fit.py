@@ -37,7 +37,6 @@ class TokenFit:
     law: TokenNoise
     between: float
     error: float
-    n: int
 
 
 def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
@@ -80,7 +79,7 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     weights[-1] = max(weights[-1], LEAST_STRAY)
     law = TokenNoise(tuple((weights / weights.sum()).tolist()))
     error = _error(law, BETWEEN[chosen], np.concatenate(logs), starts)
-    return TokenFit(law, BETWEEN[chosen], error, n)
+    return TokenFit(law, BETWEEN[chosen], error)
 
 
 def check_number_of_tokens(tokens: int, clusters: int) -> None:

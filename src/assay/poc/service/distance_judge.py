@@ -24,11 +24,11 @@ from assay.poc.verdict.build_noise import BuildNoise
 from assay.poc.verdict.calibration_file import Calibration, account_alpha, find_build_noise
 from assay.poc.verdict.entries import Account, LedgerUpdate, round_identity
 from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
-from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.proof_judge import judge_residuals
-from assay.poc.verdict.published_rule import count_mismatches, published_rule
+from assay.poc.verdict.residuals import count_mismatches, published_rule
 from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.chord import FloatArray
 
 # Threshold of chains where a request names none, as the network has it.
 CHAIN_MARGIN = 0.025

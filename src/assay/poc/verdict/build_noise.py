@@ -1,9 +1,22 @@
-"""Honest noise of one build, preset and checkpoint, as a calibration file has it."""
+"""Honest noise of one build, preset and checkpoint, as a calibration file has it.
 
+The size of the noise between two machines i and j of one build is s_ij, the median of their
+residuals. All pairs share one shape, which is fitted to all of them together. The size predicted
+for a new machine and a validator's machine j is
+
+    usual_j = median over kinds k of median over machines i of kind k of s_ij.
+
+Machines of one kind may agree far more closely than others, so the validator's own kind is left out
+where another kind was measured. If machines of the new machine's kind were measured and are noisier
+than usual_j, their size is taken instead; quieter ones promise nothing.
+"""
+
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
 from assay import stats
@@ -16,11 +29,10 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.strict_file import must
 from assay.poc.verdict.control import Control
-from assay.poc.verdict.honest_noise import Noise
-from assay.poc.verdict.laws import Law, ReadLaw, ReadSpread, Scores, law_as_dict
-from assay.poc.verdict.machine_sizes import Sizes
+from assay.poc.verdict.honest_noise import Law, Noise, ReadLaw, ReadSpread, Scores, law_as_dict
 from assay.stats.noise_laws import StrictLaw
 
+Pair = tuple[int, int]
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED = 1e-3
@@ -62,6 +74,68 @@ class LeftOut(StrictLaw):
     def holds(self) -> bool:
         """Whether at most 1 audit in 1000 accuses on average, and 5 in the worst pair."""
         return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the noise between machines."""
+
+    # Median residual by pair (i, j) with i < j; pairs with median 0 are left out.
+    pairs: Mapping[Pair, float]
+    kinds: tuple[str, ...] = ()  # of every machine, such as its GPU; empty where it is unknown
+
+    @property
+    def typical(self) -> float:
+        """Median size over all pairs."""
+        return float(np.median(list(self.pairs.values())))
+
+    def predict(self, kind: str, validator: int | None = None) -> float:
+        """Return the expected size of a new machine against a validator's machine, or any."""
+        directed = {
+            (i, j): size for pair, size in self.pairs.items() for i, j in (pair, pair[::-1])
+        }
+        against = {
+            (i, j): size for (i, j), size in sorted(directed.items()) if validator in (None, j)
+        }
+        # The validator's machine was measured with none of these.
+        if not against:
+            return self.typical
+        foreign = {
+            pair: size
+            for pair, size in against.items()
+            if len({self.kinds[i] or i for i in pair}) == 2
+        }
+        usual = float(np.median(list(self._by_kind(foreign or against).values())))
+        alike = self._by_kind(against).get(kind) if kind else None
+        return usual if alike is None else max(usual, alike)
+
+    def _by_kind(self, sizes: Mapping[Pair, float]) -> dict[str | int, float]:
+        """Return the median size by kind of the first machine; a machine of unknown kind is a kind
+        of its own.
+        """
+        sizes_of_kind: dict[str | int, list[float]] = {}
+        for (i, _), size in sizes.items():
+            sizes_of_kind.setdefault(self.kinds[i] or i, []).append(size)
+        return {kind: float(np.median(values)) for kind, values in sizes_of_kind.items()}
+
+    def deviations(self) -> list[float]:
+        """Return ln(size / predicted) of every machine as if it were new, against every other
+        machine.
+        """
+        deviations = list[float]()
+        for i, kind in enumerate(self.kinds):
+            others = replace(
+                self, pairs={pair: size for pair, size in self.pairs.items() if i not in pair}
+            )
+            measured = {
+                sum(pair) - i: size
+                for pair, size in self.pairs.items()
+                if i in pair and others.pairs
+            }
+            deviations += [
+                math.log(size / others.predict(kind, j)) for j, size in sorted(measured.items())
+            ]
+        return deviations
 
 
 def _read_pairs(values: Any) -> Sizes:
@@ -276,9 +350,15 @@ class BuildNoise(MachineNoise):
         ]
         row = next((matches.index(True) for matches in (is_validator, alike) if any(matches)), None)
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
-        spread = self.known if measured else self.spread
-        law = self.predict_law(kind, row)
-        noise = Noise(law, self.source, spread, self.effect, self.scores, self.widest, self.control)
+        noise = Noise(
+            law=self.predict_law(kind, row),
+            source=self.source,
+            spread=self.known if measured else self.spread,
+            effect=self.effect,
+            scores=self.scores,
+            widest=self.widest,
+            control=self.control,
+        )
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
@@ -286,23 +366,20 @@ class BuildNoise(MachineNoise):
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         # Older files have none of these.
-        values: JsonObject = {"scores": self.scores, "widest": self.widest} if self.scores else {}
-        values |= (
-            {}
-            if self.effective_dimension is None
-            else {"effective_dimension": self.effective_dimension}
-        )
-        values |= {} if self.control is None else {"control": asdict(self.control)}
-        values |= {"limits": self.limits} if self.limits else {}
+        later: JsonObject = {
+            **({"scores": self.scores, "widest": self.widest} if self.scores else {}),
+            "effective_dimension": self.effective_dimension,
+            "control": self.control and asdict(self.control),
+            "limits": self.limits or None,
+        }
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
-        engines = [
-            machine.fingerprint and machine.fingerprint.as_dict() for machine in self.machines
-        ]
-        return values | {
+        return {
+            **{name: value for name, value in later.items() if value is not None},
             **{name: getattr(self, name) for name in names},
             "machines": [
-                vars(machine) | {"fingerprint": e}
-                for machine, e in zip(self.machines, engines, strict=True)
+                vars(machine)
+                | {"fingerprint": machine.fingerprint and machine.fingerprint.as_dict()}
+                for machine in self.machines
             ],
             "law": law_as_dict(self.law),
             "sizes": [[i, j, size] for (i, j), size in self.sizes.pairs.items()],
@@ -349,11 +426,11 @@ def refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], th
     )
     do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
     if "dtype" in differing:
-        of_validator = "validator" in than
-        command = "judge" if of_validator else "ask for a proof that was made"
-        flag = f"--dtype {measured['dtype']}"
-        do = f"{command} with {flag}, or measure {stated['dtype']} beside it: `assay poc calibrate"
-        do += " --dtype` of both, or of two proofs in both"
+        command = "judge" if "validator" in than else "ask for a proof that was made"
+        do = (
+            f"{command} with --dtype {measured['dtype']}, or measure {stated['dtype']} beside it: "
+            f"`assay poc calibrate --dtype` of both, or of two proofs in both"
+        )
     raise CalibrationError(
         seen, wanted=", ".join(f"{name} {stated[name]}" for name in differing), do=do
     )

@@ -51,15 +51,15 @@ class Calibration:
                 do="leave the control out, or measure one in these formats: `assay poc calibrate "
                 "--model M`",
             )
+        reasons = []
         # First what measured both formats, then what measured this very engine.
-        fitting.sort(
+        for build in sorted(
+            fitting,
             key=lambda build_noise: (
                 dtypes not in build_noise.formats,
                 header.fingerprint not in build_noise.engines,
-            )
-        )
-        reasons = []
-        for build in fitting:
+            ),
+        ):
             try:
                 build.check_header(header)
                 return build
@@ -105,16 +105,12 @@ class Calibration:
 
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
-        plain = [build for build in self.builds if build.control is None]
-        builds = [
-            build
-            for build in plain
-            if (build.digest, build.preset) == (header.digest, header.pipeline.name)
-        ]
         return all(
             header.fingerprint.dtype in {engine.dtype for engine in build.engines}
-            for build in builds
-            if build.engines
+            for build in self.builds
+            if build.control is None
+            and build.engines
+            and (build.digest, build.preset) == (header.digest, header.pipeline.name)
         )
 
     def merged(self, other: "Calibration") -> "Calibration":
@@ -228,15 +224,17 @@ def find_build_noise(
     ``digest`` and any build when None. The block of ``round`` scales distances; without one, the
     law is that of the usual scale.
     """
-    every = [build_noise for calibration in calibrations for build_noise in calibration.builds]
+    fitting = [
+        build_noise
+        for calibration in calibrations
+        for build_noise in calibration.builds
+        if (build_noise.digest, build_noise.preset) == (digest, preset)
+        and build_noise.has_control(controls, formats[1])
+    ]
     for measured in sorted(
-        every,
+        fitting,
         key=lambda build_noise: -len(build_noise.control.dtypes if build_noise.control else ()),
     ):
-        if (measured.digest, measured.preset) != (digest, preset) or not measured.has_control(
-            controls, formats[1]
-        ):
-            continue
         engines = measured.engines
         # Suppress the refusal of a law that was measured with other engines.
         with suppress(CalibrationError):

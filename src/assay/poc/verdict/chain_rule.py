@@ -11,27 +11,27 @@ distance, that one is taken which catches a small share of cheap nonces best on 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import scipy
 
 from assay.errors import CalibrationError
 from assay.poc.verdict.build_noise import BuildNoise
 from assay.poc.verdict.calibration_file import Calibration
-from assay.poc.verdict.laws import FloatArray, unpack_scores
+from assay.poc.verdict.honest_noise import unpack_scores
 from assay.poc.verdict.sample_plan import ALPHA, EFFECT
 from assay.stats import proportion_interval
+from assay.stats.chord import FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
 CHAIN_PRESET = "artifact"
 CHAIN_SAMPLE = 200  # nonces of an audit on the chain, unless its parameters say otherwise
 MULTIPLES = np.geomspace(1.0, 20.0, 121)  # thresholds that are tried, over the typical size
 DIGITS = 3  # of a published parameter
+_interval = cache(proportion_interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,7 @@ class ChainRule:
 
     def fewest(self, n: int) -> int:
         """Return the fewest mismatches of n nonces that are called fraud; n + 1 where none are."""
-        counts = np.arange(n + 1)
-        p_values = scipy.stats.binom.sf(counts - 1, n, self.p_mismatch)
+        p_values = scipy.stats.binom.sf(np.arange(-1, n), n, self.p_mismatch)
         return int(np.searchsorted(-p_values, -self.p_value_threshold, side="right"))
 
 
@@ -106,8 +105,11 @@ class ChainExport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values; ``stat_test`` can be pasted into the model's parameters."""
-        costs = [asdict(cost) for cost in self.costs]
-        return {"stat_test": asdict(self.parameters), "checked": self.checked, "costs": costs}
+        return {
+            "stat_test": asdict(self.parameters),
+            "checked": self.checked,
+            "costs": [asdict(cost) for cost in self.costs],
+        }
 
 
 def export_rule(
@@ -140,7 +142,9 @@ def export_rule(
     noisiest = max(tails, key=lambda tail: tail.size)
     rules = [
         _bounded_rule(threshold, tails, checked, alpha)
-        for threshold in dict.fromkeys(map(_rounded_up, noisiest.size * MULTIPLES))
+        for threshold in dict.fromkeys(
+            _rounded(size, math.ceil) for size in noisiest.size * MULTIPLES
+        )
     ]
     # What is cheap on the noisiest build. No rule that spares that build sees less on a quiet one.
     best = max(rules, key=lambda rule: noisiest.power(rule, TARGET))
@@ -160,11 +164,9 @@ def _bounded_rule(
     p_mismatch = 1.0
     if fewest <= checked:
         p_mismatch = float(scipy.stats.beta.ppf(alpha, fewest, checked - fewest + 1))
-    rounded = float(f"{p_mismatch:.{DIGITS}g}")
-    step = 10.0 ** (math.floor(math.log10(p_mismatch)) - DIGITS + 1)
     return ChainRule(
         dist_threshold=threshold,
-        p_mismatch=rounded if rounded <= p_mismatch else float(f"{rounded - step:.{DIGITS}g}"),
+        p_mismatch=_rounded(p_mismatch, math.floor),
         p_value_threshold=alpha,
     )
 
@@ -230,12 +232,7 @@ class _Tail:
         return [_interval(math.ceil(share * n), n) for share in self._shares(threshold)]
 
 
-@cache
-def _interval(count: int, n: int) -> tuple[float, float]:
-    return proportion_interval(count, n)
-
-
-def _rounded_up(value: float) -> float:
-    """Return a positive number with three significant digits, not below it."""
+def _rounded(value: float, direction: Callable[[float], int]) -> float:
+    """Return a positive number with three significant digits, rounded by ``direction``."""
     step = 10.0 ** (math.floor(math.log10(value)) - DIGITS + 1)
-    return float(f"{math.ceil(value / step - 1e-9) * step:.{DIGITS}g}")
+    return float(f"{direction(round(value / step, 9)) * step:.{DIGITS}g}")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import scipy
 from pydantic import Field
 
-from assay.poc.verdict.laws import FloatArray
+from assay.stats.chord import FloatArray
 from assay.stats.noise_laws import StrictLaw
 
 # A residual of a control over its typical size, or below it.

@@ -1,41 +1,119 @@
-"""Honest noise of proofs: a law of residuals, the uncertainty of its scale, and its effect."""
+"""Honest noise of proofs: laws of residuals, how files have them, and the noise around a law."""
 
+import base64
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
+from assay import stats
+from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.control import Control
-from assay.poc.verdict.laws import (
-    OF_RESIDUALS,
-    FloatArray,
-    Law,
-    ReadLaw,
-    ReadSpread,
-    Scores,
-    check_version,
-    law_as_dict,
-    read_law,
-    refusing,
-)
 from assay.poc.verdict.residuals import compare, residuals
-from assay.stats.law_fits import fit_log_noise, fit_scale_noise
-from assay.stats.noise_laws import Spread, StrictLaw
+from assay.stats.chord import FloatArray
+from assay.stats.noise_laws import Spread, StrictLaw, fit_log_noise, fit_scale_noise
 
+Law = stats.NoiseLaw  # law of honest residuals
+# Added to residuals over their typical size, so that zero has a logarithm.
+LEAST_SCORE = 1e-6
+MOST_SCORES = (
+    1024  # honest residuals that are kept with a law, to price its bets; of more, as many quantiles
+)
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    "scale": TypeAdapter(stats.ScaleNoise),
+    "log": TypeAdapter(stats.LogNoise),
+}
+OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
 # Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They
 # hold for no other.
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 # version of the residual test: its cheats, weights and scales; another one computes other evidence
 TEST = 2
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
+
+
+@contextmanager
+def refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
+    """Say of values that cannot be read that they are no noise."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
+        raise CalibrationError(
+            f"noise {values!r:.120}", wanted=wanted, do=f"write the file with `assay poc {command}`"
+        ) from None
+
+
+def read_law(values: Any) -> Law:
+    """Read a law; a CalibrationError if it is malformed or a parameter is out of range."""
+    with refusing(values, *OF_RESIDUALS):
+        parameters = dict(values)
+        law: Law = _KINDS[parameters.pop("kind")].validate_json(dumps(parameters))
+    return law
+
+
+def _read_spread(values: Any) -> Spread:
+    if set(values) != {"sd", "dof"}:
+        raise ValueError(f"a spread of {values!r:.60}")
+    return TypeAdapter(Spread).validate_json(dumps(values))
+
+
+def pack_scores(residuals: npt.ArrayLike, law: Law) -> str:
+    """Return relative residual sizes as base64 of float16 logarithms, ascending.
+
+    Of more than :data:`MOST_SCORES`, as many quantiles are kept.
+    """
+    logs = np.sort(np.log(law.magnitudes(residuals) / law.size + LEAST_SCORE))
+    if len(logs) > MOST_SCORES:
+        logs = np.quantile(logs, (np.arange(MOST_SCORES) + 0.5) / MOST_SCORES)
+    return base64.b64encode(logs.astype("<f2").tobytes()).decode()
+
+
+def unpack_scores(text: str) -> FloatArray:
+    """Return the sizes [N] that :func:`pack_scores` wrote, or raise a ValueError."""
+    logs = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float64)
+    if len(logs) > MOST_SCORES or not np.isfinite(logs).all() or bool(np.any(np.diff(logs) < 0)):
+        raise ValueError(f"{len(logs)} scores, or some that are not numbers in ascending order")
+    return np.exp(logs)
+
+
+def _check_scores(text: str) -> str:
+    unpack_scores(text)
+    return text
+
+
+ReadLaw = Annotated[Law, PlainValidator(read_law)]
+
+
+ReadSpread = Annotated[Spread, PlainValidator(_read_spread)]
+
+
+Scores = Annotated[str, Field(max_length=4 * MOST_SCORES), AfterValidator(_check_scores)]
+
+
+def law_as_dict(law: Law) -> dict[str, Any]:
+    """Return the parameters of a law with its kind."""
+    return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
+
+
+def check_version(version: Any, wanted: int, test: str) -> None:
+    """Refuse noise for another version of a test."""
+    if version != wanted:
+        raise CalibrationError(
+            f"noise for version {version!r:.20} of {test}",
+            wanted=f"version {wanted}, whose evidence this release can compute again",
+            do="read it with the release of assay that wrote it",
+        )
 
 
 @dataclass(frozen=True)
@@ -73,10 +151,8 @@ class Noise(StrictLaw):
     @property
     def shape(self) -> str:
         """All parameters but size and words: noises of one shape differ in their unit alone."""
-        values = self.as_dict()
-        return dumps(
-            {name: value for name, value in values.items() if name not in ("sigma", "mu", "source")}
-        )
+        of_size = ("sigma", "mu", "source")
+        return dumps({name: value for name, value in self.as_dict().items() if name not in of_size})
 
     def residuals(
         self,
@@ -101,11 +177,15 @@ class Noise(StrictLaw):
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
-        values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
-        values |= {"scores": self.scores, "widest": self.widest} if self.scores else {}
-        values |= {} if self.control is None else {"control": asdict(self.control)}
-        return values | ({"effect": self.effect} if self.effect is not None else {})
+        return {
+            **law_as_dict(self.law),
+            "source": self.source,
+            "test": TEST,
+            **({"spread": asdict(self.spread)} if self.spread.sd else {}),
+            **({"scores": self.scores, "widest": self.widest} if self.scores else {}),
+            **({"control": asdict(self.control)} if self.control is not None else {}),
+            **({"effect": self.effect} if self.effect is not None else {}),
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":

@@ -4,9 +4,9 @@ import math
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -122,7 +122,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         check_ledger(self.path, read_only=read_only)
         self._db = open_database(self.path, read_only=read_only, flag=FLAG[read_only])
         self._appending = threading.Lock()
-        self._states: OrderedDict[int, AccountState] = OrderedDict()
+        self._state_of = lru_cache(maxsize=LIVES)(lambda _: AccountState(self.genesis))
         try:
             if not read_only:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
@@ -250,14 +250,15 @@ class Ledger(AbstractContextManager["Ledger"]):
             except BaseException:
                 # What is in memory may hold values that are not on disk: it is rebuilt when it is
                 # needed.
-                self._states.clear()
+                self._state_of.cache_clear()
                 raise
 
     def _add(self, connection: sa.Connection, update: LedgerUpdate) -> Standing:
-        named = sa.select(UPDATES.c.account, ACCOUNTS.c.public_key).where(
-            UPDATES.c.name == update.name
+        named_before = (
+            sa.select(UPDATES.c.account, ACCOUNTS.c.public_key)
+            .select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
+            .where(UPDATES.c.name == update.name)
         )
-        named_before = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
         if update.name is not None and (row := connection.execute(named_before).first()):
             if row.public_key != update.account.public_key:
                 raise UsageError(
@@ -307,10 +308,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Return the state of an account after its last entry, which another process may have
         written.
         """
-        state = self._states.setdefault(account, AccountState(self.genesis))
-        self._states.move_to_end(account)
-        if len(self._states) > LIVES:
-            self._states.popitem(last=False)
+        state = self._state_of(account)
         for entry in self._entries(
             connection, (UPDATES.c.account == account) & (UPDATES.c.seq > state.last)
         ):
@@ -366,14 +364,13 @@ class Ledger(AbstractContextManager["Ledger"]):
                 wanted="all of them",
                 do=self._find_change,
             )
-        begun = entries[0]
         now = entries[-1]
         return Standing(
             account=now.account,
             evidence=now.evidence,
             audits=now.outcome.audits,
             recorded=now.outcome.recorded,
-            begun=begun.time,
+            begun=entries[0].time,
             last=now.time,
             fault=now.fault,
         )
@@ -447,10 +444,11 @@ def export_lines(connection: sa.Connection) -> Iterator[str]:
         sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)
     ).one()
     yield text_of(genesis)
-    query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text"))
     written = set[str]()
-    query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law)).order_by(
-        UPDATES.c.seq
+    query = (
+        sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text"))
+        .select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law))
+        .order_by(UPDATES.c.seq)
     )
     for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
         if law not in written:

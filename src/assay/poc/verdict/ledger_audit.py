@@ -139,7 +139,7 @@ class _EntryChain:
         for row in connection.execute(_ROWS, execution_options={"yield_per": AT_ONCE}):
             entry = self._read(row)
             if isinstance(entry, str):
-                self._add_fault(entry)
+                self.faults.append(LedgerFault(entry=self.entries + 1, reason=entry))
                 return
             if entry.time < before - CLOCK:
                 older = f"more than {CLOCK:g} s older than what stands before them"
@@ -152,12 +152,10 @@ class _EntryChain:
             self.found = self.found or head == self.hash
         count, hash = (heads[0]._mapping[name] for name in ("count", "hash"))
         if len(heads) != 1 or (count, hash) != (self.entries, self.hash):
-            self._add_fault(
-                f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
+            named = f"the head names {count!s:.20} entries and {hash!s:.80}"
+            self.faults.append(
+                LedgerFault(entry=self.entries + 1, reason=f"not there, or changed: {named}")
             )
-
-    def _add_fault(self, reason: str) -> None:
-        self.faults.append(LedgerFault(entry=self.entries + 1, reason=reason))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -196,8 +194,11 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
     if chain.genesis is None:
         return []
     faults = list[LedgerFault]()
-    query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
-    query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
+    query = (
+        sa.select(UPDATES.c.account, UPDATES.c.entry)
+        .where(UPDATES.c.seq <= chain.entries)
+        .order_by(UPDATES.c.account, UPDATES.c.seq)
+    )
     rows = connection.execute(query, execution_options={"yield_per": AT_ONCE})
     for _, texts in groupby(rows, key=attrgetter("account")):
         state = AccountState(chain.genesis)

@@ -24,10 +24,10 @@ from assay import stats
 from assay.errors import DataError
 from assay.files.jsonl import dumps
 from assay.poc.verdict.entries import AccountEvidence, verdict_on_life
-from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.pool_faults import POOLS, FaultyPool, count_strikes
 from assay.poc.verdict.response_noise import AnyNoise, ResponseBlocks, ResponseNoise, ResponseTest
 from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.chord import FloatArray
 from assay.stats.places import Places
 from assay.stats.sequential import SHARES
 
@@ -145,7 +145,7 @@ class Life:
 
     Example:
         >>> from assay.poc.verdict.honest_noise import Noise
-        >>> from assay.poc.verdict.laws import read_law
+        >>> from assay.poc.verdict.honest_noise import read_law
         >>> from assay.poc.verdict import Life
         >>> noise = Noise(read_law({"kind": "log", "mu": -3.7, "sd": 0.7}), "an example")
         >>> life = Life(alpha=1e-3, beta=1e-2)

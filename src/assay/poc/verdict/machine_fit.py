@@ -21,11 +21,12 @@ from assay.poc.verdict.build_noise import (
     LeftOut,
     Machine,
     MachineNoise,
+    Pair,
+    Sizes,
 )
-from assay.poc.verdict.honest_noise import Noise, fit_noise
-from assay.poc.verdict.laws import FloatArray, Law, pack_scores
-from assay.poc.verdict.machine_sizes import Pair, Sizes
+from assay.poc.verdict.honest_noise import Law, Noise, fit_noise, pack_scores
 from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.chord import FloatArray
 from assay.stats.noise_laws import Spread
 
 # Spread of ln size between machines of one build that is assumed before any was measured. It was
@@ -69,13 +70,16 @@ def fit_build(
     fit = partial(fit_noise, pipeline)
     kinds = [machine.kind for machine in machines]
     effect, left_out = leave_out(measured, kinds, fit, between_blocks=between, progress=progress)
-    fields |= vars(fit_machines(measured, kinds, fit, between_blocks=between))
-    fields |= {
-        "output": pipeline.noise,
-        "preset": pipeline.name,
-        "n": min(map(np.size, measured.values())),
-    }
-    return BuildNoise(machines=machines, effect=effect, left_out=left_out, **fields)
+    return BuildNoise(
+        machines=machines,
+        effect=effect,
+        left_out=left_out,
+        output=pipeline.noise,
+        preset=pipeline.name,
+        n=min(map(np.size, measured.values())),
+        **vars(fit_machines(measured, kinds, fit, between_blocks=between)),
+        **fields,
+    )
 
 
 def fit_machines(

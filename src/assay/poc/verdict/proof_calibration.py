@@ -14,14 +14,13 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.build_noise import MIN_NONCES, BuildNoise, describe_machines
+from assay.poc.verdict.build_noise import MIN_NONCES, BuildNoise, Pair, describe_machines
 from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.control import Control
-from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.machine_fit import Progress, Residuals, fit_build
-from assay.poc.verdict.machine_sizes import Pair
 from assay.poc.verdict.residuals import compare, residuals
 from assay.poc.verdict.sample_plan import sequential_test
+from assay.stats.chord import FloatArray
 
 PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
 # Residuals between the node and each computation, and between the computations.

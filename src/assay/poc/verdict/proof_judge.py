@@ -15,8 +15,7 @@ from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.records import Record
 from assay.poc.verdict.honest_noise import Noise, missing_law
-from assay.poc.verdict.published_rule import count_mismatches, published_rule
-from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.residuals import count_mismatches, published_rule, residuals
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.e_values import Outcome
 
@@ -105,13 +104,18 @@ class ProofVerdict:
             }
         values["residuals"] = [value if math.isfinite(value) else None for value in self.residuals]
         del values["header"], values["pins"]
-        stated = {
-            name: getattr(header.round, name)
-            for name in ("block_hash", "public_key", "model", "preset")
+        return {
+            "schema": "assay.poc.verdict/1",
+            **values,
+            "block_hash": header.round.block_hash,
+            "public_key": header.round.public_key,
+            "model": header.round.model,
+            "preset": header.round.preset,
+            "digest": header.digest,
+            "dtype": header.fingerprint.dtype,
+            "pinned": self.pins.given,
+            "unpinned": self.unpinned,
         }
-        stated |= {"digest": header.digest, "dtype": header.fingerprint.dtype}
-        believed = {"pinned": self.pins.given, "unpinned": self.unpinned}
-        return {"schema": "assay.poc.verdict/1", **values, **stated, **believed}
 
 
 def judge(
@@ -139,8 +143,11 @@ def judge(
     residuals_N = residuals(received, recomputed)
     # The published count stands beside the verdict, for those who compare.
     if header.pipeline.output == "distance":
-        pairs = zip(received, recomputed, strict=True)
-        valid = [(record, again) for record, again in pairs if header.is_valid(record)]
+        valid = [
+            (record, again)
+            for record, again in zip(received, recomputed, strict=True)
+            if header.is_valid(record)
+        ]
         count = published_rule(
             [record.distance for record, _ in valid],
             [again.distance for _, again in valid],

@@ -23,9 +23,8 @@ from assay import stats
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.poc.protocol.pipelines import SKETCH_EVERY
-from assay.poc.verdict.honest_noise import Noise
-from assay.poc.verdict.laws import (
-    FloatArray,
+from assay.poc.verdict.honest_noise import (
+    Noise,
     ReadSpread,
     check_version,
     law_as_dict,
@@ -33,6 +32,7 @@ from assay.poc.verdict.laws import (
     refusing,
 )
 from assay.poc.verdict.sample_plan import ALPHA, BETA
+from assay.stats.chord import FloatArray
 from assay.stats.cluster_test import ClusterResult
 from assay.stats.e_values import EValueResult, decide
 from assay.stats.noise_laws import StrictLaw
@@ -80,8 +80,8 @@ class ResponseBlocks:
     @classmethod
     def parse(cls, distances: Sequence[float | None], text: str | None) -> Self:
         """Return the evidence of a ledger entry; a ValueError without profiles of these blocks."""
-        content = base64.b64decode(text or "", validate=True)
-        profiles = np.frombuffer(content, dtype="<f2").reshape(-1, COLUMNS).astype(np.float64)
+        numbers = np.frombuffer(base64.b64decode(text or "", validate=True), dtype="<f2")
+        profiles = numbers.reshape(-1, COLUMNS).astype(np.float64)
         if not bool(np.all((profiles <= 0) & (profiles >= 2 * LEAST_LOG))):
             raise ValueError("a profile that is not of logarithms of probabilities")
         try:
@@ -131,13 +131,11 @@ class PartNoise(StrictLaw):
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        law = self.law
-        values = (
-            {"weights": list(law.weights)}
-            if isinstance(law, stats.TokenNoise)
-            else law_as_dict(law)
-        )
-        return asdict(self) | {"law": values}
+        return asdict(self) | {
+            "law": {"weights": list(self.law.weights)}
+            if isinstance(self.law, stats.TokenNoise)
+            else law_as_dict(self.law)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +148,13 @@ class ResponseNoise(StrictLaw):
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        parts = {"tokens": self.tokens.as_dict(), "sketches": self.sketches.as_dict()}
-        return {"kind": KIND, **parts, "source": self.source, "test": RESPONSE_TEST}
+        return {
+            "kind": KIND,
+            "tokens": self.tokens.as_dict(),
+            "sketches": self.sketches.as_dict(),
+            "source": self.source,
+            "test": RESPONSE_TEST,
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

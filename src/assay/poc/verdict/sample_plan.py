@@ -6,8 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from assay import stats
-from assay.poc.verdict.honest_noise import Noise
-from assay.poc.verdict.laws import unpack_scores
+from assay.poc.verdict.honest_noise import Noise, unpack_scores
 from assay.stats.e_values import CHEAP
 from assay.stats.sequential import EXCLUDED
 

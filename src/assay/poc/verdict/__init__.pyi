@@ -1,0 +1,14 @@
+from .build_noise import Machine as Machine
+from .build_noise import MachineNoise as MachineNoise
+from .calibration_file import noise_for as noise_for
+from .entries import Account as Account
+from .entries import AccountEvidence as AccountEvidence
+from .ledger import Ledger as Ledger
+from .ledger_audit import LedgerAudit as LedgerAudit
+from .ledger_audit import audit_ledger as audit_ledger
+from .life import Life as Life
+from .machine_fit import fit_machines as fit_machines
+from .proof_judge import EXIT_CODES as EXIT_CODES
+from .proof_judge import judge as judge
+from .proof_judge import judge_residuals as judge_residuals
+from .response_noise import ResponseNoise as ResponseNoise
