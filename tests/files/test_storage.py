@@ -8,7 +8,7 @@ import pytest
 
 from assay.errors import StorageError, UsageError
 from assay.files import storage
-from assay.files.jsonl import read_jsonl
+from assay.files.jsonl import dumps, read_jsonl
 from assay.files.storage import (
     PartialFile,
     cache_folder,
@@ -31,7 +31,7 @@ def names(folder):
 def test_committed_records_are_under_the_final_name_only(tmp_path):
     path = tmp_path / "proof.jsonl"
     with PartialFile(path) as file:
-        assert file.append({"nonce": 0}) == '{"nonce":0}'
+        file.append_lines(['{"nonce":0}'])
         file.append_lines(['{"nonce":1}', '{"nonce":2}'])
         assert names(tmp_path) == ["proof.jsonl.partial"]
         file.commit()
@@ -49,7 +49,7 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path, torn):
         intact = file.recover()
         assert intact == ['{"nonce":0}', '{"nonce":1}']
         for nonce in range(len(intact), 4):
-            file.append({"nonce": nonce})
+            file.append_lines([dumps({"nonce": nonce})])
         file.commit()
     assert [record["nonce"] for _, record in read_jsonl(path)] == [0, 1, 2, 3]
 
@@ -59,7 +59,7 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
         import os, signal, sys
         from assay.files.storage import PartialFile
         file = PartialFile(sys.argv[1])
-        file.append({"nonce": 0})
+        file.append_lines(['{"nonce":0}'])
         os.kill(os.getpid(), signal.SIGKILL)
     """
     assert run_python(code, str(tmp_path / "proof.jsonl")).returncode == -9
@@ -104,11 +104,11 @@ def test_two_writers_of_one_file(tmp_path):
             print("refused")
     """
     with PartialFile(path) as file:
-        file.append({"nonce": 0})
+        file.append_lines(['{"nonce":0}'])
         assert run_python(code, str(path)).stdout == "refused\n"
         with pytest.raises(StorageError):
             PartialFile(path)
-        file.append({"nonce": 1})
+        file.append_lines(['{"nonce":1}'])
     assert run_python(code, str(path)).stdout == ""
 
 
@@ -118,7 +118,7 @@ def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
     with pytest.raises(UsageError):
         PartialFile(path)
     with PartialFile(path, overwrite=True) as file:
-        file.append({})
+        file.append_lines(["{}"])
         assert path.read_text() == "old"
         file.commit()
     assert path.read_text() == "{}\n"
@@ -127,7 +127,7 @@ def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     path = tmp_path / "proof.jsonl"
     with PartialFile(path) as file:
-        file.append({})
+        file.append_lines(["{}"])
         path.write_text("theirs")
         with pytest.raises(UsageError):
             file.commit()

@@ -93,13 +93,17 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     try:
         value = parse(text.decode() if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
-        raise malformed(source, reason, "a JSON object") from error
+        raise malformed(
+            source,
+            f"byte {error.start + 1} is not UTF-8; save the file as UTF-8",
+            "a JSON object",
+        ) from error
     except (ValueError, RecursionError) as error:
         raise malformed(source, str(error), "a JSON object") from error
     if not isinstance(value, dict):
-        reason = f"a {type(value).__name__} where an object should be"
-        raise malformed(source, reason, "a JSON object")
+        raise malformed(
+            source, f"a {type(value).__name__} where an object should be", "a JSON object"
+        )
     return value
 
 
@@ -196,8 +200,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             if number == 1:
                 _check_format(path, line)
             if len(line) > LONGEST_LINE:
-                reason = f"longer than {LONGEST_LINE} bytes"
-                raise malformed(f"{path}, line {number}", reason, "a JSON object")
+                raise malformed(
+                    f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes", "a JSON object"
+                )
             yield number, line
 
 

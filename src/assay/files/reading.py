@@ -26,7 +26,9 @@ def open_regular(path: str | Path) -> Iterator[BufferedReader]:
         if "\0" in str(path):  # open would raise a ValueError
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         # Without O_NONBLOCK, opening a pipe waits for its writer, perhaps for ever.
-        with open(path, "rb", opener=_open_without_waiting) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DataError(
                     f"{path} is a pipe or a device",
@@ -40,10 +42,6 @@ def open_regular(path: str | Path) -> Iterator[BufferedReader]:
             wanted="a file that can be read",
             do="check its path and permissions",
         ) from error
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_whole(path: str | Path, longest: int) -> bytes:

@@ -44,8 +44,7 @@ def check_reference(reference: str, *, with_weights: bool = False) -> None:
         check_hub_id(reference)
     elif path.is_dir():
         is_gguf = any(path.glob("*.[gG][gG][uU][fF]"))
-        is_adapter = (path / ADAPTER_CONFIG).is_file()
-        if not is_gguf and not is_adapter:
+        if not is_gguf and not (path / ADAPTER_CONFIG).is_file():
             check_config(path / "config.json")
             if with_weights:
                 check_weights(path)
@@ -67,8 +66,9 @@ def stated_positions(reference: str) -> int | None:
 
 def is_bundled(reference: str) -> bool:
     """Return whether a reference has the form of a catalogue name, with or without its prefix."""
-    prefixed = reference.lower().startswith(("reference:", "shape:", "pretrained:"))
-    return prefixed or (reference in BARE_NAMES and not Path(reference).exists())
+    return reference.lower().startswith(("reference:", "shape:", "pretrained:")) or (
+        reference in BARE_NAMES and not Path(reference).exists()
+    )
 
 
 def check_bundled(reference: str) -> None:

@@ -96,8 +96,9 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
 def reading_engine(path: Path) -> sa.Engine:
     """Return an engine whose connections are those of :func:`connect_to_read`."""
-    connect = partial(connect_to_read, path)
-    engine = sa.create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+    engine = sa.create_engine(
+        "sqlite://", creator=partial(connect_to_read, path), poolclass=QueuePool
+    )
     sa.event.listen(engine, "begin", _begin)
     return engine
 

@@ -77,10 +77,10 @@ def schema_changes(
     expected = _rows_after(migrations)
     actual = Counter(tuple(row) for row in rows)
     missing = [row[:2] for row in expected - actual]
-    added = [row[:2] for row in actual - expected]
-    changes = dict.fromkeys(missing, "missing")
-    for identity in added:
-        changes[identity] = "changed" if identity in missing else "not one that assay made"
+    changes = dict.fromkeys(missing, "missing") | {
+        row[:2]: "changed" if row[:2] in missing else "not one that assay made"
+        for row in actual - expected
+    }
     return [
         f"the {kind!s:.20} {name!s:.80} is {change}" for (kind, name), change in changes.items()
     ]

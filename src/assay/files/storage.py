@@ -12,11 +12,11 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from assay.errors import AssayError, DataError, StorageError, UsageError
 from assay.files.jsonl import dumps, loads
@@ -77,9 +77,10 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
         exists = path.exists()
     if exists and not path.is_file():
         # A rename would put a regular file in the place of /dev/null.
-        seen = f"{path} is a pipe or a device"
         raise StorageError(
-            seen, wanted="a file that can be written", do="write to a file, and copy it from there"
+            f"{path} is a pipe or a device",
+            wanted="a file that can be written",
+            do="write to a file, and copy it from there",
         )
     if exists and not overwrite:
         raise UsageError(
@@ -127,7 +128,8 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     with _storing(path):
         if not stat.S_ISDIR(path.parent.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "")
-        _try_file(path.parent)
+        # Permissions do not tell root that /proc takes no file.
+        TemporaryFile(dir=path.parent).close()
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
@@ -141,8 +143,11 @@ def check_folder(path: Path, *, new: bool = False) -> None:
                 f"{path}, of which {parent} is a file", wanted="a directory", do="choose another"
             )
     if path.exists() and not path.is_dir():
-        wanted = "a new or empty directory" if new else "a directory"
-        raise UsageError(f"{path}, which exists", wanted=wanted, do="choose another")
+        raise UsageError(
+            f"{path}, which exists",
+            wanted="a new or empty directory" if new else "a directory",
+            do="choose another",
+        )
     if new and path.exists() and any(path.iterdir()):
         raise UsageError(
             f"{path}, which exists",
@@ -151,7 +156,7 @@ def check_folder(path: Path, *, new: bool = False) -> None:
         )
     with _storing(path):
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        _try_file(nearest)
+        TemporaryFile(dir=nearest).close()
 
 
 def check_new_folder(path: Path) -> None:
@@ -161,11 +166,6 @@ def check_new_folder(path: Path) -> None:
             f"{path} exists", wanted="a new directory", do="choose another path or remove it"
         )
     check_folder(path)
-
-
-def _try_file(folder: Path) -> None:
-    # Permissions do not tell root that /proc takes no file.
-    TemporaryFile(dir=folder).close()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -196,7 +196,7 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     write_lines(path, map(dumps, records), overwrite=True)
 
 
-class PartialFile:
+class PartialFile(AbstractContextManager["PartialFile"]):
     """A JSON Lines file that grows line by line, crash-safe and resumable, with one writer.
 
     Lines go to ``<path>.partial``; `commit` gives the file its final name. Without it the partial
@@ -204,7 +204,7 @@ class PartialFile:
 
         with PartialFile(path) as file:
             lines = file.recover()
-            file.append({"nonce": 7})
+            file.append_lines([dumps({"nonce": 7})])
             file.commit()
 
     Args:
@@ -223,8 +223,7 @@ class PartialFile:
         _check_place(self.path, overwrite=overwrite)
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
-            descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._file = io.FileIO(descriptor, "r+")
+            self._file = io.FileIO(self.partial, "a+")
         try:
             self._lock()
         except AssayError:
@@ -305,12 +304,6 @@ class PartialFile:
         with _storing(self.partial):
             self._file.truncate(0)
 
-    def append(self, record: object) -> str:
-        """Write one record as a line, handed to the system before this returns; return the line."""
-        line = dumps(record)
-        self.append_lines([line])
-        return line
-
     def append_lines(self, lines: Iterable[str]) -> None:
         """Write lines of canonical JSON, without line ends, in one go after the earlier ones.
 
@@ -339,9 +332,6 @@ class PartialFile:
     def close(self) -> None:
         """Close the file; without `commit` the partial file stays for a later run. Idempotent."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

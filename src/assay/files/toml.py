@@ -42,7 +42,6 @@ def read_toml(path: str | Path) -> JsonObject:
     try:
         return parse_toml(read_whole(path, LONGEST_TOML).decode())
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not UTF-8"
-        raise malformed(path, reason, "a TOML file") from error
+        raise malformed(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
         raise malformed(path, str(error), "a TOML file") from error

@@ -144,8 +144,7 @@ def _is_weights(path: Path) -> bool:
 def check_texts(directory: Path) -> None:
     """Refuse settings and tokenizers of more than 64 MiB, which may be sparse, as a DataError."""
     for path in directory.iterdir():
-        is_text = _TEXTS.match(path.name) and path.is_file()
-        if is_text and path.stat().st_size > LONGEST_LINE:
+        if _TEXTS.match(path.name) and path.is_file() and path.stat().st_size > LONGEST_LINE:
             raise malformed(path, f"longer than {LONGEST_LINE} bytes", "a smaller file")
 
 
@@ -164,8 +163,8 @@ def check_served(directory: Path) -> None:
 
 def _written(directory: Path) -> list[str]:
     """Return the names of all safetensors files in a folder that are not hidden, sorted."""
-    names = sorted(path.name for path in directory.iterdir())
-    return [name for name in names if re.match(r"(?is)[^.].*\.safetensors\Z", name)]
+    names = (path.name for path in directory.iterdir())
+    return sorted(name for name in names if re.match(r"(?is)[^.].*\.safetensors\Z", name))
 
 
 def _second_set(directory: Path, name: str, second: str) -> BadWeights:
@@ -187,9 +186,8 @@ def _no_weights(directory: Path, written: list[str]) -> ModelNotFound | UnsafeCh
             do="convert it on a machine you can afford to lose: model.save_pretrained writes "
             "safetensors",
         )
-    seen = f"{written[0]} without an index" if written else "no weights"
     return ModelNotFound(
-        f"{directory} holds {seen}",
+        f"{directory} holds " + (f"{written[0]} without an index" if written else "no weights"),
         wanted=wanted,
         do="check that the download or the save was complete",
     )

@@ -43,22 +43,16 @@ def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
 
     fig = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     ax = fig.add_subplot(facecolor="none")
-    style_axes(ax)
-    return fig, ax
-
-
-def style_axes(ax: "Axes") -> None:
-    """Give axes the style of the pages: thin muted rules, horizontal grid lines, no box."""
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(RULE)
+    # Thin muted rules, horizontal grid lines, no box.
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(RULE)
     ax.tick_params(colors=MUTED, labelsize=9, length=3, width=0.8)
     ax.xaxis.label.set(color=MUTED, fontsize=9.5)
     ax.yaxis.label.set(color=MUTED, fontsize=9.5)
     ax.title.set(color=INK, fontsize=10.5)
     ax.grid(axis="y", color=RULE, linewidth=0.6)
     ax.set_axisbelow(True)
+    return fig, ax
 
 
 def legend(ax: "Axes", **options: Any) -> None:

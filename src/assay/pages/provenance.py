@@ -21,13 +21,14 @@ def provenance() -> dict[str, object]:
         and ``gpu`` (name; None unless torch is already imported and sees one). No host name and no
         path.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         **checkout(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "gpu": _gpu_name(),
     }
 

@@ -99,8 +99,8 @@ class Report:
 
     def figure(self, fig: "Figure", caption: str) -> None:
         """Add a figure of :func:`assay.pages.figures.figure`, with its caption."""
-        svg = to_svg(fig, prefix=f"f{len(self._parts)}", description=caption)
-        self._parts.append(("figure", {"svg": Markup(svg), "caption": caption}))
+        svg = Markup(to_svg(fig, prefix=f"f{len(self._parts)}", description=caption))
+        self._parts.append(("figure", {"svg": svg, "caption": caption}))
 
     @contextmanager
     def details(self, summary: str) -> Iterator[None]:
