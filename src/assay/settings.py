@@ -8,8 +8,9 @@ docs/configuration.md is generated from it::
         blocks: Names = Field(("a", "b"), description="Block hashes.")          # --blocks a,b
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -140,8 +141,33 @@ class Settings(BaseSettings):
 
     def values_for(self, kind: type) -> dict[str, Any]:
         """Return the values that a dataclass has fields for, by name."""
-        names = type(self).model_fields.keys() & {field.name for field in fields(kind)}
-        return {name: getattr(self, name) for name in names}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(kind)
+            if field.name in type(self).model_fields
+        }
+
+    def refuse(
+        self, names: Iterable[str], beside: str, *, wanted: str, otherwise: str = ""
+    ) -> None:
+        """Refuse fields that the user stated; a variable of the environment is for all commands.
+
+        Args:
+            names: Names of the fields.
+            beside: What they do not go with, as a user wrote it.
+            wanted: What would have been right; ``{flag}`` stands for the field.
+            otherwise: What follows the advice to leave the field out.
+        """
+        for name in names:
+            common = os.environ.get(self.environment_name(name) or "")
+            if name in self.model_fields_set and str(getattr(self, name)) != common:
+                flag = self.spelling(name)
+                raise UsageError(
+                    f"{flag} with {beside}",
+                    wanted=wanted.format(flag=flag),
+                    do=f"leave {flag} out{otherwise}",
+                    field=name,
+                )
 
     @classmethod
     def flag(cls, field: str) -> Flag:
@@ -202,12 +228,13 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     name = next((str(place) for place in fault["loc"]), "")
     if (field := kind.model_fields.get(name)) is None:
         close_names = get_close_matches(name, kind.model_fields, cutoff=NEAR)
-        do = (
-            f"did you mean {close_names[0]}?"
+        return UsageError(
+            f"a setting {name!r}",
+            wanted=f"a field of {kind.__name__}",
+            do=f"did you mean {close_names[0]}?"
             if close_names
-            else f"see help({kind.__module__}.{kind.__name__})"
+            else f"see help({kind.__module__}.{kind.__name__})",
         )
-        return UsageError(f"a setting {name!r}", wanted=f"a field of {kind.__name__}", do=do)
     flag = kind.spelling(name)
     variable = kind.environment_name(name)
     if variable and not kind.has_flags:

@@ -49,11 +49,14 @@ def print_config(chosen: ConfigSettings) -> None:
     change it. Pass the file to the command with --config; one file may have the tables of several
     commands.
     """
-    context = click.get_current_context()
     words = " ".join(chosen.command)
     target: click.Command | None = app
     for word in chosen.command:
-        target = target.get_command(context, word) if isinstance(target, Group) else None
+        target = (
+            target.get_command(click.get_current_context(), word)
+            if isinstance(target, Group)
+            else None
+        )
     if not isinstance(target, Command) or not target.settings:
         raise UsageError(
             words, wanted="the words of a command that has settings", do="`assay config poc prove`"
@@ -65,14 +68,12 @@ def print_config(chosen: ConfigSettings) -> None:
     for name, setting in target.settings.items():
         if not setting.flag.argument:
             required = " Required." if setting.field.is_required() else ""
-            shown = (
-                "…" if setting.default is None else json.dumps(setting.default, ensure_ascii=False)
-            )
+            default = json.dumps(setting.default, ensure_ascii=False)
             unit = "" if setting.unit == name.upper() else f" [{setting.unit}]"
             lines += [
                 "",
                 f"# {(setting.field.description or '').splitlines()[0]}{required}{unit}",
-                f"# {name} = {shown}",
+                f"# {name} = {'…' if setting.default is None else default}",
             ]
     click.echo("\n".join(lines))
 
@@ -119,20 +120,20 @@ def run(arguments: list[str] | None = None) -> int:
     if instruction := os.environ.get("_ASSAY_COMPLETE"):
         return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
     try:
-        with (
-            _stoppable(),
-            _plain_warnings(),
-            app.make_context(
-                "assay", sys.argv[1:] if arguments is None else list(arguments)
-            ) as context,
-        ):
-            app.invoke(context)
+        with _stoppable(), warnings.catch_warnings():
+            # As commands print them, without a line of source.
+            warnings.showwarning = lambda message, *_place, **_file: click.echo(
+                f"warning: {message}", err=True
+            )
+            words = sys.argv[1:] if arguments is None else list(arguments)
+            with app.make_context("assay", words) as context:
+                app.invoke(context)
     except click.exceptions.Exit as exiting:
         return _ended(exiting.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
-    except click.ClickException as error:
+    except click.UsageError as error:
         return _ended(2, in_three_parts(error))
     except (AssayError, OSError) as error:
         return _ended(2, error)
@@ -160,16 +161,6 @@ def _ended(code: int, error: AssayError | OSError | None = None) -> int:
     if error is not None:
         errors(in_assay_words(error) if isinstance(error, OSError) else error)
     return code
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Print warnings as commands do, without a line of source."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_place, **_file: click.echo(
-            f"warning: {message}", err=True
-        )
-        yield
 
 
 @contextmanager

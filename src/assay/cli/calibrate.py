@@ -1,9 +1,11 @@
 """``assay poc calibrate``: the honest noise of a model, and the r_target of a valid rate."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from shlex import join
-from typing import Annotated, Any, Literal
+from shutil import rmtree
+from typing import Annotated, Literal
 
 import click
 from pydantic import Field
@@ -130,24 +132,28 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     no_source = not chosen.proofs and chosen.vectors is None
     merging = bool(chosen.merge) and no_source and chosen.model is None
     _check_form(chosen, merging)
+    if chosen.valid_rate is not None:
+        _give_target(chosen, chosen.valid_rate, as_json)
+        return
+    if chosen.output is None:
+        raise UsageError(
+            "a measurement without -o", wanted="a file to write it to", do="add -o calibration.json"
+        )
     if chosen.pins is not None:
         _check_pins(chosen.pins)
     proofs = _read_proofs(chosen.proofs)
     merged = [*map(assay.poc.Calibration.load, chosen.merge)]
-    if chosen.valid_rate is not None:
-        _give_target(chosen, proofs, as_json)
-        return
     if merging:
         measured = merged.pop(0)
     elif chosen.model is not None and no_source:
-        measured = _measure_model(chosen)
+        measured = _measure_model(chosen, chosen.model, chosen.output)
     elif chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     else:
         measured = _measure_proofs(chosen, proofs)
     for calibration in merged:
         measured = measured.merged(calibration)
-    _write_law(chosen, measured, as_json)
+    _write_law(chosen, measured, chosen.output, as_json)
 
 
 def _check_pins(path: Path) -> None:
@@ -165,8 +171,6 @@ def _check_pins(path: Path) -> None:
 
 def _read_proofs(paths: Sequence[Path]) -> "list[assay.poc.Proof]":
     """Return the proofs of files: every one once, and of one checkpoint."""
-    from dataclasses import asdict
-
     from assay.poc.verdict.proof_calibration import check_one_checkpoint
 
     proofs = [*map(assay.poc.Proof.load, paths)]  # before torch is imported
@@ -183,17 +187,15 @@ def _read_proofs(paths: Sequence[Path]) -> "list[assay.poc.Proof]":
     return proofs
 
 
-def _give_target(
-    chosen: CalibrateSettings, proofs: "Sequence[assay.poc.Proof]", as_json: bool
-) -> None:
+def _give_target(chosen: CalibrateSettings, rate: float, as_json: bool) -> None:
     """Print the r_target of a share of valid nonces."""
+    proofs = _read_proofs(chosen.proofs)
     if chosen.calibration is not None:
         assay.poc.Calibration.load(chosen.calibration)
     from assay.poc.measurement import target_for
 
     options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
-    assert chosen.valid_rate is not None
-    values = target_for(chosen.valid_rate, proofs, **options)
+    values = target_for(rate, proofs, **options)
     if not as_json:
         # With three digits, the r_target of one nonce in ten would be that of one in thirty.
         values = {
@@ -215,64 +217,58 @@ def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
         )
     from assay.poc.verdict.chain_rule import export_rule
 
-    measured = assay.poc.Calibration.load(chosen.calibration)
-    exported = export_rule(measured, checked=chosen.checked, alpha=chosen.alpha).as_dict()
+    exported = export_rule(
+        assay.poc.Calibration.load(chosen.calibration), checked=chosen.checked, alpha=chosen.alpha
+    ).as_dict()
     if as_json:
         emit_json("assay.poc.export/1", exported)
         return
     for cost in exported["costs"]:
         interval = f"{cost['low']:.2g} to {cost['high']:.2g}"
-        rows = [("honest accused", f"{cost['false_accusation']:.2g} ({interval})")]
-        rows += [(f"caught: {name}", f"{power:.1%}") for name, power in cost["power"].items()]
+        rows = [
+            ("honest accused", f"{cost['false_accusation']:.2g} ({interval})"),
+            *((f"caught: {name}", f"{power:.1%}") for name, power in cost["power"].items()),
+        ]
         table((cost["rule"], f"{cost['machines']}, {chosen.checked} nonces"), rows)
     click.echo(dumps(exported["stat_test"]))
 
 
-def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:
+def _frame_file(chosen: CalibrateSettings, preset: str, output: Path) -> Path | None:
     """Return the file of the frame that a measurement reads or writes; None where it needs none."""
-    assert chosen.output is not None
-    if not assay.poc.get_pipeline(preset).framed:
-        return chosen.frame
-    return chosen.frame or chosen.output.with_suffix(".frame.safetensors")
+    is_framed = assay.poc.get_pipeline(preset).framed
+    return chosen.frame or (output.with_suffix(".frame.safetensors") if is_framed else None)
 
 
-def _measure_model(chosen: CalibrateSettings) -> "assay.poc.Calibration":
+def _measure_model(chosen: CalibrateSettings, model: str, output: Path) -> "assay.poc.Calibration":
     """Measure a model on this machine; a stopped measurement is continued."""
     from assay.models.frame import Frame
     from assay.poc.launch import usual_preset
     from assay.poc.protocol.checks import check_positions
     from assay.poc.protocol.pins import check_extent
-    from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
+    from assay.poc.protocol.pipelines import check_frame_file
 
-    assert chosen.output is not None
-    assert chosen.model is not None
-    preset = chosen.preset or usual_preset(chosen.model)
-    frame = _frame_file(chosen, preset)
-    if not get_pipeline(preset).framed:
-        check_frame_file(get_pipeline(preset), frame)
-    elif frame is not None and frame.exists():
+    preset = chosen.preset or usual_preset(model)
+    pipeline = assay.poc.get_pipeline(preset)
+    frame = _frame_file(chosen, preset, output)
+    check_frame_file(pipeline, frame)
+    if frame is not None and frame.exists():
         Frame.load(frame)
     check_extent(chosen.blocks, chosen.nonces, chosen.formats)
     if "seq_len" in chosen.model_fields_set:
-        steps = get_pipeline(preset).steps
-        check_positions(chosen.model, None, seq_len=chosen.seq_len, steps=steps)
-
-    names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
-    options: dict[str, Any] = {
-        **{name: getattr(chosen, name) for name in names},
-        "preset": preset,
-        "quick": chosen.quick,
-        "device": chosen.device,
-        "frame": frame,
-    }
-    partial = _partial_folder(chosen.output)
+        check_positions(model, None, seq_len=chosen.seq_len, steps=pipeline.steps)
     with progress_bar("measuring") as progress, resumable():
         return assay.poc.calibrate_model(
-            chosen.model,
-            partial=partial,
+            model,
+            preset=preset,
+            quick=chosen.quick,
+            device=chosen.device,
+            frame=frame,
+            partial=_partial_folder(output),
             progress=progress,
             announce=lambda text: click.echo(f"measuring: {text}", err=True),
-            **options,
+            **chosen.model_dump(
+                include={"seq_len", "blocks", "nonces", "formats"}, exclude_unset=True
+            ),
         )
 
 
@@ -285,7 +281,7 @@ def _measure_proofs(
     chosen: CalibrateSettings, proofs: "Sequence[assay.poc.Proof]"
 ) -> "assay.poc.Calibration":
     """Measure the noise between the machines of proofs."""
-    formats = list(dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs))
+    formats = dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs)
     machines = [name for name in formats if name not in chosen.controls]
     if len(machines) > 1:
         click.echo(
@@ -303,17 +299,16 @@ def _measure_proofs(
         )
 
 
-def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_json: bool) -> None:
+def _write_law(
+    chosen: CalibrateSettings, measured: "assay.poc.Calibration", output: Path, as_json: bool
+) -> None:
     """Write a calibration, and the pins file where one is named; say what was measured."""
-    from shutil import rmtree
-
     from assay.poc.measurement import describe
 
-    assert chosen.output is not None
-    measured.save(chosen.output)
-    rmtree(_partial_folder(chosen.output), ignore_errors=True)
+    measured.save(output)
+    rmtree(_partial_folder(output), ignore_errors=True)
     for build in measured.builds:
-        values = {"path": str(chosen.output), **describe(build)}
+        values = {"path": str(output), **describe(build)}
         if not as_json:
             values |= {
                 name: in_column(text) for name, text in values.items() if isinstance(text, str)
@@ -336,8 +331,8 @@ def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_
             "fewest_nonces": 32,
         },
         engine=first.engines[0],
-        calibrations=[chosen.output],
-        frame=_frame_file(chosen, first.preset),
+        calibrations=[output],
+        frame=_frame_file(chosen, first.preset, output),
     )
     show_values("assay.poc.pins.new/1", written, as_json, title="pins")
     say_next(
@@ -349,10 +344,8 @@ def _write_law(chosen: CalibrateSettings, measured: "assay.poc.Calibration", as_
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
     rate = chosen.valid_rate is not None
-    measures = chosen.vectors is None and not merging
-    alone = measures and not rate and not chosen.proofs and chosen.model is not None
-    stated = chosen.model_fields_set
-    shape = ("blocks", "nonces", "formats")
+    measures = not rate and chosen.vectors is None and not merging
+    alone = measures and not chosen.proofs and chosen.model is not None
     for applies, names, beside, reason in (
         (
             rate,
@@ -364,7 +357,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
         (
             not alone,
-            ("pins", "preset", "frame", "seq_len", "quick", *shape),
+            ("pins", "preset", "frame", "seq_len", "quick", "blocks", "nonces", "formats"),
             "no --model alone",
             "nothing is run",
         ),
@@ -378,15 +371,9 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
     ):
-        for flag in (chosen.spelling(name) for name in names if applies and name in stated):
-            raise UsageError(
-                f"{flag} with {beside}",
-                wanted=f"no {flag}: {reason}",
-                do=f"leave {flag} out"
-                + ", or pass --model without proofs" * (beside == "no --model alone"),
-            )
-    if rate:
-        return
+        or_model = ", or pass --model without proofs" if beside == "no --model alone" else ""
+        if applies:
+            chosen.refuse(names, beside, wanted=f"no {{flag}}: {reason}", otherwise=or_model)
     if merging and len(chosen.merge) < 2:
         raise UsageError(
             "one file to merge",
@@ -399,8 +386,4 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
             wanted="a model, or two honest proofs or more, or another form of the command",
             do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate "
             "--help`",
-        )
-    if chosen.output is None:
-        raise UsageError(
-            "a measurement without -o", wanted="a file to write it to", do="add -o calibration.json"
         )

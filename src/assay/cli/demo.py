@@ -5,8 +5,8 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -68,8 +68,7 @@ def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
     with progress_bar(label, "steps") as progress:
         for completed, item in enumerate(items, 1):
             yield item
-            if progress:
-                progress(completed, len(items))
+            progress(completed, len(items))
 
 
 def measure_law(model: "assay.models.Model") -> "assay.poc.Calibration | None":
@@ -80,13 +79,13 @@ def measure_law(model: "assay.models.Model") -> "assay.poc.Calibration | None":
         return None
     eager = replace(model, module=copy.deepcopy(model.module))
     eager.module.set_attn_implementation("eager")
-    rounds = [
-        assay.poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)
-    ]
-    attempts = [(side, round) for round in rounds for side in (model, eager)]
     proofs = [
-        assay.poc.prove(side, round, range(CHEATED))
-        for side, round in followed("honest noise", attempts)
+        assay.poc.prove(
+            side,
+            assay.poc.Round(block_hash=block, public_key="law", seq_len=SEQ_LEN),
+            range(CHEATED),
+        )
+        for block, side in followed("honest noise", [*product(("law_0", "law_1"), (model, eager))])
     ]
     return assay.poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
@@ -97,29 +96,25 @@ def run_rounds(
     """Prove and verify one round of each block, then let four cheaters claim the first."""
     from assay.poc import cheats
 
-    def judge(
-        label: str, attempts: "Sequence[tuple[str, assay.poc.Round, Callable[[], assay.poc.Proof]]]"
-    ) -> list[Case]:
-        """Make proofs of a round and let a validator with the real model judge them."""
-        cases = []
-        for name, round, prove in followed(label, attempts):
-            proof = prove()
-            verdict = assay.poc.verify(
-                proof, model, sample=len(proof.records), expect=round, calibration=law
-            )
-            cases.append(Case(name, proof, verdict))
-        return cases
+    def judge(name: str, proof: assay.poc.Proof, round: assay.poc.Round) -> Case:
+        """Let a validator with the real model judge a proof."""
+        verdict = assay.poc.verify(
+            proof, model, sample=len(proof.records), expect=round, calibration=law
+        )
+        return Case(name, proof, verdict)
 
-    shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
     rounds = [
-        assay.poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()
+        assay.poc.Round(block_hash=block, public_key=key, seq_len=SEQ_LEN, model=model.reference)
+        for block, key in BLOCKS.items()
     ]
-    provers = [
-        partial(assay.poc.prove, model, block_round, range(NONCES)) for block_round in rounds
+    honest = [
+        judge(
+            f"{round.block_hash} {round.public_key}",
+            assay.poc.prove(model, round, range(NONCES)),
+            round,
+        )
+        for round in followed("honest nodes", rounds)
     ]
-    honest = judge(
-        "honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True))
-    )
     first = rounds[0]
     skipped = max(1, model.num_layers // 4)
     cheaters: dict[str, Callable[[], assay.poc.Proof]] = {
@@ -132,7 +127,9 @@ def run_rounds(
         "distances invented": lambda: cheats.invented(honest[0].proof),
         "another node's proof": lambda: cheats.replayed(honest[1].proof, first),
     }
-    return honest, judge("cheaters", [(name, first, prove) for name, prove in cheaters.items()])
+    return honest, [
+        judge(name, prove(), first) for name, prove in followed("cheaters", [*cheaters.items()])
+    ]
 
 
 def ask_detectors(model: "assay.models.Model") -> "tuple[Comparison, dict[str, int]]":
@@ -145,8 +142,7 @@ def ask_detectors(model: "assay.models.Model") -> "tuple[Comparison, dict[str, i
     pairs = generate_pairs(PAIRS)
     sides = [[pair.samples()[side] for pair in pairs[:COMPARED]] for side in (0, 1)]
     # A backward pass of each completion, and the factors of all weights, take minutes on SmolLM2.
-    weights = sum(weight.numel() for weight in model.module.parameters())
-    is_small = weights <= MOST_WEIGHTS
+    is_small = sum(weight.numel() for weight in model.module.parameters()) <= MOST_WEIGHTS
     needs = Needs.ALL if is_small else Needs.FORWARD
     svd = assay.vhack.weight_svd(model) if is_small else None
     read = [
@@ -155,14 +151,13 @@ def ask_detectors(model: "assay.models.Model") -> "tuple[Comparison, dict[str, i
     ]
     groups = [pair.group for pair in pairs]
     half = set(list(dict.fromkeys(groups))[::2])
-    of_compared = groups[:COMPARED]
     candidates = [
         candidate
         for candidate in make_detectors()
         if candidate.cost < Cost.BACKWARD or (is_small and candidate.name == GRADIENTS)
     ]
     compared = compare_detectors(
-        LabelledEvidence(read[0], read[1], of_compared, of_compared), candidates
+        LabelledEvidence(read[0], read[1], groups[:COMPARED], groups[:COMPARED]), candidates
     )
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
     held_out = [pair.samples() for pair in pairs if pair.group not in half]
@@ -195,19 +190,15 @@ def draw(
     )
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
-        badges = [
-            Badge(case.verdict.verdict, kinds.get(case.verdict.verdict, "undecided"))
-            for case in cases
-        ]
         rows: list[list[Cell]] = [
-            [*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)
+            [*cells, Badge(verdict, kinds.get(verdict, "undecided"))]
+            for *cells, verdict in (case.row() for case in cases)
         ]
         report.table(COLUMNS, rows, caption=caption)
     fig, ax = figure(*FIGURE)
-    for index, case in enumerate([honest[0], *cheaters]):
+    for case, color in zip([honest[0], *cheaters], SERIES, strict=True):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
-        name = case.name if index else "an honest node"
-        color = SERIES[index % len(SERIES)]
+        name = "an honest node" if case is honest[0] else case.name
         ax.semilogy(sorted(residuals), color=color, label=name, linewidth=1.6)
     if honest[0].verdict.sequential is not None:
         ax.axhline(

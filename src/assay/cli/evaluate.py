@@ -1,6 +1,5 @@
 """``assay vhack merge``, ``sample`` and ``evaluate``: what training made of a model."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,9 +83,14 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     from assay.vhack.directions.delta.delta_models import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
-        options = chosen.model_dump(include={"overwrite", "dtype", "device"})
         values = write_merged(
-            chosen.output, chosen.model, chosen.delta, **options, progress=progress
+            chosen.output,
+            chosen.model,
+            chosen.delta,
+            overwrite=chosen.overwrite,
+            dtype=chosen.dtype,
+            device=chosen.device,
+            progress=progress,
         )
     show_values("assay.vhack.merge/1", values, as_json)
 
@@ -109,8 +113,13 @@ def sample(options: SampleCommand, settings: "SampleSettings", as_json: bool) ->
     tasks, _ = load_tasks(settings, least=1, why="to complete", model=options.model)
     tasks = [task for task in tasks for _ in range(settings.per_task)]
     records, first = _sampled(options, settings, options.model, tasks, options.output)
-    values = {"path": str(options.output), "completions": len(records), "resumed_from": first}
-    show_values("assay.vhack.sample/1", {**values, "at_limit": _at_limit(records)}, as_json)
+    values = {
+        "path": str(options.output),
+        "completions": len(records),
+        "resumed_from": first,
+        "at_limit": _at_limit(records),
+    }
+    show_values("assay.vhack.sample/1", values, as_json)
 
 
 @vhack.add(
@@ -130,7 +139,13 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
     from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
     if options.samples is not None:
-        _refuse_sampling(options, settings)
+        for kind, of_sampling in (
+            (options, ("model", "delta", "dtype", "device")),
+            (settings, ("per_task", "temperature", "max_new_tokens", "batch")),
+        ):
+            kind.refuse(
+                of_sampling, "--samples", wanted="one of them", otherwise=": nothing is sampled"
+            )
     reward = import_function(options.reward, "--reward") if options.reward else None
     tasks, source = load_tasks(settings, least=1, why="to evaluate", model=options.model)
     records: list[JsonObject] = []
@@ -151,23 +166,20 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
             records, _ = _sampled(
                 options, settings, options.model, tasks, Path(folder) / "samples.jsonl"
             )
-    completions = [record["completion"] for record in records]
     with progress_bar("grades", "completions") as progress:
         outcome = training.evaluate(
             tasks,
-            completions,
+            [record["completion"] for record in records],
             reward=reward,
             allow_unsandboxed=options.allow_unsandboxed,
             progress=progress,
         )
     if options.graded:
-        grades = [
-            {name: value for name, value in asdict(entry).items() if value is not None}
-            for entry in outcome.grades
+        graded = [
+            record | {name: value for name, value in asdict(grade).items() if value is not None}
+            for record, grade in zip(records, outcome.grades, strict=True)
         ]
-        write_jsonl(
-            options.graded, [record | grade for record, grade in zip(records, grades, strict=True)]
-        )
+        write_jsonl(options.graded, graded)
     origins = {dumps(record.get("origin")): record.get("origin") for record in records}
     values: dict[str, Any] = {
         **outcome.as_dict(),
@@ -184,31 +196,12 @@ def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool
             Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names
         )
         rows.append((name, part["tasks"], part["completions"], *shown))
-    counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
     table(
         ("mechanism", "groups", "completions", *names),
         rows,
-        title=f"{counts}, {values['faults']} not graded",
+        title=f"{values['completions']} completions, {values['at_limit']} as long as allowed, "
+        f"{values['faults']} not graded",
     )
-
-
-def _refuse_sampling(options: EvaluateCommand, settings: "SampleSettings") -> None:
-    """Refuse settings that say how completions are sampled, where a file has them."""
-    for kind, names in (
-        (options, ("model", "delta", "dtype", "device")),
-        (settings, ("per_task", "temperature", "max_new_tokens", "batch")),
-    ):
-        for name in names:
-            # A variable of the environment is for all commands.
-            common = os.environ.get(kind.environment_name(name) or "")
-            if name in kind.model_fields_set and str(getattr(kind, name)) != common:
-                flag = kind.spelling(name)
-                raise UsageError(
-                    f"{flag} with --samples",
-                    wanted="one of them",
-                    do=f"leave {flag} out: nothing is sampled",
-                    field=name,
-                )
 
 
 def _sampled(

@@ -17,7 +17,6 @@ MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
 PINS = Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")
 PROOF = Flag(reads="assay.poc.protocol.proof:Proof.load")
-ENGINE = Spelling(known_engine, str, "|".join(ENGINES))
 RECEIPTS = Flag(reads="assay.poc.responses.receipts:Receipts.load")
 
 KernelName = Annotated[
@@ -90,7 +89,9 @@ class ModelSettings(LoadSettings):
 class EngineSettings(LoadSettings):
     """How a model is loaded, where, and which engine runs it."""
 
-    engine: Annotated[str, ENGINE] = Field("hf", description="Engine that runs the model.")
+    engine: Annotated[str, Spelling(known_engine, str, "|".join(ENGINES))] = Field(
+        "hf", description="Engine that runs the model."
+    )
 
 
 class LaunchSettings(EngineSettings, ModelSettings):

@@ -15,10 +15,10 @@ from pydantic import AfterValidator, Field
 import assay
 from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
-from assay.errors import BackendUnavailable, UsageError, how_to_install
+from assay.errors import BackendUnavailable, how_to_install
 from assay.files.storage import check_new_folder
 from assay.framework.commands import Group
-from assay.framework.output import emit_json, show_tables, show_values, table
+from assay.framework.output import emit_json, show_tables, show_text, show_values, table
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
@@ -80,10 +80,12 @@ def list_(as_json: bool) -> None:
     ]
     # A table of its own, because the terms of a model would leave the names no room.
     missing = [(entry["reference"], entry["get_it"]) for entry in catalogue if "get_it" in entry]
-    further = (("not installed", "how to get it"), missing, "")
-    known = (("model", "parameters", "layers", "hidden", "vocabulary"), rows, "")
     show_tables(
-        "assay.models.list/1", {"models": catalogue}, as_json, known, *[further][: len(missing)]
+        "assay.models.list/1",
+        {"models": catalogue},
+        as_json,
+        (("model", "parameters", "layers", "hidden", "vocabulary"), rows, ""),
+        *([(("not installed", "how to get it"), missing, "")] if missing else []),
     )
 
 
@@ -102,11 +104,9 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
     assay.models.save_random(
         chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"})
     )
-    if as_json:
-        values = chosen.model_dump(include={"weights", "block_hash"})
-        emit_json("assay.models.random/1", {"path": str(chosen.output), **values})
-    else:
-        click.echo(str(chosen.output))
+    path = str(chosen.output)
+    values = {"path": path, "weights": chosen.weights, "block_hash": chosen.block_hash}
+    show_text("assay.models.random/1", values, as_json, path)
 
 
 @models.add("path", InfoSettings, example="assay models path pretrained:smollm2")
@@ -119,10 +119,7 @@ def path_(chosen: InfoSettings, as_json: bool) -> None:
     from assay.models.resolve import resolve
 
     path = str(resolve(chosen.reference).checkpoint)
-    if as_json:
-        emit_json("assay.models.path/1", {"path": path})
-    else:
-        click.echo(path)
+    show_text("assay.models.path/1", {"path": path}, as_json, path)
 
 
 class NumberSettings(Settings):
@@ -160,16 +157,12 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
     from assay.streams.arrays import as_tensor, digest
 
     of_normals = {"strength", "dtype"} if chosen.kind != "normal" else set()
-    for flag in map(chosen.spelling, of_normals & chosen.model_fields_set):
-        raise UsageError(
-            f"{flag} with {chosen.kind}",
-            wanted="normal, which alone has it",
-            do=f"leave {flag} out",
-        )
+    chosen.refuse(of_normals, chosen.kind, wanted="normal, which alone has it")
     source = assay.streams.get_backend(chosen.backend, chosen.device)
-    options = {} if of_normals else {"dtype": chosen.dtype}
     values = getattr(source, METHODS[chosen.kind])(
-        assay.streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **options
+        assay.streams.seeds([chosen.seed_text], chosen.strength),
+        chosen.n,
+        **chosen.model_dump(include={"dtype"}, exclude=of_normals),
     )
     row: Any = as_tensor(values)[0].cpu()
     # Floats as the shortest decimal that reads back to the same float32.
@@ -178,14 +171,13 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
         if row.is_floating_point()
         else row.tolist()
     )
-    if not as_json:
-        click.echo("\n".join(str(value) for value in printed))
-        return
     described = chosen.model_dump(exclude=of_normals) | {
         "backend": source.name,
         "device": source.device,
+        "sha256": digest(values),
+        "values": printed,
     }
-    emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
+    show_text("assay.streams/1", described, as_json, "\n".join(map(str, printed)))
 
 
 def doctor(as_json: bool) -> int:
@@ -207,12 +199,17 @@ def doctor(as_json: bool) -> int:
         (name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None
     ]
     absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
-    missing = [
-        {"name": name, "needed_for": purpose, "get_it": advice} for name, purpose, advice in absent
-    ]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
-        values = {"exact": exact, "backends": backends, "sandboxes": sandboxes, "missing": missing}
+        values = {
+            "exact": exact,
+            "backends": backends,
+            "sandboxes": sandboxes,
+            "missing": [
+                {"name": name, "needed_for": purpose, "get_it": advice}
+                for name, purpose, advice in absent
+            ],
+        }
         emit_json("assay.doctor/1", values | origin)
         return 0 if exact else 1
     versions: Any = origin.pop("versions")
@@ -234,24 +231,20 @@ def doctor(as_json: bool) -> int:
         for row in sandboxes
     ]
     table(("sandbox", "state"), states, title="Isolation of programs")
-    if missing:
+    if absent:
         table(("missing", "needed for", "how to get it"), absent)
     click.echo("Compare the SHA-256 column between two machines.")
-    if not exact:
-        click.echo("not good: a backend gives different bits")
-        return 1
     lacking = ", ".join(name for name, *_ in absent)
-    click.echo(f"all good; optional, and not installed: {lacking}" if lacking else "all good")
-    return 0
+    good = f"all good; optional, and not installed: {lacking}" if lacking else "all good"
+    click.echo(good if exact else "not good: a backend gives different bits")
+    return 0 if exact else 1
 
 
 def _backends() -> list[dict[str, Any]]:
-
     expected = assay.streams.selftest(assay.streams.get_backend("numpy"))
     rows = []
-    for name, device in product(assay.streams.BACKENDS, ("cpu", "cuda")):
-        if (name, device) == ("numpy", "cuda"):
-            continue
+    of_torch = product(("torch", "triton"), ("cpu", "cuda"))
+    for name, device in (("numpy", "cpu"), *of_torch):
         row: dict[str, Any] = {"backend": name, "device": device}
         try:
             digests = assay.streams.selftest(assay.streams.get_backend(name, device))

@@ -62,24 +62,23 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
     """
     from assay.poc.verdict.ledger import Ledger
 
-    key = None if chosen.public_key is None else normal_form(chosen.public_key)
+    key = chosen.public_key
     with Ledger(chosen.ledger, read_only=True) as opened:
         count, head = opened.head
         matching = (
             standing
             for standing in opened.standings()
-            if key in (None, normal_form(standing.account.public_key))
+            if key is None or normal_form(key) == normal_form(standing.account.public_key)
         )
         selected = list(islice(matching, chosen.limit))
-        listed = [] if chosen.public_key is None else selected
-        if chosen.public_key is not None and not selected:
+        if key is not None and not selected:
             raise no_such_key(
-                chosen.public_key,
-                {standing.account.public_key for standing in islice(opened.standings(), 10)},
+                key, {standing.account.public_key for standing in islice(opened.standings(), 10)}
             )
         audits = {
             standing.account: [*deque(opened.entries(standing.account), chosen.limit)]
-            for standing in listed
+            for standing in selected
+            if key is not None
         }
     if as_json:
         accounts = [standing.as_dict() for standing in selected]
@@ -130,12 +129,12 @@ def audit(chosen: LedgerAuditSettings, as_json: bool) -> int:
     from assay.poc.verdict.ledger_audit import audit_ledger
 
     outcome = audit_ledger(chosen.ledger, head=chosen.head)
-    published = "not given: a ledger that was rewritten as a whole would be clean too"
+    unpublished = "not given: a ledger that was rewritten as a whole would be clean too"
     rows = [
         ("result", "clean" if outcome.clean else "tampered with"),
         ("entries", f"{outcome.entries} as they should be, of {outcome.accounts} account(s)"),
         ("head", outcome.head),
-        ("published head", published if chosen.head is None else chosen.head),
+        ("published head", unpublished if chosen.head is None else chosen.head),
         *(("fault", str(fault)[:400]) for fault in outcome.faults),
         *(("note", note) for note in outcome.notes),
     ]
@@ -153,20 +152,20 @@ def export(chosen: ExportSettings, as_json: bool) -> None:
 
     with Ledger(chosen.ledger, read_only=True) as opened:
         count, head = opened.export(chosen.output, overwrite=chosen.overwrite)
-    values = {"path": str(chosen.output), "entries": count, "head": head}
-    show_values("assay.poc.ledger.export/1", values, as_json)
+    show_values(
+        "assay.poc.ledger.export/1",
+        {"path": str(chosen.output), "entries": count, "head": head},
+        as_json,
+    )
 
 
 def no_such_key(key: str, keys: Collection[str]) -> UsageError:
     """Return the refusal of a key without audits, which names keys that have some."""
-    expected = (
-        f"a key with audits, such as {', '.join(sorted(map(_cut, keys)))}"
-        if keys
-        else "a ledger with audits"
-    )
     return UsageError(
         f"--public-key {key:.80}, of which there is no audit",
-        wanted=expected,
+        wanted=f"a key with audits, such as {', '.join(sorted(map(_cut, keys)))}"
+        if keys
+        else "a ledger with audits",
         do="correct --public-key, or leave it out to list all accounts",
     )
 
@@ -184,12 +183,9 @@ def _cut(text: str | None) -> str:
 
 def _numbers(standing: "Standing") -> tuple[object, ...]:
     evidence = standing.evidence
-    counted = (
-        f"{evidence.n} of {standing.recorded}" if evidence.n < standing.recorded else evidence.n
-    )
     return (
         standing.audits,
-        counted,
+        f"{evidence.n} of {standing.recorded}" if evidence.n < standing.recorded else evidence.n,
         _day(standing.begun),
         _cut(standing.fault),
         f"{evidence.log_e_max:.1f}",
@@ -200,16 +196,15 @@ def _numbers(standing: "Standing") -> tuple[object, ...]:
 
 def _row(entry: "Entry") -> tuple[object, ...]:
     counted = len(entry.nonces) - len(entry.excluded)
-    outcome = entry.outcome
-    shown = f"{counted} of {len(entry.nonces)}" if entry.excluded else counted
-    values = (
+    return (
+        entry.seq,
+        _day(entry.time),
         _cut(entry.block_hash),
-        shown,
+        f"{counted} of {len(entry.nonces)}" if entry.excluded else counted,
         _cut(entry.fault),
-        f"{outcome.log_e_max:.1f}",
+        f"{entry.outcome.log_e_max:.1f}",
         entry.verdict,
     )
-    return entry.seq, _day(entry.time), *values
 
 
 def _day(seconds: float) -> str:

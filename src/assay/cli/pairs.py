@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+import assay.vhack.pairs
 from assay.cli.flags import ARGUMENT, FileSettings, Seed, Unsandboxed
 from assay.cli.vhack import PAIRS_HELP, pairs
 from assay.framework.output import progress_bar, show_tables, show_values
@@ -56,9 +57,7 @@ class VerifyPairsSettings(ListSettings):
 @pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")
 def list_pairs(chosen: ListSettings, as_json: bool) -> None:
     """List pairs with their groups and tags."""
-    from assay.vhack.pairs.generate import find_pairs
-
-    all_pairs = find_pairs(chosen.pairs)
+    all_pairs = assay.vhack.pairs.find_pairs(chosen.pairs)
     groups = len({pair.group for pair in all_pairs})
     records = [
         {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
@@ -81,18 +80,14 @@ def generate(chosen: GenerateSettings, as_json: bool) -> None:
 
     The same correct solution is on both sides, only the mechanism differs.
     """
-    from assay.vhack.pairs.generate import generate_pairs
-    from assay.vhack.pairs.pairs import write_pairs
-
-    pairs = generate_pairs(
+    pairs = assay.vhack.pairs.generate_pairs(
         chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"})
     )
-    write_pairs(chosen.output, pairs)
-    groups = len({pair.group for pair in pairs})
+    assay.vhack.pairs.write_pairs(chosen.output, pairs)
     values = {
         "path": str(chosen.output),
         "pairs": len(pairs),
-        "groups": groups,
+        "groups": len({pair.group for pair in pairs}),
         "seed": chosen.seed,
     }
     show_values("assay.vhack.pairs.generate/1", values, as_json)
@@ -108,14 +103,17 @@ def match(chosen: MatchSettings, as_json: bool) -> None:
 
     Models wrote both: `assay vhack evaluate --graded` writes such files.
     """
-    from assay.vhack.pairs.match import match_pairs
-    from assay.vhack.pairs.pairs import write_pairs
-
-    matched = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
-    write_pairs(chosen.output, matched.pairs)
-    groups = len({pair.group for pair in matched.pairs})
-    prompts = {"prompts_with_a_hack": matched.hacked, "prompts_with_work": matched.worked}
-    values = {"path": str(chosen.output), "pairs": len(matched.pairs), "groups": groups, **prompts}
+    matched = assay.vhack.pairs.match_pairs(
+        chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt
+    )
+    assay.vhack.pairs.write_pairs(chosen.output, matched.pairs)
+    values = {
+        "path": str(chosen.output),
+        "pairs": len(matched.pairs),
+        "groups": len({pair.group for pair in matched.pairs}),
+        "prompts_with_a_hack": matched.hacked,
+        "prompts_with_work": matched.worked,
+    }
     show_values("assay.vhack.pairs.match/1", values, as_json)
 
 
@@ -126,25 +124,27 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
     """
     from assay.vhack.environment.backends import available_backend
-    from assay.vhack.pairs.generate import find_pairs
-    from assay.vhack.pairs.verify import read_tests, verify_pairs
+    from assay.vhack.pairs.verify import read_tests
 
-    all_pairs = find_pairs(chosen.pairs)
+    all_pairs = assay.vhack.pairs.find_pairs(chosen.pairs)
     cases = read_tests(chosen.tests) if chosen.tests else None
     with progress_bar("verifying", "pairs") as progress:
-        verdicts = verify_pairs(
+        verdicts = assay.vhack.pairs.verify_pairs(
             all_pairs, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
         )
-    bad = [verdict for verdict in verdicts if not verdict.holds]
     backend = available_backend() or "unsandboxed"
-    good = len(verdicts) - len(bad)
-    values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
+    good = sum(verdict.holds for verdict in verdicts)
+    values = {
+        "backend": backend,
+        "verified": good,
+        "pairs": [verdict.as_dict() for verdict in verdicts],
+    }
     rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
     title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
     show_tables(
         "assay.vhack.pairs.verify/1",
-        {"backend": backend, **values},
+        values,
         as_json,
         (("pair", "group", "verdict"), rows, title),
     )
-    return 1 if bad else 0
+    return 0 if good == len(verdicts) else 1

@@ -132,23 +132,25 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
             expected |= {name: value for name, value in stated.items() if expected[name] is None}
         agreed = network.for_round(model=header.digest, **expected)
         agreed.check(header)
-        measured = find_pinned_calibration(network, header)
         believed = agreed.unpinned(header)
-        if measured is None:
+        if measured := find_pinned_calibration(network, header):
+            noise = measured.find_build(header).source
+        else:
             noise = missing_law(
                 network.model(header.digest).reference,
                 header.digest,
                 header.round,
                 frame=network.frame(header.digest),
             )
-        else:
-            noise = measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
-    promises = [
-        f"{name.replace('_', ' ')}: {'not stated' if value is None else value}"
-        for name, value in promise.items()
-    ]
-    lines = {"pinned": values["pinned"], "open": values["open"], "network": promises}
+    lines = {
+        "pinned": values["pinned"],
+        "open": values["open"],
+        "network": [
+            f"{name.replace('_', ' ')}: {'not stated' if value is None else value}"
+            for name, value in promise.items()
+        ],
+    }
     shown = values | {name: "\n".join(texts) or "nothing" for name, texts in lines.items()}
     if chosen.proof is not None:
         shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}

@@ -1,11 +1,11 @@
 """``assay poc``: prove and verify nonces, measure a frame, and prove public blocks."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import join
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 from pydantic import Field
@@ -160,31 +160,36 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     from assay.poc.network_pins import asked
     from assay.poc.protocol.commitments import Commitment, check_spread
 
-    model = chosen.model or ""
     usual = {
-        "model": model,
-        "preset": chosen.preset or usual_preset(model),
+        "model": chosen.model or "",
+        "preset": chosen.preset or usual_preset(chosen.model or ""),
         "seq_len": chosen.seq_len or POSITIONS,
     }
     stated = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
-    task = asked(
-        chosen.pins,
-        Proving(**chosen.values_for(Proving) | usual),
-        stated,
-        chosen.nonces if "nonces" in stated else None,
-    )
+    proving = Proving(**chosen.values_for(Proving) | usual)
+    task = asked(chosen.pins, proving, stated, stated.get("nonces"))
     if chosen.commit is not None:
         check_spread(task.round, task.nonces)
     with open_prover(task.proving) as loaded, progress_bar("proving") as progress:
         task.check_engine(*loaded)
         if warning := task.missing_law(*loaded):
             click.echo(f"warning: {warning}", err=True)
-        pace = _Pace(progress)
-        to = chosen.model_dump(include={"output", "overwrite"})
+        marks = [(time.perf_counter(), 0)]
+
+        def update(count: int, total: int) -> None:
+            marks.append((time.perf_counter(), count))
+            progress(count, total)
+
         proof = assay.poc.prove(
-            loaded[0], task.round, task.nonces, engine=loaded[1], progress=pace.update, **to
+            loaded[0],
+            task.round,
+            task.nonces,
+            engine=loaded[1],
+            progress=update,
+            output=chosen.output,
+            overwrite=chosen.overwrite,
         )
-    resumed, first, rate = pace.summary()
+    resumed, first, rate = _pace(marks)
     values = {
         "path": str(chosen.output),
         "model": proof.round.model,
@@ -202,16 +207,15 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         commitment = Commitment.of(proof)
         commitment.save(chosen.commit)
         values["commitment"] = commitment.root
-    if not as_json:
-        counts = proof.header.pipeline.output == "distance"
-        says = {
-            "valid": counts,
-            "valid_rate": counts,
-            "resumed": resumed > 0,
-            "first_batch_seconds": False,
-        }
-        values = {name: value for name, value in values.items() if says.get(name, True)}
-    show_values("assay.poc.prove/1", values, as_json)
+    counts = proof.header.pipeline.output == "distance"
+    says = {
+        "valid": counts,
+        "valid_rate": counts,
+        "resumed": resumed > 0,
+        "first_batch_seconds": False,
+    }
+    shown = {name: value for name, value in values.items() if as_json or says.get(name, True)}
+    show_values("assay.poc.prove/1", shown, as_json)
     if not as_json:
         say_next(_verifying(chosen, proof, task.proving.model))
 
@@ -257,12 +261,9 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
 
     stated = chosen.values_for(assay.poc.Pins) | {"model": None, "nonces": None}
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
-        auditor = Auditor(
+        outcome = Auditor(
             **chosen.values_for(Auditor), commitments=chosen.commitment, progress=progress
-        )
-        outcome = auditor.audit_proof(
-            chosen.proof, given=assay.poc.Pins(**stated), positions=chosen.nonces
-        )
+        ).audit_proof(chosen.proof, given=assay.poc.Pins(**stated), positions=chosen.nonces)
     if as_json:
         emit_document(outcome.as_dict())
     else:
@@ -283,23 +284,24 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     drawn, and what centres and scales the states. Publish it, and pin it: assay poc pins new
     --frame frame.safetensors.
     """
-    from assay.poc.launch import load
-
     check_new_file(chosen.output, overwrite=chosen.overwrite)
-    model = load(chosen.model, chosen.dtype, chosen.device)
+    model = assay.models.load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("measuring", "sequences") as progress:
         measured = assay.poc.measure_frame(model, progress=progress)
     measured.save(chosen.output)
-    values = {
-        "path": str(chosen.output),
-        "model": model.reference,
-        "digest": measured.digest,
-        "sha256": measured.sha256,
-        "coordinates": len(measured.mean),
-        "tokens": measured.rows - len(measured.left_out),
-        "left_out": len(measured.left_out),
-    }
-    show_values("assay.poc.frame/1", values, as_json)
+    show_values(
+        "assay.poc.frame/1",
+        {
+            "path": str(chosen.output),
+            "model": model.reference,
+            "digest": measured.digest,
+            "sha256": measured.sha256,
+            "coordinates": len(measured.mean),
+            "tokens": measured.rows - len(measured.left_out),
+            "left_out": len(measured.left_out),
+        },
+        as_json,
+    )
 
 
 @contextmanager
@@ -311,46 +313,30 @@ def noting_new(ledger: Path | None) -> Iterator[None]:
         click.echo(f"new ledger {ledger}", err=True)
 
 
-class _Pace:
-    """When batches were done: the first one, which may compile kernels, apart from the rest.
+def _pace(marks: Sequence[tuple[float, int]]) -> tuple[int, float, float]:
+    """Return nonces that an interrupted run left, seconds until the first batch was done, and
+    nonces per second.
 
-    Nonces that an interrupted run left count for nothing: this one did not spend time on them.
+    The rate is that after the first batch, which may compile kernels, or of it where there was no
+    other. Nonces that an interrupted run left count for nothing: this one did not spend time on
+    them.
+
+    Args:
+        marks: Time and number of nonces at the call, where the proof begins, and after every batch.
     """
-
-    def __init__(self, show: "Callable[[int, int], None] | None") -> None:
-        self._show = show
-        # The call, where the proof begins, the first batch, the newest one.
-        self._marks = [(time.perf_counter(), 0)]
-
-    def update(self, count: int, total: int) -> None:
-        """Note where the proof begins, and then every batch: the first and the newest are kept."""
-        self._marks[3:] = []
-        self._marks.append((time.perf_counter(), count))
-        if self._show:
-            self._show(count, total)
-
-    def summary(self) -> tuple[int, float, float]:
-        """Return nonces that an interrupted run left, seconds until the first batch was done, and
-        nonces per second.
-
-        The rate is that after the first batch, or of it where there was no other.
-        """
-        (begin, _), *later = self._marks
-        resumed = later[0][1] if later else 0
-        if len(later) < 2:
-            return resumed, 0.0, 0.0
-        (start, before), (end, count) = later[1], later[-1]
-        rate = (
-            (count - before) / (end - start)
-            if count > before
-            else (count - resumed) / (start - begin)
-        )
-        return resumed, start - begin, rate
+    (begin, _), *later = marks
+    resumed = later[0][1] if later else 0
+    if len(later) < 2:
+        return resumed, 0.0, 0.0
+    (start, before), (end, count) = later[1], later[-1]
+    rate = (
+        (count - before) / (end - start) if count > before else (count - resumed) / (start - begin)
+    )
+    return resumed, start - begin, rate
 
 
 def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None") -> None:
     noise = verdict.noise
-    sequential = verdict.sequential
     count = verdict.count
     header = verdict.header
     claims = header.claims() | {
@@ -364,6 +350,11 @@ def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None
         f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}; it decides nothing"
         if header.pipeline.texts == "published"
         else "none for this preset"
+    )
+    gross = (
+        f"{verdict.sequential.gross} above {verdict.sequential.gross_threshold:.2g}"
+        if verdict.sequential
+        else ""
     )
     condition = (
         ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
@@ -384,12 +375,7 @@ def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None
         ),
         ("power", "none" if verdict.power is None else f"{verdict.power:.0%} for {CHEAT}"),
         ("honest noise", "not measured" if noise is None else f"{noise.size:.2g} ({noise.source})"),
-        (
-            "gross residuals",
-            ""
-            if sequential is None
-            else f"{sequential.gross} above {sequential.gross_threshold:.2g}",
-        ),
+        ("gross residuals", gross),
         ("published rule", in_column(rule)),
         *life_rows(standing),
     ]
@@ -420,19 +406,25 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     if standing is None:
         return []
     evidence = standing.evidence
-    summary = (
-        f"{standing.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
-    )
-    numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
     cheap = "" if evidence.share is None else f"; up to {evidence.share:.0%} may be cheap"
     rows = [
-        ("whole life", summary),
-        ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}"),
+        (
+            "whole life",
+            f"{standing.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that "
+            "count",
+        ),
+        (
+            "",
+            f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}; for "
+            f"honesty e^{evidence.log_evidence_honest:.1f}{cheap}",
+        ),
     ]
     if evidence.credited is not None:
-        strikes = f"{evidence.strikes} of {STRIKES} strikes"
-        places = standing.fault or "none now"
-        rows.append(("fault", f"{places}; {evidence.credited} nonces credited, {strikes}"))
+        fault = (
+            f"{standing.fault or 'none now'}; {evidence.credited} nonces credited, "
+            f"{evidence.strikes} of {STRIKES} strikes"
+        )
+        rows.append(("fault", fault))
     return rows
 
 
@@ -465,14 +457,13 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     check_folder(chosen.output)
     with open_prover(proving) as (model, engine), progress_bar("proving", "blocks") as progress:
         chosen.output.mkdir(parents=True, exist_ok=True)
-        shape: dict[str, Any] = {
-            "preset": chosen.preset,
-            "seq_len": chosen.seq_len,
-            "model": model.digest,
-        }
         for number in range(1, chosen.blocks + 1):
             round = assay.poc.Round(
-                block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape
+                block_hash=f"{COLLECTED}-{number}",
+                public_key=COLLECTED,
+                preset=chosen.preset,
+                seq_len=chosen.seq_len,
+                model=model.digest,
             )
             path = chosen.output / f"{round.block_hash}.jsonl"
             if not path.exists():
@@ -488,8 +479,7 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
                     wanted="a proof of this run",
                     do="name another folder with -o",
                 )
-            if progress:
-                progress(number, chosen.blocks)
+            progress(number, chosen.blocks)
     values = {"path": str(chosen.output), "blocks": chosen.blocks, "nonces": chosen.nonces}
     show_values("assay.poc.collect/1", values | engine.fingerprint.as_dict(), as_json)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-import assay
+import assay.poc.responses
 from assay.cli.flags import (
     ARGUMENT,
     RECEIPTS,
@@ -26,10 +26,6 @@ RequestFile = Annotated[
     REQUESTS,
     Field(description="Requests that were sent: for exit code 0, and for hashed prompts."),
 ]
-NoiseFile = Annotated[
-    Path | None, Flag(reads="assay.poc.responses.response_calibration:ResponseCalibration.load")
-]
-LoraFolder = Annotated[Path | None, Flag(reads="assay.poc.responses.receipts:digest_adapter")]
 Batch = Annotated[
     int,
     "RESPONSES",
@@ -80,9 +76,9 @@ class RespondSettings(FileSettings, ModelSettings):
 class ReplaySettings(AuditSettings):
     """Settings of ``assay poc replay``: the validator's values, and how it recomputes."""
 
-    calibration: NoiseFile = Field(
-        None, description="Measured honest noise of responses; else the default."
-    )
+    calibration: Annotated[
+        Path | None, Flag(reads="assay.poc.responses.response_calibration:ResponseCalibration.load")
+    ] = Field(None, description="Measured honest noise of responses; else the default.")
     receipts: Annotated[Path, ARGUMENT, RECEIPTS] = Field(description="File of receipts.")
     requests: RequestFile = None
     sample: Annotated[int | None, "RESPONSES"] = Field(
@@ -91,7 +87,7 @@ class ReplaySettings(AuditSettings):
     evidence: Literal["both", "tokens", "sketches"] = Field(
         "both", description="What receipts must have."
     )
-    lora: LoraFolder = Field(
+    lora: Annotated[Path | None, Flag(reads="assay.poc.responses.receipts:digest_adapter")] = Field(
         None, description="Directory of the LoRA adapter of receipts that name one."
     )
     batch_size: Batch = 16
@@ -126,9 +122,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     chat template makes it. Any of user_seed, n, max_tokens and the parameters of sampling may
     follow; the settings are for the rest.
     """
-    from assay.poc import responses
     from assay.poc.audit import with_token_ids
-    from assay.poc.launch import load
     from assay.poc.protocol.checks import check_name
 
     for name in ("block_hash", "public_key"):
@@ -137,15 +131,19 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
             getattr(chosen, name),
             do=f"pass --{name.replace('_', '-')} as the chain prints it",
         )
-    names = set(responses.Sampling.__dataclass_fields__) - {"logit_bias"}
-    sampling = responses.Sampling(**{name: getattr(chosen, name) for name in names})
-    requests = responses.read_requests(
-        chosen.prompts, sampling=sampling, user_seed=chosen.user_seed, max_tokens=chosen.max_tokens
+    sampling = assay.poc.responses.Sampling(**chosen.values_for(assay.poc.responses.Sampling))
+    requests = with_token_ids(
+        assay.poc.responses.read_requests(
+            chosen.prompts,
+            sampling=sampling,
+            user_seed=chosen.user_seed,
+            max_tokens=chosen.max_tokens,
+        ),
+        chosen.model,
     )
-    requests = with_token_ids(requests, chosen.model)
-    loaded = load(chosen.model, chosen.dtype, chosen.device)
+    loaded = assay.models.load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("answering", "tokens") as progress:
-        written = responses.respond(
+        written = assay.poc.responses.respond(
             loaded,
             requests,
             **chosen.model_dump(
@@ -154,14 +152,18 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
             progress=progress,
         )
     footer = written.footer
-    rate = round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0
-    values = {
-        "path": str(chosen.output),
-        "model": written.header.reference,
-        **asdict(footer),
-        "tokens_per_second": rate,
-    }
-    show_values("assay.poc.respond/1", values, as_json)
+    show_values(
+        "assay.poc.respond/1",
+        {
+            "path": str(chosen.output),
+            "model": written.header.reference,
+            **asdict(footer),
+            "tokens_per_second": round(footer.tokens / footer.seconds, 2)
+            if footer.seconds
+            else 0.0,
+        },
+        as_json,
+    )
 
 
 @poc.add(
@@ -189,8 +191,7 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     from assay.poc.audit import Auditor
 
     with noting_new(chosen.ledger), progress_bar("replaying", "responses") as progress:
-        auditor = Auditor(**chosen.values_for(Auditor), progress=progress)
-        outcome = auditor.audit_receipts(
+        outcome = Auditor(**chosen.values_for(Auditor), progress=progress).audit_receipts(
             chosen.receipts,
             given=assay.poc.Pins(**chosen.values_for(assay.poc.Pins) | {"model": None}),
             **chosen.model_dump(include={"requests", "evidence", "lora", "batch_size"}),
@@ -198,22 +199,19 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     if as_json:
         emit_document(outcome.as_dict())
         return outcome.exit_code
-    verdict, result, header = (
-        outcome.verdict,
-        outcome.verdict.result,
-        outcome.verdict.receipts.header,
-    )
+    verdict = outcome.verdict
+    fingerprint = verdict.receipts.header.fingerprint
     share = (
         f"{verdict.matches} of {verdict.tokens}"
         if verdict.tokens
         else "no token was sampled with seeds"
     )
     e_values = "none"
-    if result is not None:
-        of_parts = (
-            f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+    if result := verdict.result:
+        e_values = (
+            f"e^{result.log_e_max:.1f}: e^{result.tokens.log_e_max:.1f} tokens, "
+            f"e^{result.sketches.log_e_max:.1f} sketches"
         )
-        e_values = f"e^{result.log_e_max:.1f}: {of_parts}"
     rows = [
         ("verdict", verdict.verdict),
         ("reason", verdict.reason),
@@ -221,7 +219,7 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         ("tokens that match", share),
         ("e-value at most", e_values),
         ("honest noise", "not measured" if verdict.noise is None else verdict.noise.source),
-        ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
+        ("node", f"{fingerprint.library}, {fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
         *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
         *life_rows(outcome.standing),
@@ -242,15 +240,16 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     Receipts of nodes of one build are replayed by this verifier. Files of different public keys say
     how far machines of the build differ.
     """
-    from assay.poc import responses
     from assay.poc.audit import requests_of
     from assay.poc.launch import Launch, open_prefill
     from assay.poc.responses.response_calibration import check_enough_tokens, check_one_checkpoint
 
-    files = [responses.Receipts.load(path) for path in chosen.receipts]  # first what needs no torch
+    files = [
+        assay.poc.responses.Receipts.load(path) for path in chosen.receipts
+    ]  # first what needs no torch
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
-    engine_choice = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
+    engine_choice = Launch(**chosen.values_for(Launch))
     engine_choice.check_engine()
     from assay.poc.responses.replaying import check_adapter, check_runnable
 
@@ -266,29 +265,31 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
         measured = [
             (
                 read.header,
-                responses.replay(
+                assay.poc.responses.replay(
                     read, loaded, requests=known_requests, engine=engine, progress=progress
                 ),
             )
             for read in files
         ]
-        calibration = responses.calibrate_responses(measured, engine.fingerprint)
+        calibration = assay.poc.responses.calibrate_responses(measured, engine.fingerprint)
     calibration.save(chosen.output)
-    tokens = calibration.noise.tokens
-    sketches = calibration.noise.sketches
-    values = {
-        "path": str(chosen.output),
-        "checkpoint": calibration.digest,
-        "machines": len({read.header.public_key for read in files}),
-        "responses": calibration.responses,
-        "tokens": calibration.tokens,
-        "matching": round(calibration.matches / calibration.tokens, 5)
-        if calibration.tokens
-        else 0.0,
-        "typical_difference_of_logits": tokens.law.size,
-        "tokens_between_responses": tokens.between,
-        "tokens_effect": tokens.effect,
-        "typical_distance_of_sketches": sketches.law.size,
-        "sketches_between_responses": sketches.between,
-    }
-    show_values("assay.poc.calibrate-responses/1", values, as_json)
+    noise = calibration.noise
+    show_values(
+        "assay.poc.calibrate-responses/1",
+        {
+            "path": str(chosen.output),
+            "checkpoint": calibration.digest,
+            "machines": len({read.header.public_key for read in files}),
+            "responses": calibration.responses,
+            "tokens": calibration.tokens,
+            "matching": round(calibration.matches / calibration.tokens, 5)
+            if calibration.tokens
+            else 0.0,
+            "typical_difference_of_logits": noise.tokens.law.size,
+            "tokens_between_responses": noise.tokens.between,
+            "tokens_effect": noise.tokens.effect,
+            "typical_distance_of_sketches": noise.sketches.law.size,
+            "sketches_between_responses": noise.sketches.between,
+        },
+        as_json,
+    )

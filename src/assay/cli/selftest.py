@@ -20,7 +20,6 @@ SAYS = {
     "no law": "changed; no law says whether it matters",
     "not run": "not run",
 }
-KEY = Flag(variable="ASSAY_API_KEY_FILE")
 LONGEST_KEY = 2**16  # bytes of a key file
 BLOCK = "selftest"  # block and key of a round that pays no node
 
@@ -41,7 +40,7 @@ class SelftestSettings(LaunchSettings):
     )
     calibration: CalibrationFile = None
     frame: FrameFile = None
-    api_key_file: Annotated[Path | None, KEY] = Field(
+    api_key_file: Annotated[Path | None, Flag(variable="ASSAY_API_KEY_FILE")] = Field(
         None, description="File with the key for --url."
     )
 
@@ -73,14 +72,19 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
         preset=preset,
         seq_len=chosen.seq_len,
     )
-    launch = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device", "frame"}))
+    launch = Launch(**chosen.values_for(Launch))
     options: dict[str, Any] = chosen.model_dump(include={"nonces", "batch_size"})
     pipeline = assay.poc.get_pipeline(preset)
     _check_preset(pipeline, remote=chosen.url is not None)
     if chosen.url is None:
         launch.check_engine(pipeline)
     else:
-        _check_remote(chosen)
+        chosen.refuse(
+            ("engine", "dtype", "device", "frame"),
+            "--url",
+            wanted="a server, which has its own",
+            otherwise=", or --url to start an engine here",
+        )
     calibration = (
         None if chosen.calibration is None else assay.poc.Calibration.load(chosen.calibration)
     )
@@ -94,7 +98,7 @@ def selftest(chosen: SelftestSettings, as_json: bool) -> int:
                 launch, round, calibration=calibration, progress=progress, **options
             )
     else:
-        builds = [] if calibration is None else calibration.builds
+        builds = () if calibration is None else calibration.builds
         laws = (build.noise_between("", None) for build in builds if build.preset == preset)
         result = run_remote_selftest(
             chosen.url, round, key=_read_key(chosen.api_key_file), noise=next(laws, None), **options
@@ -152,19 +156,4 @@ def _check_preset(pipeline: "assay.poc.Pipeline", *, remote: bool) -> None:
             f"preset {pipeline.name} with --url",
             wanted="one that publishes vectors, which a job returns",
             do="pass --preset artifact or tokens-1",
-        )
-
-
-def _check_remote(chosen: SelftestSettings) -> None:
-    """Refuse settings of an engine beside the address of one that runs."""
-    flags = [
-        chosen.spelling(name)
-        for name in ("engine", "dtype", "device", "frame")
-        if name in chosen.model_fields_set
-    ]
-    if flags:
-        raise UsageError(
-            f"{flags[0]} with --url",
-            wanted="a server, which has its own",
-            do=f"leave {flags[0]} out, or --url to start an engine here",
         )

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
 from pydantic import Field
 
 import assay
@@ -12,7 +11,7 @@ from assay.cli.flags import ARGUMENT, FOLDER, KernelName, Limit, ModelSettings
 from assay.cli.poc import poc
 from assay.errors import UsageError
 from assay.files.storage import check_folder
-from assay.framework.output import emit_json, show_tables
+from assay.framework.output import show_tables, show_text
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from assay.poc.validator.validator_settings import ValidatorSettings
 
 
-SERVICE = "assay.poc.service.service_settings:ServiceSettings"
-SERVER = "assay.poc.net.server_settings:ServerSettings"
-LISTENER = "assay.poc.net.server_settings:ListenerSettings"
 Port = Annotated[
     int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
 ]
@@ -120,7 +116,7 @@ class CallbackListSettings(DataSettings):
 @poc.add(
     "serve",
     RunSettings,
-    SERVICE,
+    "assay.poc.service.service_settings:ServiceSettings",
     panel="Node",
     shown="model data_dir host port api_key_file allow_private_callbacks pins ledger device dtype",
     rare="log_format",
@@ -156,7 +152,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
 @poc.add(
     "receive",
     ReceiveSettings,
-    LISTENER,
+    "assay.poc.net.server_settings:ListenerSettings",
     panel="Node",
     instead={"data_dir": "--output"},
     shown="host port output api_key_file log_format",
@@ -178,13 +174,12 @@ def list_callbacks(chosen: CallbackListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
     from assay.poc.service.outbox import open_outbox
 
-    statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
+    delivered = ["delivered"] if chosen.every else []
     with open_outbox(chosen.data_dir) as outbox:
-        rows = outbox.rows(statuses, chosen.limit)
-        counts = outbox.counts()
+        rows = outbox.rows(["open", "pending", "dead", *delivered], chosen.limit)
+        values = {**outbox.counts(), "callbacks": [row._asdict() for row in rows]}
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
     listed = [[getattr(row, name) for name in columns] for row in rows]
-    values = {**counts, "callbacks": [row._asdict() for row in rows]}
     show_tables("assay.poc.callbacks/1", values, as_json, (columns, listed, ""))
 
 
@@ -204,10 +199,12 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
             wanted="ids of dead callbacks",
             do="`assay poc callbacks list` shows them",
         )
-    if as_json:
-        emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
-    else:
-        click.echo(f"{count} callbacks are pending again")
+    show_text(
+        "assay.poc.callbacks.replay/1",
+        {"replayed": count},
+        as_json,
+        f"{count} callbacks are pending again",
+    )
 
 
 class ValidatorRunSettings(RunSettings):
@@ -219,7 +216,7 @@ class ValidatorRunSettings(RunSettings):
 @poc.add(
     "validator",
     ValidatorRunSettings,
-    SERVER,
+    "assay.poc.net.server_settings:ServerSettings",
     "assay.poc.validator.validator_settings:ValidatorSettings",
     panel="Validator",
     shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
@@ -251,10 +248,9 @@ def validator(
 
     def load() -> "Deployment":
         pins = assay.poc.NetworkPins.load(settings.pins)
-        deployed = chosen.deploy(pins, dtype)
-        again = (
+        controls = (
             chosen.model_copy(update={"dtype": name}).deploy(pins) for name in settings.controls
         )
-        return replace(deployed, controls=tuple(again))
+        return replace(chosen.deploy(pins, dtype), controls=tuple(controls))
 
     validate(load, settings, server, reference=chosen.model, host=chosen.host, port=chosen.port)

@@ -1,12 +1,13 @@
 """``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 from pydantic import Field
 
-import assay
+import assay.vhack.pairs
 from assay.cli.flags import (
     ARGUMENT,
     DTYPE,
@@ -29,6 +30,7 @@ from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
+    from assay.stats.bootstrap import BootstrapInterval
     from assay.vhack.detectors.comparison import Comparison
     from assay.vhack.training.settings import TrainSettings
 
@@ -44,9 +46,11 @@ Batch = Annotated[
 ]
 BASIS = Flag(reads="assay.vhack.names:check_basis")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
-_AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
-_PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
-"""Settings that :func:`assay.vhack.extract` takes as they are."""
+# Settings that assay.vhack.extract takes as they are.
+_PASSED = {
+    *("n_heldout", "heldout_groups", "top_k", "tau_axis", "method"),
+    *("rank", "factors", "max_tokens", "checkpointing"),
+}
 
 
 class WeightLoadSettings(LoadSettings):
@@ -163,10 +167,9 @@ class TrainCommand(FolderSettings):
 )
 def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
-    from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import fewest_groups, select_pairs
 
-    pairs = find_pairs(chosen.pairs)  # before torch is imported
+    pairs = assay.vhack.pairs.find_pairs(chosen.pairs)  # before torch is imported
     if chosen.cache is not None:
         check_folder(chosen.cache)
     select_pairs(pairs, **chosen.model_dump(include={"n_heldout", "heldout_groups", "method"}))
@@ -192,7 +195,6 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         )
     basis.save(chosen.output)
     origin = basis.origin
-    held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
     values = {
         "path": str(chosen.output),
         "model": origin.model,
@@ -205,7 +207,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         "pairs_used": len(origin.pairs),
         "pairs_skipped": len(origin.skipped),
         "pairs_held_out": len(pairs) - len(origin.given),
-        "groups_held_out": held_out,
+        "groups_held_out": sorted({pair.group for pair in pairs} - set(origin.groups)),
         "undecided_axes": len(basis.undecided),
         "captured_energy": round(origin.captured, 6),
     }
@@ -223,10 +225,9 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
 
     Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
     """
-    from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import check_groups
 
-    all_pairs = find_pairs(chosen.pairs)  # before torch is imported
+    all_pairs = assay.vhack.pairs.find_pairs(chosen.pairs)  # before torch is imported
     grouping = [pair.group for pair in all_pairs], chosen.method, chosen.seed, chosen.alpha
     few = None if chosen.basis else check_groups(*grouping)
     from assay.vhack.directions.checks.check_page import make_page
@@ -235,8 +236,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
         **chosen.model_dump(include={"k_use", "alpha", "seed", "method"})
     )
     read = assay.vhack.Basis.load(chosen.basis) if chosen.basis else None
-    few = check_groups(*grouping, read.origin.groups) if read else few
-    if few:
+    if few := check_groups(*grouping, read.origin.groups) if read else few:
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:
@@ -296,13 +296,11 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
     if keep_result(result.as_dict(), chosen.output, as_json):
         return result.exit_code
     outcome = result.check
-    measured = result.check.measured
-    assert measured is not None
     rows = [
         ("samples that cheat", str(len(result.hack))),
         ("samples that do not", str(len(result.clean))),
         ("left out, of groups of the basis", str(result.left_out)),
-        ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
+        ("AUROC of cin", "{} ({})".format(*_with_interval(outcome.measured))),
         *((f"largest p, {null}", f"{p:.2g}") for null, p in outcome.p_values.items()),
         *((name.replace("_", " "), f"{value:.3f}") for name, value in outcome.details.items()),
     ]
@@ -319,15 +317,16 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     """
     first, *more = chosen.results
     command = f"assay vhack report {first}"
-
-    logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
-    if first.is_dir() and not any(logs):  # before torch, as the next one
-        raise DataError(
-            f"{first} without a log",
-            wanted="the directory of a run, with its log",
-            do="wait for a step, or name another directory",
-        )
-    if (more or first.suffix != ".json") and not first.is_dir():
+    is_log = bool(more) or first.suffix != ".json"
+    # What can be refused before torch is imported.
+    if first.is_dir():
+        if not any(first.glob("*.jsonl")) and not any(first.glob("*/log.jsonl")):
+            raise DataError(
+                f"{first} without a log",
+                wanted="the directory of a run, with its log",
+                do="wait for a step, or name another directory",
+            )
+    elif is_log:
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
             raise DataError(
@@ -341,37 +340,33 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
                 wanted=f"the log of a run, {LOG}",
                 do="name logs of a study, or of assay vhack train",
             )
-    is_state = False
-    if first.suffix == ".json" and not more:
-        parsed = read_json(first)
-        is_state = isinstance(parsed.get("log_history"), list)
-        if parsed.get("schema") != CHECK and not is_state:
-            raise DataError(
-                f"{first} is no check and no log of TRL",
-                wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
-                do="name another file",
-            )
+    parsed = {} if is_log else read_json(first)
+    is_check = parsed.get("schema") == CHECK
+    if not is_log and not is_check and not isinstance(parsed.get("log_history"), list):
+        raise DataError(
+            f"{first} is no check and no log of TRL",
+            wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
+            do="name another file",
+        )
     from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.training.page import training_page
 
-    try:
-        page = None if more else training_page(first, command=command)
-    except (AssayError, OSError):  # a check, or a log that research reads
-        if is_state:
-            raise
-        page = None
-    if page is None and (more or first.suffix != ".json"):
+    values = {"path": str(chosen.output)}
+    page = None
+    if is_check:
+        read = assay.vhack.checks.CheckReport.from_dict(parsed)
+        page = make_page(read, command=command)
+        values["verdict"] = read.verdict
+    elif not more:
+        with suppress(*((AssayError, OSError) if is_log else ())):  # research reads other logs
+            page = training_page(first, command=command)
+    if page is None:
         extension("vhack report --runs")(chosen, as_json)
         return
     if chosen.check:
         raise UsageError(
             f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out"
         )
-    values = {"path": str(chosen.output)}
-    if page is None:
-        read = assay.vhack.checks.CheckReport.from_dict(parsed)
-        page = make_page(read, command=command)
-        values["verdict"] = read.verdict
     page.write(chosen.output)
     show_values("assay.vhack.report/1", values, as_json)
 
@@ -391,7 +386,6 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an
     exploit.
     """
-    from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.training.pool import RolloutPool
     from assay.vhack.training.tasks import import_function
 
@@ -405,7 +399,7 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     for flag, where in (("--reward", chosen.reward), ("--tasks", chosen.tasks)):
         if isinstance(where, str):
             import_function(where, flag)
-    find_pairs(chosen.pairs)
+    assay.vhack.pairs.find_pairs(chosen.pairs)
     from assay.vhack.training.run import train
     from assay.vhack.training.step_log import SHOWN
 
@@ -417,21 +411,24 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
         trackers=options.tracker,
         allow_unsandboxed=options.allow_unsandboxed,
     )
-    code = 0 if result.alarm is None else 1
-    # One of several processes prints.
-    if not result.is_first:
-        return code
-    values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
-    values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
-    rows = [
-        (name.replace("_", " "), f"{result.last[name]:.4f}")
-        for name in SHOWN
-        if name in result.last
-    ]
-    title = f"{result.arm}: {result.steps} steps in {result.folder}"
-    columns = ("", "mean of the last 10 steps")
-    show_tables("assay.vhack.train.result/1", values, as_json, (columns, rows, title))
-    return code
+    if result.is_first:  # one of several processes prints
+        values = {
+            "path": str(result.folder),
+            "arm": result.arm,
+            "steps": result.steps,
+            "resumed_from": result.resumed_from,
+            "last": result.last,
+            "alarm": result.alarm,
+        }
+        rows = [
+            (name.replace("_", " "), f"{result.last[name]:.4f}")
+            for name in SHOWN
+            if name in result.last
+        ]
+        title = f"{result.arm}: {result.steps} steps in {result.folder}"
+        shown = (("", "mean of the last 10 steps"), rows, title)
+        show_tables("assay.vhack.train.result/1", values, as_json, shown)
+    return 0 if result.alarm is None else 1
 
 
 def keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> bool:
@@ -461,16 +458,15 @@ def check_tokenizer(model: str) -> None:
 
 def print_checks(result: "assay.vhack.checks.CheckReport", *, title: str) -> None:
     """Print the table of checks with their largest null p-values, and why failed ones failed."""
-    rows: list[tuple[str, ...]] = []
-    for outcome in result.checks:
-        value = outcome.measured
-        shown = (
-            ("", "")
-            if value is None
-            else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+    rows = [
+        (
+            outcome.title,
+            *_with_interval(outcome.measured),
+            f"{max(outcome.p_values.values()):.2g}" if outcome.p_values else "",
+            outcome.verdict,
         )
-        p = f"{max(outcome.p_values.values()):.2g}" if outcome.p_values else ""
-        rows.append((outcome.title, *shown, p, outcome.verdict))
+        for outcome in result.checks
+    ]
     table(
         ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"),
         rows,
@@ -480,6 +476,13 @@ def print_checks(result: "assay.vhack.checks.CheckReport", *, title: str) -> Non
         if outcome.verdict != "pass":
             click.echo(f"{outcome.title}: {outcome.reason}")
     _print_detectors(result.detectors)
+
+
+def _with_interval(value: "BootstrapInterval | None") -> tuple[str, str]:
+    """Return a measured value and its interval as text; empty where nothing was measured."""
+    if value is None:
+        return "", ""
+    return f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}"
 
 
 def _print_detectors(compared: "Comparison | None") -> None:

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points, requires
+from itertools import filterfalse
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -44,7 +45,7 @@ EXTENSIONS = "assay.commands"
 experiment``.
 """
 EXTRAS = ("serve", "train")  # in which the packages are that a command may miss
-REQUIREMENT = re.compile(r"[\w.-]+")  # name at the head of a requirement
+
 CONTINUES = "what is done is kept, and the same command continues it"
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,6 +81,7 @@ class Setting:
         self.field: FieldInfo = kind.model_fields[name]
         self.flag = kind.flag(name)
         self.spelling = kind.spelling(name)
+        self.types = (self.field.annotation, *get_args(self.field.annotation))
         self.text = next(
             (entry for entry in self.field.metadata if isinstance(entry, Spelling)), None
         )
@@ -87,9 +89,7 @@ class Setting:
     @property
     def repeats(self) -> bool:
         """Whether the option may be given several times."""
-        annotation = self.field.annotation
-        kinds = (annotation, *get_args(annotation))
-        return self.text is None and any(get_origin(kind) is tuple for kind in kinds)
+        return self.text is None and any(get_origin(kind) is tuple for kind in self.types)
 
     @property
     def default(self) -> Any:
@@ -120,7 +120,6 @@ class Setting:
     def unit(self) -> str:
         """What stands for a value in the help: its unit, its few words, or the end of the name."""
         words = words_of(self.field.annotation)
-        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
         unit = self.flag.unit or (
             "|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit
         )
@@ -128,13 +127,16 @@ class Setting:
             "DIRECTORY"
             if (self.field.description or "").startswith("Directory")
             else "FILE"
-            if is_path
+            if Path in self.types
             else self.name.split("_")[-1].upper()
         )
 
-    @property
-    def parameter(self) -> click.Parameter:
-        """The option or argument of click, which takes any text: the settings check values."""
+    def parameter(self, *, hidden: bool) -> click.Parameter:
+        """Return the option or argument of click, which takes any text: the settings check values.
+
+        Args:
+            hidden: Whether the help leaves the option out.
+        """
         if self.flag.argument:
             words = f"{self.spelling}{'...' * self.repeats}"
             return click.Argument(
@@ -145,7 +147,7 @@ class Setting:
             )
         options: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
         options = {"is_flag": True} if self.field.annotation is bool else options
-        return click.Option([self.name, *self.flag.names], help=self.help, **options)
+        return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **options)
 
     def read(self, value: Any) -> Any:
         """Return a value of a command line or a file as the settings class takes it."""
@@ -155,10 +157,7 @@ class Setting:
             and self.field.annotation is str
         ):
             return str(value)
-        if isinstance(value, bool) and bool not in (
-            self.field.annotation,
-            *get_args(self.field.annotation),
-        ):
+        if isinstance(value, bool) and bool not in self.types:
             return str(value).lower()  # pydantic would take true as 1
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
 
@@ -254,36 +253,33 @@ class Command(click.Command):
 
     def key_of(self, flag: str) -> str | None:
         """Return the key of the configuration file that a word beginning with dashes stands for."""
-        names = (name for name in self.settings if not self.is_option(name))
+        names = filterfalse(self.is_option, self.settings)
         return next((name for name in names if flag in self.settings[name].flag.names), None)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, which are made when they are first asked for."""
         if not self.params:
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
-            for name in filter(self.is_option, ordered):
-                parameter = self.settings[name].parameter
-                if isinstance(parameter, click.Option):
-                    parameter.hidden = not self.is_shown(name)
-                self.params.append(parameter)
+            self.params += [
+                self.settings[name].parameter(hidden=not self.is_shown(name))
+                for name in filter(self.is_option, ordered)
+            ]
             if self.settings:
-                self.params.append(
+                self.params += [
                     click.Option(
                         ["assignments", "--set"],
                         help="Another setting; repeatable.",
                         multiple=True,
                         metavar="NAME=VALUE",
-                    )
-                )
-                self.params.append(
+                    ),
                     click.Option(
                         ["--config"],
                         help="TOML file with further settings.",
                         type=click.Path(path_type=Path),
                         metavar="FILE",
                         envvar="ASSAY_CONFIG",
-                    )
-                )
+                    ),
+                ]
             if "as_json" in inspect.signature(self.function).parameters:
                 self.params.append(
                     click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object.")
@@ -292,13 +288,12 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write how to get the other settings, and the example."""
-        words = ctx.command_path.split()[1:]
         keys = sum(not self.is_shown(name) for name in self.settings)
         formatter.write_paragraph()
         if keys:
             formatter.write_text(
                 f"{keys} more setting{'s' * (keys > 1)} by --set or --config: assay config "
-                f"{' '.join(words)}"
+                f"{ctx.command_path.partition(' ')[2]}"
             )
         formatter.write(f"{self.epilog}\n")
 
@@ -314,10 +309,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the command with its settings, name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]
-        values = self.gather(ctx, words)
-        as_json = values.pop("as_json", False)
-        takes_json = "as_json" in inspect.signature(self.function).parameters
-        options = {"as_json": as_json} if takes_json else {}
+        values, options = self.gather(ctx, words)
         try:
             instances = self.build(values)
             self.check_files(instances, values)
@@ -330,14 +322,18 @@ class Command(click.Command):
             raise
         except ModuleNotFoundError as error:  # a command imports what it runs
             raise _not_installed(error) from error
-        except (OSError, AssayError) as error:
-            fault = self._advised(error, words)
-            if fault is error:
-                raise
-            raise fault from error
+        except OSError as error:
+            raise self._advised(in_assay_words(error), error, words) from error
+        except AssayError as error:
+            self._advised(error, error.__cause__ or error, words)
+            raise
 
-    def gather(self, ctx: click.Context, words: Sequence[str]) -> dict[str, Any]:
-        """Return the values of a call by field: of the file, the variables and the command line."""
+    def gather(
+        self, ctx: click.Context, words: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, bool]]:
+        """Return the values of a call by field, of the file, the variables and the command line,
+        and ``as_json`` where the function takes it.
+        """
         table = own_table(ctx.params.get("config"), ctx, words)
         as_json = table.pop("json", False)
         if not isinstance(as_json, bool):
@@ -349,8 +345,7 @@ class Command(click.Command):
         _warn_of_variables(self.settings.values())
         values = self._named(table, "the configuration file")
         for kind in self.kinds:
-            variables = Variables(kind)()
-            values |= {n: v for n, v in variables.items() if self.settings[n].kind is kind}
+            values |= self._of(kind, Variables(kind)())
         values |= self._named(self.assigned(ctx.params.get("assignments", ())), "--set")
         values |= {
             name: value
@@ -363,7 +358,12 @@ class Command(click.Command):
             for name, value in values.items()
             if value not in (None, ())
         }
-        return {"as_json": ctx.params.get("as_json") or as_json, **values}
+        takes_json = "as_json" in ctx.params
+        return values, {"as_json": ctx.params["as_json"] or as_json} if takes_json else {}
+
+    def _of(self, kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those values whose fields are of a settings class."""
+        return {n: v for n, v in values.items() if self.settings[n].kind is kind}
 
     def assigned(self, texts: Iterable[str]) -> dict[str, Any]:
         """Return what each ``--set NAME=VALUE`` says by name, as a configuration file would."""
@@ -391,10 +391,7 @@ class Command(click.Command):
         refuse_own_sources(self.settings, values)
         for name in {"model", "reference"} & values.keys():
             check_reference(str(values[name]), with_weights=name == "model")
-        instances = []
-        for kind in self.kinds:
-            mine = {n: v for n, v in values.items() if self.settings[n].kind is kind}
-            instances.append(kind(**mine))
+        instances = [kind(**self._of(kind, values)) for kind in self.kinds]
         if "device" in values:
             check_device(values["device"])
         return instances
@@ -414,35 +411,28 @@ class Command(click.Command):
                     )
                 _say(f"{values[name]} exists, and the result will replace it ({flag})")
         for setting in self.settings.values():
-            instance = instances[self.kinds.index(setting.kind)]
-            setting.check_files(getattr(instance, setting.name))
+            setting.check_files(getattr(instances[self.kinds.index(setting.kind)], setting.name))
 
-    def _advised(self, error: OSError | AssayError, words: Sequence[str]) -> AssayError:
-        """Return an error in three parts, naming the flag or key that it is about."""
-        fault = in_assay_words(error) if isinstance(error, OSError) else error
+    def _advised(self, fault: AssayError, cause: BaseException, words: Sequence[str]) -> AssayError:
+        """Return an error that names the flag or key that it is about, and what a repetition does.
+
+        A flag that is not an option becomes its key of the configuration file.
+        """
         faulty = self.settings.get(fault.field)
         if faulty is not None and faulty.spelling not in str(fault):
             fault.do += f" ({faulty.spelling})"
-        cause = fault.__cause__ or error
+        for name in filterfalse(self.is_option, self.settings):
+            flag = rf"{re.escape(self.settings[name].spelling)}(?![\w-])"
+            fault.seen = re.sub(flag, f"`{name}`", fault.seen)
+            fault.do, count = re.subn(flag, f"`{name}`", fault.do)
+            if count:
+                fault.do += (
+                    f"; write --set {name}=…, or `{name}` under [{'.'.join(words)}] of --config"
+                )
         full_disk = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG)
-        self._name_keys(fault, words)
-        if full_disk and (self.resumable or "resumable" in vars(error)):
+        if full_disk and (self.resumable or "resumable" in vars(fault) | vars(cause)):
             fault.do += f"; {CONTINUES}"
         return fault
-
-    def _name_keys(self, error: AssayError, words: Sequence[str]) -> None:
-        """Name the key of the configuration file where an error names a flag that is not one."""
-        for name, setting in self.settings.items():
-            if self.is_option(name):
-                continue
-            flag = rf"{re.escape(setting.spelling)}(?![\w-])"
-            error.seen = re.sub(flag, f"`{name}`", error.seen)
-            advice, count = re.subn(flag, f"`{name}`", error.do)
-            if count:
-                table = ".".join(words)
-                error.do = (
-                    f"{advice}; write --set {name}=…, or `{name}` under [{table}] of --config"
-                )
 
     def _named(self, table: Mapping[str, Any], source: str) -> dict[str, Any]:
         """Return the values of a configuration file or of ``--set`` by field."""
@@ -516,8 +506,7 @@ class Group(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, also one of another package."""
-        is_elsewhere = cmd_name in self.elsewhere or cmd_name in self.list_commands(ctx)
-        if cmd_name in self.commands or not is_elsewhere:
+        if cmd_name in self.commands or cmd_name not in (*self.elsewhere, *self.list_commands(ctx)):
             return self.commands.get(cmd_name)
         loaded: click.Command = extension(self._words(cmd_name))
         return loaded
@@ -528,12 +517,14 @@ class Group(click.Group):
         """Return the command that is called; name the nearest one where there is no such."""
         if self.get_command(ctx, args[0]) is None:
             places = _places(ctx.find_root().command, args[0])
-            do = f"see {ctx.command_path} --help"
-            if places:
-                do = f"did you mean assay {places[0]}? Else {do}"
-            else:
-                do = _nearest(args[0], self.list_commands(ctx), do)
-            raise UsageError(args[0], wanted=f"a command of {ctx.command_path}", do=do)
+            look = f"see {ctx.command_path} --help"
+            raise UsageError(
+                args[0],
+                wanted=f"a command of {ctx.command_path}",
+                do=f"did you mean assay {places[0]}? Else {look}"
+                if places
+                else _nearest(args[0], self.list_commands(ctx), look),
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -573,16 +564,22 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     """Return a command's table of a configuration file, such as ``[poc.prove]``; else empty."""
     if path is None:
         return {}
-    tables = read_tables(path)
+    try:
+        # Not by the source of pydantic-settings, whose parser bounds neither keys nor numbers, and
+        # which takes a missing file for an empty one.
+        tables = read_toml(path)
+    except DataError as error:
+        error.do += " (--config)"
+        raise
     command: click.Command | None = context.find_root().command
     for word in words:
         assert isinstance(command, Group)
         names = command.list_commands(context)
         for key, value in tables.items():
             if key not in names or not isinstance(value, dict):
-                kind = "command" if isinstance(value, dict) else "table"
                 raise UsageError(
-                    f"configuration file {path}: {key} is not a {kind} of {command.name}",
+                    f"configuration file {path}: {key} is not a "
+                    f"{'command' if isinstance(value, dict) else 'table'} of {command.name}",
                     wanted="a TOML file with a table per command, as `assay config COMMAND` "
                     "prints it",
                     do="correct the file, or leave --config out",
@@ -590,17 +587,6 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         tables = tables.get(word, {})
         command = command.get_command(context, word)
     return tables
-
-
-def read_tables(path: Path) -> dict[str, Any]:
-    """Return the tables of a configuration file; errors name its flag."""
-    try:
-        # Not by the source of pydantic-settings, whose parser bounds neither keys nor numbers, and
-        # which takes a missing file for an empty one.
-        return read_toml(path)
-    except DataError as error:
-        error.do += " (--config)"
-        raise
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:
@@ -647,37 +633,28 @@ def in_assay_words(error: OSError) -> StorageError:
     return storage_error(Path(str(error.filename or "output")), error)
 
 
-def in_three_parts(error: click.ClickException) -> UsageError:
+def in_three_parts(error: click.UsageError) -> UsageError:
     """Return an error of click's parser with what was seen, wanted and to do."""
-    context = getattr(error, "ctx", None)
+    context = error.ctx
     name = context.command_path if context else "assay"
     look = f"see {name} --help"
-    if isinstance(error, click.NoSuchOption):
-        flags = (
-            [flag for parameter in context.command.get_params(context) for flag in parameter.opts]
-            if context
-            else []
-        )
-        command = context.command if context else None
-        key = command.key_of(error.option_name) if isinstance(command, Command) else None
-        if key and isinstance(command, Command):
-            words = ".".join(name.split()[1:])
+    if isinstance(error, click.NoSuchOption) and context:
+        command = context.command
+        flags = [flag for option in command.get_params(context) for flag in option.opts]
+        if not isinstance(command, Command):
+            do = _nearest(error.option_name, flags, look)
+        elif key := command.key_of(error.option_name):
             on_the_line = "" if command.settings[key].flag.secret else f"--set {key}=…, or "
-            do = f"write {on_the_line}`{key} = …` under [{words}] in a file for --config"
+            table = ".".join(name.split()[1:])
+            do = f"write {on_the_line}`{key} = …` under [{table}] in a file for --config"
         elif error.option_name.lstrip("-") in flags:
             do = "pass its value without the flag"
-        elif isinstance(command, Command):
-            do = command.advise(error.option_name, flags, look)
         else:
-            do = _nearest(error.option_name, flags, look)
+            do = command.advise(error.option_name, flags, look)
         return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
     if isinstance(error, click.BadOptionUsage):
-        expected = (
-            "no value behind this flag"
-            if "not take" in error.message
-            else "a value behind this flag"
-        )
-        return UsageError(error.option_name, wanted=expected, do=look)
+        wants = "no value" if "not take" in error.message else "a value"
+        return UsageError(error.option_name, wanted=f"{wants} behind this flag", do=look)
     return UsageError(
         f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look
     )
@@ -697,22 +674,16 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
     package = (error.name or "assay").partition(".")[0]
     if package == "assay":
         return error
+    # A requirement in the metadata of assay: trl>=1.16; extra == 'train'
+    of_package = re.compile(
+        rf"{package.replace('_', '-')}(?![\w.-]).*extra == .({'|'.join(EXTRAS)})\b"
+    )
+    matches = filter(None, map(of_package.match, requires("assay") or ()))
     return BackendUnavailable(
         f"the package {error.name} is not installed",
         wanted="what the command needs beside assay itself",
-        do=how_to_install(_extra_of(package)),
+        do=how_to_install(next((match[1] for match in matches), EXTRAS[0])),
     )
-
-
-def _extra_of(package: str) -> str:
-    """Return the extra for users that has a package, by the metadata of assay."""
-    named = package.replace("_", "-")
-    for requirement in requires("assay") or ():
-        name = REQUIREMENT.match(requirement)
-        extra = requirement.rpartition("extra == ")[2].strip("'\"")
-        if name and name[0] == named and extra in EXTRAS:
-            return extra
-    return EXTRAS[0]
 
 
 @contextmanager
@@ -735,7 +706,7 @@ def without_collection() -> Iterator[None]:
 def _warn_of_variables(settings: Iterable[Setting]) -> None:
     """Name the variables that begin as those of assay and that no command reads."""
     names = (setting.kind.environment_name(setting.name) for setting in settings)
-    for name, near in unknown([name for name in names if name]).items():
+    for name, near in unknown(filter(None, names)).items():
         hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
         _say(f"{name} is set, but no command reads it: {hint}")
 

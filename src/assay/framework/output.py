@@ -66,6 +66,14 @@ def show_tables(
         table(columns, rows, title)
 
 
+def show_text(schema: str, values: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print values as one JSON object, or a text that says the same."""
+    if as_json:
+        emit_json(schema, values)
+    else:
+        click.echo(text)
+
+
 def show_values(
     schema: str, values: dict[str, Any], as_json: bool, *, title: str = "value"
 ) -> None:
@@ -94,8 +102,8 @@ def say_next(command: str) -> None:
 
 def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
-    as_json = os.environ.get("ASSAY_ERRORS") == "json"
     parts = {name: getattr(error, name) for name in ("seen", "wanted", "do")}
+    as_json = os.environ.get("ASSAY_ERRORS") == "json"
     text = json.dumps({"error": type(error).__name__, **parts}) if as_json else f"error: {error}"
     click.echo(text, err=True)
 
@@ -163,7 +171,7 @@ _bars: list[Progress] = []  # what is on the terminal now
 
 
 @contextmanager
-def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr; without a terminal, a line every few seconds."""
     if not _is_terminal(sys.stderr):
         # The first update, which may come long after a model loads, and the last.
@@ -181,24 +189,22 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
                     f"{label}: {count} of {total} {unit}, {_rate(rate, unit)}{remaining}", err=True
                 )
 
-        yield say if sys.stderr is not None else None
+        yield say
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-    )
     with ExitStack() as stack:
         # A terminal has one at a time, of several lines.
         if not _bars:
             stack.callback(_bars.clear)
-            _bars.append(
-                stack.enter_context(
-                    Progress(*columns, console=Console(stderr=True), transient=True)
-                )
+            progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
             )
+            _bars.append(stack.enter_context(progress))
         bar = _bars[0]
         task = bar.add_task(label, total=None, unit=unit)
         stack.callback(bar.remove_task, task)
@@ -210,14 +216,14 @@ def loading_bar() -> Iterator[None]:
     """Show how far a model is loaded, where that takes longer than a moment."""
     with ExitStack() as stack:
         begun: dict[str, float] = {}
-        update: list[Callable[[int, int], None] | None] = []
+        update: list[Callable[[int, int], None]] = []
 
         def listener(label: str, count: int, total: int) -> None:
             lasted = time.monotonic() - begun.setdefault(label, time.monotonic())
             if not update and lasted > MOMENT and count < total:
                 update.append(stack.enter_context(progress_bar(label, "million")))
-            if update and update[0]:
-                update[0](count // 10**6, total // 10**6)
+            for show in update:
+                show(count // 10**6, total // 10**6)
             if count == total:
                 stack.close()
                 update.clear()

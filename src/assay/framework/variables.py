@@ -5,7 +5,7 @@ test compares it with docs/configuration.md, which is generated from them.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 PREFIX = "ASSAY_"
@@ -82,16 +82,15 @@ OF_KUBERNETES = ("PORT", "SERVICE_")
 """Beginnings of names that Kubernetes sets in every container beside a service called assay."""
 
 
-def unknown(further: Collection[str]) -> dict[str, str]:
+def unknown(further: Iterable[str]) -> dict[str, str]:
     """Return the set variables that nothing reads, each with the known name nearest to it, or "".
 
     Args:
         further: Variables of a command of another package, which are known besides.
     """
     names = {PREFIX + name for name in NAMES} | set(further)
-    strange = {name for name in os.environ if name.startswith(PREFIX)} - names
     return {
         name: "".join(get_close_matches(name, names, n=1, cutoff=0.8))
-        for name in sorted(strange)
-        if not name.removeprefix(PREFIX).startswith(OF_KUBERNETES)
+        for name in sorted(os.environ.keys() - names)
+        if name.startswith(PREFIX) and not name.removeprefix(PREFIX).startswith(OF_KUBERNETES)
     }
