@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("forked_engines")
 PRESET = "decode-64"
 STEPS = 64
 PROMPT = 32
-HONEST = 48
+HONEST = 24
 CHEATED = 16  # nonces of the proofs of transformers: enough to be honest, and to be a fraud
 
 

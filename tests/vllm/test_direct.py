@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from assay import poc
 from assay.models import load_model
 from assay.poc import measure_frame
 from assay.poc.vllm.vllm_engine import VLLMEngine
+from tests.usual import enough
 from tests.vllm.conftest import (
     ON_GPU,
     ONE_GPU,
@@ -36,9 +38,12 @@ from tests.waiting import until
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
 PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")
+DTYPES = ("float32", "bfloat16")
+"""CPUs compute the second slowly: one preset shows that it has the same bits too."""
+IN_FLOAT32 = enough(DTYPES, "float32")
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def engine(request):
     options = dict(
         SMALL_ENGINE,
@@ -71,18 +76,7 @@ def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof,
 @pytest.mark.skipif(
     ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law"
 )
-@pytest.mark.parametrize("preset", PRESETS)
-def test_both_paths_give_the_same_bits(engine, preset: str):
-    direct, beside = by_path(engine, "auto", preset)
-    requests, none = by_path(engine, "requests", preset)
-    assert (beside, none) == (48, 0)
-    assert np.array_equal(published(direct), published(requests))
-    assert nothing_is_held(engine)
-
-
-@pytest.mark.skipif(
-    ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law"
-)
+@pytest.mark.parametrize("engine", IN_FLOAT32, indirect=True)
 @pytest.mark.parametrize("seq_len", [9, 128])
 def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     """Less than a block of the cache, and whole blocks."""
@@ -131,6 +125,7 @@ def test_recorded_passes_give_the_same_bits():
         assert all(np.array_equal(first, one) for one in recorded)
 
 
+@pytest.mark.parametrize("engine", IN_FLOAT32, indirect=True)
 def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(
     engine, monkeypatch: pytest.MonkeyPatch
 ):
@@ -142,6 +137,26 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(
     assert engine.client.direct.describe()["reason"]
     assert np.array_equal(published(failed), expected) or ON_GPU
     assert by_path(engine, "auto", "poc-2.0")[1] == 48
+    assert nothing_is_held(engine)
+
+
+@pytest.mark.skipif(
+    ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law"
+)
+@pytest.mark.parametrize(
+    ("engine", "preset"),
+    [
+        *product(DTYPES[:1], PRESETS),
+        (DTYPES[1], PRESETS[0]),
+        *(pytest.param(DTYPES[1], preset, marks=pytest.mark.soak) for preset in PRESETS[1:]),
+    ],
+    indirect=["engine"],
+)
+def test_both_paths_give_the_same_bits(engine, preset: str):
+    direct, beside = by_path(engine, "auto", preset)
+    requests, none = by_path(engine, "requests", preset)
+    assert (beside, none) == (48, 0)
+    assert np.array_equal(published(direct), published(requests))
     assert nothing_is_held(engine)
 
 
@@ -187,18 +202,18 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 def test_chat_beside_a_round_is_the_same_and_the_round_goes_on(server):
     """Chat comes while calls run, and calls come back after it."""
     assert server.get("/engine").json()["direct"]["reason"] == "no round has begun"
-    alone = asyncio.run(talk(server.url, 24))
+    alone = asyncio.run(talk(server.url, 12))
     server.begin("direct-chat")
     server.wait_for(16)
     engine = server.get("/engine").json()
     assert engine["direct"]["reason"] is None
     assert engine["direct"]["nonces"] >= 16
-    beside = asyncio.run(talk(server.url, 24))
+    beside = asyncio.run(talk(server.url, 12))
     before = server.get("/engine").json()["direct"]["nonces"]
-    server.wait_for(server.checked() + 64)
+    server.wait_for(server.checked() + 32)
     assert server.get("/engine").json()["direct"]["nonces"] > before
     server.post("/stop").raise_for_status()
-    assert [one["status"] for one in beside] == [200] * 24
+    assert [one["status"] for one in beside] == [200] * 12
     assert [one["text"] for one in beside] == [one["text"] for one in alone]
     check_idle(server)
 
