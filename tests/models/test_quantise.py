@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, ModelError
-from assay.models import load_model, rounding
+from assay.models import eight_bits, load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import round_rows
 from assay.models.number_formats import check_rounding
@@ -41,10 +41,10 @@ def test_a_row_is_rounded_by_its_own_largest_magnitude():
 
 def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint, monkeypatch):
     model = load_model(small_checkpoint, device="cpu")
-    monkeypatch.setattr(rounding, "WIDTHS", 48)
+    monkeypatch.setattr(eight_bits, "WIDTHS", 48)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     with refuses(ModelError, "a width that float8 cannot multiply on cuda is refused") as refused:
-        rounding.quantise(backbone(model.module))
+        eight_bits.round_linears(backbone(model.module))
     assert "multiples of 48" in refused.value.wanted
 
 
