@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 29_999, "lines88": 72_170},
-    "research": {"statements": 11_377, "lines88": 27_564},
+    "src": {"statements": 28_955, "lines88": 71_100},
+    "research": {"statements": 11_372, "lines88": 27_553},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
 25 000 statements and 60 000 lines."""
