@@ -14,7 +14,6 @@ from assay.errors import ProofFormatError, UsageError
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded
-from assay.poc.engines.hf.decoding import Decoder
 from assay.poc.protocol.pipelines import SPHERE_POINTS
 from assay.poc.protocol.records import (
     describe_packing,
@@ -158,7 +157,7 @@ def test_step_by_step_along_a_claim_agrees_with_one_pass(model: Model, proof: Pr
 
     draws.follow = follow_claim
     with engine.between_layers(SHORT.layers, ROUND):
-        Decoder(model).decode(draws)
+        draws.decode()
     scores_RNQ = torch.cat(draws.scores, dim=1)
     chosen_RN1 = torch.from_numpy(claimed.astype(np.int64)).unsqueeze(2)
     stepped = scores_RNQ.amax(dim=2) - scores_RNQ.gather(2, chosen_RN1).squeeze(2)

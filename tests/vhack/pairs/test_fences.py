@@ -94,3 +94,14 @@ def test_a_completion_of_many_fences_is_read_in_a_time_that_grows_as_it_does():
     fences = "```\n" * 100_000
     good = "def solve(x):\n    return x\n"
     assert find_programs(f"{fences}```python\n{good}```\n", "solve") == [good]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "fences",
+    ["```markdown\n", "~~~md\n```md\n", "```\n'''\n```\n\"\"\"\n", "```md\n'''\n"],
+    ids=["markdown", "two-fences", "quotes", "quoted-markdown"],
+)
+def test_blocks_that_do_not_end_are_read_in_a_time_that_grows_as_they_do(fences: str):
+    """Where each looks through all that follows, this takes minutes."""
+    find_programs(fences * (500_000 // len(fences)), "solve")

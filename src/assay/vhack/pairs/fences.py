@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 
 _PYTHON = frozenset({"python", "py", "ipython", "pycon"})  # before a version
+_MOST_MARKDOWN = 8
+"""Blocks of Markdown that are looked into: all that follows one is read again."""
 _OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
 # A line of a block that defines, and runs nothing: a constant has no call.
 _DEFINES = re.compile(
@@ -60,20 +62,18 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """
     lines = text.split("\n")
     start = 0
+    looked_into = 0
     while start < len(lines):
         opening = _OPENING.match(lines[start].rstrip("\r"))
         start += 1
         if opening is None or (opening["fence"][0] == "`" and "`" in opening["info"]):
             continue
         closing = re.compile(rf"[ \t]*{opening['fence'][0]}{{{len(opening['fence'])},}}[ \t\r]*")
-        # Read no further than the first, or a completion of many fences takes quadratic time.
-        ends = (row for row in range(start, len(lines)) if closing.fullmatch(lines[row]))
-        end = next(ends, len(lines))
-        if _is_quoted(lines[start:end]):
-            end = next((row for row in ends if not _is_quoted(lines[start:row])), end)
+        end = _end(lines, start, closing)
         words = opening["info"].strip().strip("{}.").lower().split()
         language = re.split(r"[\s,:={]", words[0])[0] if words else ""
-        if language in ("markdown", "md"):
+        if language in ("markdown", "md") and looked_into < _MOST_MARKDOWN:
+            looked_into += 1
             lines[end : end + 1] = [""]
             continue
         indent = len(opening["indent"])
@@ -82,6 +82,18 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         start = end + 1
 
 
-def _is_quoted(lines: list[str]) -> bool:
-    """Return whether a text of three quotes is open after these lines."""
-    return any("\n".join(lines).count(quotes) % 2 for quotes in ('"""', "'''"))
+def _end(lines: list[str], start: int, closing: re.Pattern[str]) -> int:
+    """Return the row of the fence that closes a block, or the number of rows.
+
+    Lines are looked at once: a completion of many fences must not take quadratic time.
+    """
+    first = None
+    counts = dict.fromkeys(('"""', "'''"), 0)
+    for row in range(start, len(lines)):
+        if closing.fullmatch(lines[row]):
+            if not any(count % 2 for count in counts.values()):
+                return row
+            first = row if first is None else first
+        for quotes in counts:
+            counts[quotes] += lines[row].count(quotes)
+    return len(lines) if first is None else first
