@@ -198,7 +198,7 @@ class Run:
             )
         line = dumps({"key": key, **values})
         if self._origin is not None:
-            self._file.append({"origin": self._origin})
+            self._file.append_lines([dumps({"origin": self._origin})])
             self._origin = None
         self._file.append_lines([line])
         self._keys.add(key)
@@ -270,7 +270,7 @@ def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) 
             "settings": settings,
             "origin": origin,
         }
-        file.append(header)
+        file.append_lines([dumps(header)])
         return Run(file, (), None)
     parsed = _parsed([line.encode() for line in lines], file.partial, experiment)
     _check_settings(parsed.settings, settings, file.path)
