@@ -209,15 +209,15 @@ async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version
     parallel = llm.vllm_config.parallel_config
     engines = int(parallel.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
-    steps = 1 + int(parallel.pipeline_parallel_size)
-    fills = engines * max(1, min(steps * step, int(scheduler.max_num_seqs)))
+    stages = int(parallel.pipeline_parallel_size)
+    fills = engines * max(1, min((1 + stages) * step, int(scheduler.max_num_seqs)))
     client = Client(
         llm,
         Throttle(settings, llm.output_processor.get_num_unfinished_requests, fills),
         engines,
         version,
     )
-    client.stages = int(parallel.pipeline_parallel_size)
+    client.stages = stages
     await client.install()
     return client
 
