@@ -17,8 +17,8 @@ from assay.vhack.training import TrainLog
 from assay.vhack.training.grpo import trl_arguments
 from assay.vhack.training.log import read_steps
 from assay.vhack.training.outcomes import SOURCES, Outcomes
+from assay.vhack.training.prepared import PreparedRun
 from assay.vhack.training.rewards import EpisodeReward
-from assay.vhack.training.run import PreparedRun
 from assay.vhack.training.step_log import StepLog, measure_sources
 from assay.vhack.training.trl_internals import sync_merged
 from tests.vhack.delta.conftest import Engine

@@ -17,8 +17,8 @@ from assay.vhack.training import Guard
 from assay.vhack.training.judged import as_sample, pair_judged
 from assay.vhack.training.outcomes import FLAGS
 from assay.vhack.training.page import training_page
+from assay.vhack.training.prepared import PreparedRun
 from assay.vhack.training.rewards import EpisodeReward
-from assay.vhack.training.run import PreparedRun
 
 SEEN = []
 

@@ -17,10 +17,11 @@ from assay.vhack.directions.basis import extract as _extract
 from assay.vhack.directions.delta import ARMS
 from assay.vhack.directions.delta import adapter as _delta
 from assay.vhack.training import TrainLog, train
+from assay.vhack.training import prepared as _prepared
 from assay.vhack.training import run as _run
 from assay.vhack.training.log import read_records, read_steps
 from assay.vhack.training.outcomes import Outcomes
-from assay.vhack.training.run import PreparedRun
+from assay.vhack.training.prepared import PreparedRun
 from tests.usual import usual
 from tests.wordings import refuses
 
@@ -80,7 +81,7 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
 def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_path, monkeypatch):
     common = {"arm": "erase-gradient", "save_every": 1}
     run("run", steps=1, **common)
-    for module in (_extract, _run):
+    for module in (_extract, _prepared):
         monkeypatch.setattr(
             module, "pair_gradients", lambda *_, **__: pytest.fail("gradients were computed again")
         )
@@ -274,7 +275,7 @@ def test_the_log_of_a_script_is_not_continued_as_a_run(settings, tasks, tmp_path
 def test_what_cannot_be_trained_is_refused_before_its_weights_are_decomposed(
     settings, pairs, model, monkeypatch, tmp_path, what
 ):
-    monkeypatch.setattr(_run, "weight_svd", None)
+    monkeypatch.setattr(_prepared, "weight_svd", None)
     given = {}
     if what == "experts":
         linear = model.module.model.layers[0].mlp.down_proj
@@ -379,7 +380,7 @@ def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
         fitted.append(len(pairs))
         return fit_judge(pairs, *rest, **others)
 
-    monkeypatch.setattr(_run, "fit_judge", counted)
+    monkeypatch.setattr(_prepared, "fit_judge", counted)
     result = run("run", steps=2, arm="filter", detector="cin-svd", clean_lost=0.3, refresh=1)
     # Of each of the two prompts of a step a stored exploit and the policy's own work.
     assert fitted == [6, 8, 10]
