@@ -11,7 +11,8 @@ Both ways take turns, each in a process of its own, which sees its assay first o
       --nonces 3072 \
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
-Figures are the best of the rounds of a process (nonces or samples per second); the ratio is that of
+Figures are the best of the rounds of a process (nonces, samples, or factors of the whole model per
+second); the ratio is that of
 the medians over the turns. The first way begins in even turns.
 """
 
@@ -70,6 +71,7 @@ def measure(chosen, model, nonces, way):
             ROOT / "src/assay/models/reference/qwen3"
         )
         svd = weight_svd(loaded, method="gram")
+        rates["factors"] = best(lambda: weight_svd(loaded, method="gram"), 1)
         rates["gradients"] = best(
             lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd),
             chosen.samples,
@@ -87,7 +89,10 @@ def main():
     )
     options.add_argument("--models", nargs="+", default=["reference:qwen3"])
     options.add_argument(
-        "--gradients", nargs="*", default=[], help="models whose gradients are measured, too"
+        "--gradients",
+        nargs="*",
+        default=[],
+        help="models whose factors and gradients are measured, too",
     )
     options.add_argument(
         "--nonces", type=int, nargs="+", default=[128], help="nonces of a proof, for each model"

@@ -221,3 +221,17 @@ def test_a_limit_of_the_process_counts_as_the_end_of_a_gpu(monkeypatch):
     assert free_bytes(torch.device("cuda")) == 60 + 15 - 10
     has(get_per_process_memory_fraction=0.4)
     assert free_bytes(torch.device("cuda")) == 40 - 10
+
+
+def test_the_limit_of_a_gpu_without_a_number_is_asked_for_as_torch_wants_it(monkeypatch):
+    for name in ("mem_get_info", "memory_allocated", "memory_reserved"):
+        value = (60, 100) if name == "mem_get_info" else 0
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+
+    def fraction(device):
+        # torch takes a number, None or a device with a number.
+        assert device is None or isinstance(device, int) or device.index is not None
+        return 0.5
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
+    assert free_bytes(torch.device("cuda")) == free_bytes(torch.device("cuda", 1)) == 50

@@ -131,6 +131,7 @@ def config(**changed):
     values |= {"model.dtype": torch.float32, "model.get_hidden_size": lambda: 16}
     values |= dict.fromkeys(("model.enable_sleep_mode", "model.uses_mrope"), False)
     values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
+    values |= {"parallel.distributed_executor_backend": "mp"}
     values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
     values |= {
         "compilation.static_forward_context": {},
@@ -356,7 +357,13 @@ async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another
         ({"lora_config": object()}, "lora"),
         ({"kv_transfer_config": object()}, "kv-transfer"),
         ({"model.enable_sleep_mode": True}, "sleep"),
-        ({"parallel.pipeline_parallel_size": 2}, "stages"),
+        (
+            {
+                "parallel.pipeline_parallel_size": 2,
+                "parallel.distributed_executor_backend": "ray",
+            },
+            "stages over Ray",
+        ),
         ({"parallel.data_parallel_size": 2}, "data parallel"),
         ({"parallel.enable_eplb": True}, "eplb"),
         ({"parallel.use_ubatching": True}, "dbo"),

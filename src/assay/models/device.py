@@ -47,7 +47,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
-        limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        limit = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
         return min(free + torch.cuda.memory_reserved(device), limit) - allocated
     return int(psutil.virtual_memory().available) + kept_bytes()
 

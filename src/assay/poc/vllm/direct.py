@@ -27,7 +27,9 @@ from assay.errors import reason_of
 from assay.models.device import free_bytes
 from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
+from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
+from assay.poc.vllm.stages import FAILED, StageLink
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.arrays import dtype_name, torch_dtype
 
@@ -335,7 +337,7 @@ def may_record(runner: Any, config: Any) -> bool:
     mode = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
     return (
         mode != "NONE"
-        and int(parallel.tensor_parallel_size) == 1
+        and int(parallel.tensor_parallel_size) == int(parallel.pipeline_parallel_size) == 1
         and not prefetch.offload_group_size
     )
 
@@ -377,8 +379,8 @@ def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
             "a model that reads the tokens themselves",
         ),
         (
-            parallel.pipeline_parallel_size > 1,
-            "stages: one that fails would leave the others waiting",
+            parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "ray",
+            "stages over Ray, which were not tried",
         ),
         (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
         (parallel.enable_eplb, "--enable-eplb"),
@@ -410,6 +412,10 @@ class DirectPasses:
         self._dtype = dtype_name(config.model_config.dtype)
         self._streams = streams.get_backend("auto", runner.device.type)
         self._activations = activations
+        stages = int(config.parallel_config.pipeline_parallel_size)
+        self._link = StageLink(stages, runner.device)
+        # Embeddings; with stages the states and residuals that are received, or sent twice.
+        self._handed = 1 if stages == 1 else 4
         self._cache: Tensor | None = None
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
         self._recorded: tuple[Any, PassGraph | None] | None = (
@@ -450,7 +456,8 @@ class DirectPasses:
         if self._activations:
             blocks = -(-seq_len // int(cache.shape[2]))
             bytes_per_nonce = blocks * cache[0].numel() * cache.element_size()
-            bytes_per_nonce += seq_len * self._width * torch_dtype(self._dtype).itemsize
+            itemsize = torch_dtype(self._dtype).itemsize
+            bytes_per_nonce += self._handed * seq_len * self._width * itemsize
             most = min(
                 most,
                 int(self._activations / (seq_len / largest * self._activations + bytes_per_nonce)),
@@ -462,25 +469,38 @@ class DirectPasses:
         """Queue passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
-        the rest.
+        the rest. A pass that fails is the last one that computes; the next stage hears of all.
 
         Raises:
-            RuntimeError: A step of vLLM is not finished.
+            RuntimeError: A step of vLLM is not finished, or an earlier stage failed.
         """
+        failure: Exception | None = None
         if self._runner.execute_model_state is not None:
-            raise RuntimeError("a step of vLLM is not finished")
-        parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
-        rows = [self._rows(spec, part) for part in parts]
+            failure = RuntimeError("a step of vLLM is not finished")
+        rows = []
+        for start in range(0, len(nonces), batch):
+            part = nonces[start : start + batch]
+            received = self._link.receive()
+            states = None
+            if failure is None:
+                try:
+                    states = self._forward(spec, part, received)
+                    if self._link.is_last:
+                        rows.append(self._rows(spec, part, states))
+                except Exception as error:
+                    failure = error
+            self._link.send(states)
+        if failure is not None:
+            raise failure
         return (
             HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
-            if is_first_of_group()
+            if self._link.is_last and is_first_of_group()
             else None
         )
 
-    def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
+    def _rows(self, spec: Spec, nonces: list[int], states_ND: Tensor) -> Tensor:
         """Return what is read of the hidden states of one pass, [B, D]."""
         seq_len = spec.round.seq_len
-        states_ND = self._forward(spec, nonces)
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             # A view would keep the states of every pass.
@@ -499,15 +519,20 @@ class DirectPasses:
             ]
         )
 
-    def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the
-        last one.
+    def _forward(
+        self, spec: Spec, nonces: list[int], received: dict[str, Tensor] | None = None
+    ) -> Any:
+        """Make the inputs of nonces, or take the states of the stage before, and run all layers.
 
-        Whole passes of one kind are recorded after the first of them, in which kernels are chosen
-        and compiled.
+        Returns the hidden states [N, D] of the last one; on other stages than the last, what vLLM
+        hands on. Whole passes of one kind are recorded after the first of them, in which kernels
+        are chosen and compiled.
         """
-        inputs = self._inputs(spec, nonces)
         seq_len = spec.round.seq_len
+        if received is None:
+            inputs = self._inputs(spec, nonces)
+        else:
+            inputs = self._taken(received, len(nonces) * seq_len)
         run = partial(self._layers, self._tables(len(nonces), seq_len), seq_len)
         if not self._records or len(nonces) != self._batch(seq_len):
             return run(inputs)
@@ -553,11 +578,9 @@ class DirectPasses:
         self,
         tables: tuple[dict[str, Any], Tensor, Tensor],
         seq_len: int,
-        inputs: dict[str, Tensor | None],
-    ) -> Tensor:
-        """Run all layers over the inputs of nonces; return the hidden states [N, D] of the last
-        one.
-        """
+        inputs: dict[str, Any],
+    ) -> Any:
+        """Run all layers over the inputs of nonces; return what the model returns."""
         from vllm.forward_context import set_forward_context
 
         metadata, slots_N, positions_N = tables
@@ -568,10 +591,26 @@ class DirectPasses:
                 metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer
             ),
         ):
-            states_ND: Tensor = self._runner.model(
-                positions=positions_N, intermediate_tensors=None, **inputs
+            return self._runner.model(
+                positions=positions_N, **{"intermediate_tensors": None} | inputs
             )
-        return states_ND
+
+    def _taken(self, received: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+        """Return what the model reads on other stages than the first.
+
+        The V1 runner compiles the layers with ids, which these stages do not read.
+        """
+        from vllm.sequence import IntermediateTensors
+
+        if FAILED in received:
+            raise RuntimeError("the stage before failed")
+        has_ids = runner_kind(self._runner) == "v1"
+        ids_N = torch.zeros(tokens, dtype=torch.int32, device=self._runner.device)
+        return {
+            "input_ids": ids_N if has_ids else None,
+            "inputs_embeds": None,
+            "intermediate_tensors": IntermediateTensors(received),
+        }
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> dict[str, Tensor | None]:
         """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
