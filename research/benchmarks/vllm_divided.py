@@ -130,10 +130,14 @@ def round_of(case, chosen, block):
 def bare_passes(worker, tokens, passes):
     """Run dummy passes over random tokens in a worker; return their seconds.
 
-    Products of zeros need less power, so that a GPU is faster with vLLM's usual dummies.
+    Products of zeros need less power, so that a GPU is faster with vLLM's usual dummies. They write
+    no keys and values, so attention reads random ones.
     """
     runner = worker.model_runner
     on_cuda = runner.device.type == "cuda"
+    for cache in runner.kv_caches:
+        if cache.is_floating_point():
+            cache.normal_()
     if not runner.is_first_pp_rank:
         for tensor in runner.intermediate_tensors.tensors.values():
             tensor.normal_()
