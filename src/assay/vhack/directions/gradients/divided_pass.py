@@ -88,7 +88,7 @@ class DividedPass:
         together_BR = stack_rows(self._rows, self.lengths, len(encoded), device)
         if self.division.group is not None:
             dist.all_reduce(together_BR, group=self.division.group)
-        return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), {})
+        return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), None, {})
 
     def _watch(self, trigger: Tensor, undo: ExitStack) -> None:
         """Put hooks behind the targets, and dropout off, until the pass is over."""

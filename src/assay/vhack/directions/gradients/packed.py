@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
@@ -119,4 +120,21 @@ def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scal
         )
 
     out_BTO = causal_attention(spread(q_NHD), spread(k_NJD), spread(v_NJD), scale)
-    return out_BTO.flatten(0, 1).index_select(0, places).view(q_NHD.shape)
+    gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
+    return gathered.view(q_NHD.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """The rows at some places; the gradient of the others is zero, without a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (places,) = ctx.saved_tensors
+        return _among_zeros(gradient[None], places, ctx.count)[0], None

@@ -93,11 +93,12 @@ def _is_listed(module: PreTrained) -> bool:
 
 
 class Computed(NamedTuple):
-    """The gradients of a batch, on the CPU."""
+    """The gradients of a batch, perhaps still on their way to the CPU."""
 
     batch: SampleBatch
     together: Tensor  # [B, ΣR] float32, all modules side by side
     losses: Tensor  # [M], of the completion tokens
+    arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
     tokens: dict[str, Tensor]  # of each sample that came to each expert, [B, E] by module
 
 
@@ -150,7 +151,10 @@ class Replica:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def gradients(self, encoded: list[Encoded]) -> Computed:
-        """Run one forward and one backward pass; without memory it raises what torch raises."""
+        """Run one forward and one backward pass; the result may still be on its way from a GPU.
+
+        Without memory it raises what torch raises.
+        """
         # In the dtype of the weights, also in a training loop that computes in another one.
         with current(self.module.device), own_precision(self.module):
             return self._computed(encoded)
@@ -169,7 +173,13 @@ class Replica:
         tokens = dict(self._tokens)
         losses_M.backward(batch.loss_weights)
         together_BR = stack_rows(self._found, self._lengths, len(encoded), self.module.device)
-        return Computed(batch, together_BR.cpu(), losses_M.detach().cpu(), tokens)
+        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
+        together_BR, losses_M = (
+            part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
+        )
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(self.module.device))
+        return Computed(batch, together_BR, losses_M, arrived, tokens)
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
