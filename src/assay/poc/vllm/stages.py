@@ -13,7 +13,7 @@ FAILED = "assay_failed"  # the only tensor that a stage sends for a pass that fa
 
 
 class StageLink:
-    """A worker's links to the stages before and behind it; with one stage they do nothing."""
+    """A worker's links to the stages before and after it; with one stage they do nothing."""
 
     is_first = is_last = True
 
