@@ -15,7 +15,7 @@ import torch
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm.client import Client, NonceStream
-from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blocker
+from assay.poc.vllm.direct import CALLS, MOST, CallSizer, direct_path_blocker
 from assay.poc.vllm.rows import Rows, Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
@@ -386,70 +386,3 @@ def test_settings_and_models_under_which_nonces_stay_requests_are_named(
     made = config(**changed)
     found = direct_path_blocker(runner(made, **of_runner), made, SPEC)
     assert (word in found) if word else found is None
-
-
-PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an input, in float32
-
-
-@pytest.mark.parametrize(
-    ("seq_len", "activations", "batch"),
-    [(8, 0, 8), (64, 0, 1), (63, 0, 1), (2, 0, 16), (5, 0, 12), (8, 64 * PER_TOKEN, 4)],
-)
-def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(
-    seq_len: int, activations: int, batch: int
-):
-    made = config()
-    assert (
-        DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len)
-        == batch
-    )
-
-
-@pytest.mark.parametrize(("works", "free"), [(True, 2**30), (False, 2**30), (True, 100)])
-def test_whole_passes_are_recorded_where_that_works(
-    monkeypatch: pytest.MonkeyPatch, works: bool, free: int
-):
-    made = config()
-    seen = []
-
-    class Recorded:
-        def __init__(self, run, inputs) -> None:
-            if not works:
-                raise AssertionError("a kernel waits")
-            self.tables = run.args[0]  # must live as long as the graph
-
-        def __call__(self, inputs):
-            seen.append(self.tables)
-
-    monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
-    monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
-    passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * PER_TOKEN)
-    assert not passes._records  # on a CPU
-    passes._records = True
-    passes._tables = lambda count, seq_len: f"tables of {count}"
-    passes._inputs = lambda spec, nonces: {"input_ids": torch.tensor(nonces)}
-    passes._layers = lambda tables, seq_len, inputs: seen.append(len(inputs["input_ids"]))
-    for count in (4, 3, 4):  # whole, a rest, whole
-        passes._forward(SPEC, list(range(count)))
-    assert seen == [4, 3, "tables of 4" if works and free > 100 else 4]
-
-
-def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():
-    made = config()
-    over = runner(made)
-    passes = DirectPasses(over, made, lambda spec: None)
-    assert passes.prepare(SPEC) == 8
-    layers = list(made.compilation_config.static_forward_context.values())
-    before = [layer.kv_cache for layer in layers]
-
-    def fail() -> None:
-        with passes._private_cache(partial=True):
-            assert all(layer.kv_cache is passes._cache for layer in layers)
-            passes._cache.fill_(float("nan"))
-            raise ValueError("in a layer")
-
-    with pytest.raises(ValueError, match="in a layer"):
-        fail()
-    assert all(layer.kv_cache is own for layer, own in zip(layers, before, strict=True))
-    with passes._private_cache(partial=True):
-        assert not passes._cache.any()

@@ -5,6 +5,7 @@ replays.
 import asyncio
 import gc
 import os
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,7 @@ def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(
 ):
     config = settings_of_vllm({"model.max_model_len": 64, "scheduler.enable_chunked_prefill": True})
     monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
-    monkeypatch.setattr(_engine, "_configured", lambda *_, **__: config)
+    monkeypatch.setattr(_engine, "configure", lambda *_, **__: config)
     with pytest.raises(UsageError, match=words):
         VLLMEngine("reference:qwen3", **shape)
 
@@ -254,6 +255,20 @@ class Engine:
         self.ended += 1
 
 
+OF_A_REPLAY = frozenset(
+    {
+        "model",
+        "dtype",
+        "logprobs_mode",
+        "max_logprobs",
+        "enable_prefix_caching",
+        "skip_tokenizer_init",
+        "worker_extension_cls",
+    }
+)
+"""Options that every replay sets."""
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The options with which an engine was started, and the engine that a test puts there, on a
@@ -261,11 +276,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
 
-    def start(self: VLLMPrefill, directory: str, options: dict[str, Any]) -> Any:
-        found["options"] = options
+    def start(**options: Any) -> Any:
+        found["options"] = {
+            name: value for name, value in options.items() if name not in OF_A_REPLAY
+        }
         return found["engine"]
 
-    monkeypatch.setattr(VLLMPrefill, "_started", start)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
     monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
     monkeypatch.setattr(_engine, "runs_on_cpu", lambda: True)
     return found

@@ -290,9 +290,7 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
     ) -> None:
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
-        config = _configured(
-            str(resolve(reference).checkpoint), dtype, options, embeds=frame is None
-        )
+        config = configure(str(resolve(reference).checkpoint), dtype, options, embeds=frame is None)
         check_batch_size(batch_size)
         _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
@@ -320,7 +318,7 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
         self._ends.close()
 
 
-def _configured(directory: str, dtype: str | None, options: dict[str, Any], *, embeds: bool) -> Any:
+def configure(directory: str, dtype: str | None, options: dict[str, Any], *, embeds: bool) -> Any:
     """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run
     under.
     """

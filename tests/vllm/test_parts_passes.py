@@ -1,22 +1,25 @@
-"""Stages of a pipeline on the direct path, without vLLM: two workers in two threads hand on states,
-and neither waits for ever where the other fails.
+"""Passes of the direct path without vLLM: their size, their CUDA graph, their cache, and stages of a
+pipeline, two workers in two threads, of which neither waits for ever where the other fails.
 """
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from assay.poc.vllm.direct import DirectPasses
 from tests.vllm.test_parts_direct import SPEC, config, runner
 
 NONCES = list(range(20))
 BATCH = 8
+PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an input, in float32
 PASSES = 3
 WAIT = 60.0  # seconds, after which a stage counts as one that waits for ever
 
@@ -57,15 +60,20 @@ class IntermediateTensors:
 class Layers:
     """Half of a model, or all of it, that fails in one of its passes."""
 
-    def __init__(self, *, first: bool, last: bool, fails_at: int | None = None) -> None:
+    def __init__(
+        self, *, first: bool = True, last: bool = True, fails_at: int | None = None
+    ) -> None:
         self.first = first
         self.last = last
         self.fails_at = fails_at
         self.passes = 0
+        self.layers: list[Any] = []  # of attention, as vLLM knows them
+        self.caches: list[torch.Tensor] = []  # that they had in the last pass
 
     def __call__(
         self, *, positions: Any, input_ids: Any, inputs_embeds: Any, intermediate_tensors: Any
     ) -> Any:
+        self.caches = [layer.kv_cache for layer in self.layers]
         if self.passes == self.fails_at:
             raise RuntimeError("no memory")
         self.passes += 1
@@ -102,8 +110,10 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return distributed
 
 
-def passes_of(model: Layers, stages: int) -> DirectPasses:
-    """The passes of a worker that has these layers."""
+def passes_of(
+    model: Any, stages: int = 1, *, activations: int = 0, seq_len: int = SPEC.round.seq_len
+) -> tuple[DirectPasses, int]:
+    """The passes of a worker that has these layers, prepared, and the nonces of a whole one."""
     settings = config(
         **{
             "parallel.pipeline_parallel_size": stages,
@@ -116,9 +126,12 @@ def passes_of(model: Layers, stages: int) -> DirectPasses:
     worker.execute_model_state = None
     for group in worker.attn_groups[0]:
         group.get_metadata_builder = Builder
-    passes = DirectPasses(worker, settings, lambda spec: lambda rows, inputs: rows)
-    assert passes.prepare(SPEC) == BATCH
-    return passes
+    model.layers = list(settings.compilation_config.static_forward_context.values())
+    passes = DirectPasses(
+        worker, settings, lambda spec: lambda rows, inputs: rows, activations=activations
+    )
+    round = replace(SPEC.round, seq_len=seq_len)
+    return passes, passes.prepare(SPEC._replace(round=round))
 
 
 def run_stages(vllm: SimpleNamespace, models: list[Layers]) -> list[Any]:
@@ -127,7 +140,7 @@ def run_stages(vllm: SimpleNamespace, models: list[Layers]) -> list[Any]:
     stages = []
     for stage, model in enumerate(models):
         vllm.pipeline = Pipeline(channel, stage)
-        stages.append(passes_of(model, 2))
+        stages.append(passes_of(model, 2)[0])
 
     def call(passes: DirectPasses) -> Any:
         try:
@@ -142,7 +155,7 @@ def run_stages(vllm: SimpleNamespace, models: list[Layers]) -> list[Any]:
 
 
 def test_two_stages_have_the_values_of_one(vllm: SimpleNamespace) -> None:
-    whole = passes_of(Layers(first=True, last=True), 1).begin(SPEC, NONCES, BATCH)
+    whole = passes_of(Layers())[0].begin(SPEC, NONCES, BATCH)
     models = [Layers(first=True, last=False), Layers(first=False, last=True)]
     first, last = run_stages(vllm, models)
     assert first is None
@@ -165,3 +178,77 @@ def test_a_stage_that_fails_in_a_pass_leaves_no_other_waiting(
     heard = ["the stage before failed"] if stage == 0 else [str(None)]
     assert [str(replies[1 - stage])] == heard
     assert models[stage].passes == fails_at
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "activations", "batch"),
+    [(8, 0, 8), (64, 0, 1), (63, 0, 1), (2, 0, 16), (5, 0, 12), (8, 64 * PER_TOKEN, 4)],
+)
+def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(
+    seq_len: int, activations: int, batch: int
+) -> None:
+    assert passes_of(Layers(), activations=activations, seq_len=seq_len)[1] == batch
+
+
+@pytest.mark.parametrize(("works", "free"), [(True, 2**30), (False, 2**30), (True, 100)])
+def test_whole_passes_are_recorded_where_that_works(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, works: bool, free: int
+) -> None:
+    class Recorded:
+        def __init__(self, run: Any, inputs: Any) -> None:
+            if not works:
+                raise AssertionError("a kernel waits")
+            self.run = run
+
+        def __call__(self, inputs: Any) -> torch.Tensor:
+            states_ND: torch.Tensor = self.run(inputs)
+            return states_ND
+
+    monkeypatch.setattr("assay.poc.vllm.direct.may_record", lambda runner, config: True)
+    monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
+    monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
+    model = Layers()
+    passes, batch = passes_of(model, activations=64 * PER_TOKEN)
+    # Three whole passes and a rest, which is none: the first whole one is recorded.
+    for nonces in (NONCES[: 2 * batch + 3], NONCES[:batch]):
+        passes.begin(SPEC, nonces, batch)
+    assert model.passes == 4
+    assert passes.replayed == (2 if works and free > 100 else 0)
+
+
+def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed(
+    vllm: SimpleNamespace,
+) -> None:
+    model = Layers(fails_at=0)
+    passes, _ = passes_of(model)
+    own_caches = [layer.kv_cache for layer in model.layers]
+    with pytest.raises(RuntimeError, match="no memory"):
+        passes.begin(SPEC, NONCES, BATCH)
+    private_cache = model.caches[0]
+    assert all(cache is private_cache for cache in model.caches)
+    assert all(layer.kv_cache is own for layer, own in zip(model.layers, own_caches, strict=True))
+
+
+class Spoiling(Layers):
+    """Layers that leave NaN in their cache, and remember whether they met any."""
+
+    met: tuple[bool, ...] = ()
+
+    @override
+    def __call__(self, **inputs: Any) -> Any:
+        cache = self.layers[0].kv_cache
+        self.met += (bool(cache.isnan().any()),)
+        cache.fill_(torch.nan)
+        return super().__call__(**inputs)
+
+
+@pytest.mark.parametrize(("seq_len", "met"), [(6, False), (8, True)])
+def test_a_cache_begins_with_zeros_where_a_block_is_not_filled(
+    vllm: SimpleNamespace, seq_len: int, met: bool
+) -> None:
+    """What an earlier pass has left behind the last position would come through a kernel."""
+    model = Spoiling()
+    passes, batch = passes_of(model, seq_len=seq_len)
+    spec = SPEC._replace(round=replace(SPEC.round, seq_len=seq_len))
+    passes.begin(spec, NONCES[: 2 * batch], batch)
+    assert model.met == (False, met)
