@@ -10,7 +10,6 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from anyio.from_thread import start_blocking_portal
 
@@ -340,39 +339,3 @@ def test_a_replay_on_a_gpu_starts_its_processes_anew_unless_the_user_chose_anoth
         assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == (chosen or "spawn")
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
     assert started["options"] == {"max_num_seqs": 2}
-
-
-@pytest.mark.parametrize(("stages", "most_calls"), [(1, 16), (2, 3)])
-async def test_stages_are_stopped_for_few_collections(
-    stages: int, most_calls: int, monkeypatch: pytest.MonkeyPatch
-):
-    """A collection waits until no stage has a step: one for every batch costs a third."""
-    calls: list[int] = []
-
-    class LLM:
-        errored = False
-        vllm_config = settings_of_vllm({"model.max_model_len": 65, "scheduler.policy": "fcfs"})
-
-        async def collective_rpc(self, method: str, args: tuple):
-            if method == "assay_collect":
-                nonces = args[1]
-                calls.append(len(nonces))
-                values = np.array(nonces, np.float32)[:, None]
-                return [_rows.pack_values(nonces, values) | {"failed": {}}]
-            return [None]
-
-        async def generate(self, prompt, sampling, name: str, priority: int):
-            await asyncio.sleep(0.001)
-            yield None
-
-    monkeypatch.setattr(_client, "sampling_parameters", lambda: None)
-    throttle = Throttle(ThrottleSettings(in_flight=8, path="requests"), lambda: 0, 8)
-    client = _client.Client(LLM(), throttle)
-    client.stages = stages
-    stream = _client.NonceStream(client, SPEC, range(64), 4)
-    await stream.open()
-    rows = [await stream.next() for _ in range(16)]
-    assert np.concatenate(rows)[:, 0].tolist() == list(range(64))
-    assert sum(calls) == 64
-    assert len(calls) <= most_calls
-    await stream.close()

@@ -31,7 +31,7 @@ from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import CLAIMED, Spec, new_key, request_id, unpack_values
-from assay.poc.vllm.throttle import TICK, Throttle, ThrottleSettings
+from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 
 log = logging.getLogger("assay.vllm")
 
@@ -43,10 +43,6 @@ DEATH_SECONDS = 0.5  # between two looks at whether the engine has died
 AHEAD = 2  # batches that may be finished before they are asked for
 ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
-STAGES_SECONDS = 2.0
-STAGES_NONCES = 1024
-"""After which time, or number of nonces, values are collected over stages: no stage has a step
-meanwhile, so a collection for every batch would cost a third of the speed."""
 
 Rows = NDArray[np.floating[Any]]
 
@@ -73,7 +69,6 @@ class Client:
         self.closers: set[Callable[[], Awaitable[None]]] = set()
         self.llm = llm
         self.engines = engines
-        self.stages = 1
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
@@ -217,7 +212,6 @@ async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version
         engines,
         version,
     )
-    client.stages = stages
     await client.install()
     return client
 
@@ -307,8 +301,7 @@ class NonceStream:
         self._batch_size = batch_size
         self._steps = spec.pipeline.steps
         self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
-        at_once = CALLS * client.direct.most if client.stages == 1 else 2 * STAGES_NONCES
-        ahead = AHEAD + (0 if self._steps else at_once // batch_size)
+        ahead = AHEAD + (0 if self._steps else CALLS * client.direct.most // batch_size)
         self._batches: asyncio.Queue[asyncio.Task[Rows] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
@@ -319,7 +312,6 @@ class NonceStream:
         # Places of nonces that have begun.
         self._covered = 0
         self._collecting = asyncio.Lock()
-        self._collect_at = 0.0
         self._finished_nonces: list[int] = []
         self._rows: dict[int, Rows] = {}
 
@@ -442,19 +434,10 @@ class NonceStream:
         """Return the values of finished nonces; batches that finish meanwhile share a call."""
         self._finished_nonces += nonces
         async with self._collecting:
-            client = self._client
-            while (
-                client.stages > 1
-                and client.throttle.in_flight
-                and self._collect_at > time.monotonic()
-                and len(self._finished_nonces) < STAGES_NONCES
-            ):
-                await asyncio.sleep(TICK)
             if self._finished_nonces:
                 finished = self._finished_nonces
                 self._finished_nonces = []
-                self._rows |= await client.collect(self.key, finished)
-                self._collect_at = time.monotonic() + STAGES_SECONDS
+                self._rows |= await self._client.collect(self.key, finished)
         return {nonce: self._rows.pop(nonce) for nonce in nonces if nonce in self._rows}
 
     async def _collect(self, nonces: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
