@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 29_053, "lines88": 71_268},
+    "src": {"statements": 29_052, "lines88": 71_262},
     "research": {"statements": 11_376, "lines88": 27_559},
 }
 """The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are

@@ -148,6 +148,8 @@ class MambaSpec: ...
 
 
 CPU = torch.device("cpu")
+V2_RUNNER = type("GPUModelRunner", (SimpleNamespace,), {"__module__": "vllm.v1.worker.gpu.runner"})
+STAGES = {"parallel.pipeline_parallel_size": 2}
 
 
 def runner(
@@ -156,6 +158,7 @@ def runner(
     backend: str = "CPU_ATTN",
     shapes=((9, 2, 4, 8), (9, 2, 4, 8)),
     device=CPU,
+    kind=SimpleNamespace,
 ):
     """A model runner with one attention layer per shape of cache."""
     names = [f"layer{index}" for index in range(len(shapes))]
@@ -169,9 +172,7 @@ def runner(
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs]
     )
     model = SimpleNamespace()
-    return SimpleNamespace(
-        kv_cache_config=groups, attn_groups=[[group]], model=model, device=device
-    )
+    return kind(kv_cache_config=groups, attn_groups=[[group]], model=model, device=device)
 
 
 def throttled(chat: int, **settings) -> Throttle:
@@ -357,11 +358,10 @@ async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another
         ({"lora_config": object()}, "lora"),
         ({"kv_transfer_config": object()}, "kv-transfer"),
         ({"model.enable_sleep_mode": True}, "sleep"),
+        (STAGES, "stages"),
+        (STAGES | {"kind": V2_RUNNER}, None),
         (
-            {
-                "parallel.pipeline_parallel_size": 2,
-                "parallel.distributed_executor_backend": "ray",
-            },
+            STAGES | {"kind": V2_RUNNER, "parallel.distributed_executor_backend": "ray"},
             "stages over Ray",
         ),
         ({"parallel.data_parallel_size": 2}, "data parallel"),
@@ -380,7 +380,7 @@ def test_settings_and_models_under_which_nonces_stay_requests_are_named(
 ):
     of_runner = {
         name: changed.pop(name)
-        for name in ("specs", "backend", "shapes", "device")
+        for name in ("specs", "backend", "shapes", "device", "kind")
         if name in changed
     }
     made = config(**changed)

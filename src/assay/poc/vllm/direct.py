@@ -379,8 +379,9 @@ def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
             "a model that reads the tokens themselves",
         ),
         (
-            parallel.pipeline_parallel_size > 1 and parallel.distributed_executor_backend == "ray",
-            "stages over Ray, which were not tried",
+            parallel.pipeline_parallel_size > 1
+            and (parallel.distributed_executor_backend == "ray" or runner_kind(runner) == "v1"),
+            "stages over Ray or with the V1 runner, which were not tried",
         ),
         (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
         (parallel.enable_eplb, "--enable-eplb"),
@@ -529,10 +530,7 @@ class DirectPasses:
         are chosen and compiled.
         """
         seq_len = spec.round.seq_len
-        if received is None:
-            inputs = self._inputs(spec, nonces)
-        else:
-            inputs = self._taken(received, len(nonces) * seq_len)
+        inputs = self._inputs(spec, nonces) if received is None else _taken(received)
         run = partial(self._layers, self._tables(len(nonces), seq_len), seq_len)
         if not self._records or len(nonces) != self._batch(seq_len):
             return run(inputs)
@@ -594,23 +592,6 @@ class DirectPasses:
             return self._runner.model(
                 positions=positions_N, **{"intermediate_tensors": None} | inputs
             )
-
-    def _taken(self, received: dict[str, Tensor], tokens: int) -> dict[str, Any]:
-        """Return what the model reads on other stages than the first.
-
-        The V1 runner compiles the layers with ids, which these stages do not read.
-        """
-        from vllm.sequence import IntermediateTensors
-
-        if FAILED in received:
-            raise RuntimeError("the stage before failed")
-        has_ids = runner_kind(self._runner) == "v1"
-        ids_N = torch.zeros(tokens, dtype=torch.int32, device=self._runner.device)
-        return {
-            "input_ids": ids_N if has_ids else None,
-            "inputs_embeds": None,
-            "intermediate_tensors": IntermediateTensors(received),
-        }
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> dict[str, Tensor | None]:
         """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
@@ -717,6 +698,16 @@ class DirectPasses:
         """Return vLLM's own cache of the first layer of this worker."""
         cache: Tensor = _attention_layers(self._runner, self._config)[0].kv_cache
         return cache
+
+
+def _taken(received: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what the model reads of what the stage before has sent."""
+    from vllm.sequence import IntermediateTensors
+
+    if FAILED in received:
+        raise RuntimeError("the stage before failed")
+    states = IntermediateTensors(received)
+    return {"input_ids": None, "inputs_embeds": None, "intermediate_tensors": states}
 
 
 def _attention_layers(runner: Any, config: Any) -> list[Any]:
