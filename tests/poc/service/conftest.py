@@ -262,10 +262,11 @@ def cap(database: Database) -> list[int]:
     full disk.
     """
     with database.write() as connection:
+        pool = connection.engine.pool
         limit = [connection.exec_driver_sql("PRAGMA page_count").scalar_one()]
 
     def checkout(connection, record, proxy) -> None:
         connection.execute(f"PRAGMA max_page_count = {limit[0]}").close()
 
-    sa.event.listen(database._engine, "checkout", checkout)
+    sa.event.listen(pool, "checkout", checkout)
     return limit

@@ -4,6 +4,9 @@ waits.
 
 import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,34 +54,39 @@ def test_a_full_disk_refuses_responses_until_there_is_room(service):
 
 @pytest.fixture
 def held(tmp_path, monkeypatch):
-    """A keeper whose disk is slow until the event is set."""
+    """A keeper, an event that says that its thread waits for the disk, and one that lets it
+    write.
+    """
     settings = ServiceSettings(data_dir=tmp_path, max_receipts=3)
     database = open_database(tmp_path)
     keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
+    begun = threading.Event()
     go = threading.Event()
-    real = keeper._write
+    write = database.write
 
-    def add(receipts):
+    @contextmanager
+    def slow_write():
+        begun.set()
         assert go.wait(20)
-        return real(receipts)
+        with write() as connection:
+            yield connection
 
-    monkeypatch.setattr(keeper, "_write", add)
-    yield keeper, go
+    monkeypatch.setattr(database, "write", slow_write)
+    yield keeper, begun, go
     go.set()
     keeper.close()
     database.close()
 
 
-def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
-    keeper, go = held
+def test_what_waits_is_bounded_and_shares_a_transaction(held):
+    keeper, begun, go = held
     sink = keeper.sink(header())
 
     async def scenario() -> list[object]:
         first = asyncio.create_task(sink.store(receipt("first")))
         await asyncio.sleep(0)
         keeper.start()
-        while keeper._queue:
-            await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(begun.wait, 20)
         more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
         await asyncio.sleep(0)
         with refuses(Refusal, "what waits is bounded and shares a transaction"):
@@ -94,7 +102,7 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
 
 
 def test_a_client_that_leaves_still_has_its_receipt(held):
-    keeper, go = held
+    keeper, _, go = held
     sink = keeper.sink(header())
 
     async def scenario() -> None:
@@ -111,53 +119,73 @@ def test_a_client_that_leaves_still_has_its_receipt(held):
 
 
 def test_the_end_stores_what_waits_and_takes_nothing_more(held):
-    keeper, go = held
+    keeper, begun, go = held
     sink = keeper.sink(header())
 
     async def scenario() -> None:
-        task = asyncio.create_task(sink.store(receipt("chat")))
+        first = asyncio.create_task(sink.store(receipt("first")))
         await asyncio.sleep(0)
         keeper.start()
+        assert await asyncio.to_thread(begun.wait, 20)
+        second = asyncio.create_task(sink.store(receipt("second")))
+        await asyncio.sleep(0)
+        assert not keeper.close(timeout=0.0)
+        with refuses(Refusal, "the end stores what waits and takes nothing more"):
+            sink.check()
         go.set()
-        await asyncio.to_thread(keeper.close)
-        await task
+        async with asyncio.timeout(20):
+            await asyncio.gather(first, second)
         with refuses(Refusal, "the end stores what waits and takes nothing more"):
             await sink.store(receipt("late"))
 
     asyncio.run(scenario())
-    assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["chat"]
+    assert keeper.close(timeout=20.0)
+    assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["first", "second"]
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[ReceiptKeeper]:
+    """A keeper that stores what it is given, and ends with the block."""
+    database = open_database(folder)
+    keeper = ReceiptKeeper(database, Outbox(database), ServiceSettings(data_dir=folder), Metrics())
+    keeper.start()
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+        database.close()
 
 
 def test_what_one_client_has_stored_leaves_room_on_the_disk_for_another(tmp_path, monkeypatch):
-    room = SimpleNamespace(total=0, used=0, free=30_000)
+    size = len(receipt("a0").without_prompt().line())
+    room = SimpleNamespace(total=0, used=0, free=9 * size)
     monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: room)
-    database = open_database(tmp_path)
-
-    def keeper() -> ReceiptKeeper:
-        return ReceiptKeeper(
-            database, Outbox(database), ServiceSettings(data_dir=tmp_path), Metrics()
-        )
 
     def put(keeper: ReceiptKeeper, name: str, client: str | None) -> None:
-        line = receipt(name).line() + " " * 3000
-        keeper._check_room(client, len(line))
-        assert keeper._write([NewReceipt(header().line(), receipt(name), line, client)]) == [True]
-        room.free -= len(line)
-        keeper._rest(True)
+        asyncio.run(keeper.sink(header()).store(receipt(name), client=client))
+        room.free -= size
 
-    first = keeper()
-    for number in range(4):
-        put(first, f"a{number}", "a")
-    for again in (first, keeper()):  # and after a restart
+    def refused_to_a(keeper: ReceiptKeeper) -> None:
         with refuses(Refusal, "what one client has stored leaves room on the disk for another"):
-            put(again, "a", "a")
-        put(again, f"b{again is first}", f"b{again is first}")
-        put(again, f"c{again is first}", None)
-    assert again.delete("a0") == 1
-    room.free += 20_000
-    again._rest(False)  # sees that
-    put(again, "a", "a")
-    database.close()
+            put(keeper, "a4", "a")
+
+    with storing(tmp_path) as keeper:
+        for number in range(4):
+            put(keeper, f"a{number}", "a")
+        refused_to_a(keeper)
+        put(keeper, "b0", "b")
+        put(keeper, "c0", None)
+    with storing(tmp_path) as keeper:  # after a restart
+        refused_to_a(keeper)
+        put(keeper, "d0", "d")
+        put(keeper, "c1", None)
+        # Room for a fourth receipt of this client, and for no fifth.
+        room.free = 11 * size // 2
+        refused_to_a(keeper)
+        assert keeper.delete("a0") == 1
+        put(keeper, "a4", "a")
+        names = [entry["request_id"] for entry in keeper.listed(0, 100)]
+    assert names == ["a1", "a2", "a3", "b0", "c0", "d0", "c1", "a4"]
 
 
 def test_what_one_client_has_waiting_leaves_room_for_another(service):
@@ -167,6 +195,7 @@ def test_what_one_client_has_waiting_leaves_room_for_another(service):
         controller.database, controller.outbox, ServiceSettings(max_receipts=6), Metrics()
     )
     sink = keeper.sink(header())
+    large = NewReceipt(header().line(), receipt("b"), receipt("b").line(), "b")
 
     async def fill() -> None:
         stores = [asyncio.create_task(sink.store(receipt(f"a{i}"), client="a")) for i in range(3)]
@@ -174,7 +203,7 @@ def test_what_one_client_has_waiting_leaves_room_for_another(service):
         with refuses(Refusal, "what one client has waiting leaves room for another"):
             sink.check("a")
         with refuses(Refusal, "what one client has waiting leaves room for another"):
-            await keeper.put(keeper._queue[0][0], size=2**25 + 1, client="b")
+            await keeper.put(large, size=2**25 + 1, client="b")
         stores.append(asyncio.create_task(sink.store(receipt("b"), client="b")))
         await asyncio.sleep(0)
         keeper.start()

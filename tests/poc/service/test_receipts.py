@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-import sqlalchemy as sa
 from fastapi import FastAPI
 
 from assay.errors import StorageError, UsageError
@@ -23,6 +22,7 @@ from assay.poc.responses import Prompt, Receipts
 from assay.poc.service import ServiceSettings, attach
 from assay.poc.service import receipt_keeper as _receipts
 from assay.poc.service.database import MIGRATIONS
+from assay.poc.service.receipt_keeper import ReceiptKeeper
 from assay.poc.service.service_api import PREFIXES
 from assay.poc.service.service_controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
@@ -380,20 +380,30 @@ def test_a_reader_delays_the_emptying_of_the_journal_only(service):
 
 
 def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
-    with serving(receipt_callback_url="http://127.0.0.1:9/", callback_interval=1000.0) as service:
+    postpone = "UPDATE outbox SET status = 'pending', next_attempt_at = ?"
+    in_an_hour = time.time() + 3600.0
+    with (
+        FlakyReceiver(trouble=0.0) as receiver,
+        serving(receipt_callback_url=receiver.url, callback_interval=1000.0) as service,
+    ):
+        outbox = service.controller.outbox
         store(service, *(receipt("chat", index=index) for index in range(3)))
-        outbox, c = service.controller.outbox, service.controller.outbox._c
-        service.controller.database.change(outbox._table.update().values(status="pending"))
+        service.sql(postpone, (in_an_hour,))
         assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {
             "deleted": 1
         }
         assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
-        query = sa.select(*outbox._columns).where(c.kind == "receipts")
-        with service.controller.database.read() as connection:
-            body = outbox._receipts(connection, connection.execute(query).one())
+        assert outbox.counts() == {"pending": 1, "dead": 0}
+        service.sql("UPDATE outbox SET next_attempt_at = 0")
+        until(lambda: outbox.counts() == {"pending": 0, "dead": 0})
+        [body] = receiver.taken.values()
         assert [each["index"] for each in body["receipts"]] == [0, 2]
+        # As if it had not been delivered.
+        service.sql(postpone, (in_an_hour,))
+        assert outbox.counts() == {"pending": 1, "dead": 0}
         service.client.delete(f"{RECEIPTS}/chat")
         assert outbox.counts() == {"pending": 0, "dead": 0}
+        assert service.sql("SELECT id FROM outbox") == []
 
 
 def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
@@ -411,11 +421,23 @@ def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service
     assert [entry["request_id"] for entry in get(service, "")["receipts"]] == ["chat-5", "chat-6"]
 
 
-def test_a_service_deletes_what_is_old_by_itself(serving):
+def test_a_service_deletes_what_is_old_by_itself(serving, monkeypatch):
+    deleted = []
+    prune = ReceiptKeeper.prune
+
+    def noted_prune(keeper: ReceiptKeeper, keep: float) -> int:
+        deleted.append(prune(keeper, keep))
+        return deleted[-1]
+
+    monkeypatch.setattr(ReceiptKeeper, "prune", noted_prune)
     with serving() as service:
         store(service, receipt(secret(1)), receipt("young"))
-        until(lambda: service.controller.receipts._pruned_at > 0)
+        until(lambda: deleted)
         service.sql("UPDATE receipts SET at = at - ? WHERE seq = 1", (31 * 86_400.0,))
         service.restart()
         until(lambda: len(get(service, "")["receipts"]) == 1)
         until(lambda: secret(1).encode() not in on_disk(service))
+        # After each the keeper looks for old receipts if it is due: at once where it deleted some.
+        for i in range(3):
+            store(service, receipt(f"late-{i}"))
+        assert deleted == [0, 1, 0]
