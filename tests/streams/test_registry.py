@@ -83,8 +83,8 @@ def test_every_backend_passes(backend):
 
 def test_a_wrong_backend_is_found(definition):
     class OneBitOff(type(definition)):
-        def _normals(self, seeds_BS, n, dtype):
-            normals = super()._normals(seeds_BS, n, dtype)
+        def normals(self, seeds_BS, n, dtype="float32"):
+            normals = super().normals(seeds_BS, n, dtype)
             as_tensor(normals).view(torch.int16)[-1, -1] ^= 1
             return normals
 

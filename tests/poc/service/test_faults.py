@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from assay.poc.engines.hf import engine as _outputs
+from assay.poc.service.jobs import Jobs
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
 from tests.waiting import until
@@ -205,15 +206,17 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
         sent += [
             pool.submit(service.client.post, f"{PREFIX}/validate", json=claim) for _ in range(5)
         ]
-        until(lambda: sum(one.done() for one in sent) == 3)  # two wait
-        refused = [one.result() for one in sent if one.done()]
+        until(lambda: sum(answer.done() for answer in sent) == 3)  # two wait
+        refused = [answer.result() for answer in sent if answer.done()]
         assert {answer.status_code for answer in refused} == {429}
         assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
         other = TestClient(service.client.app, client=("192.0.2.7", 1), base_url="http://127.0.0.1")
         sent.append(pool.submit(other.post, f"{PREFIX}/validate", json=claim))
-        until(lambda: service.controller._validations._held.get("192.0.2.7"))
+        # A refusal of the first client counts the validation of the other beside its own two.
+        waiting = "2 validations of one client are open, of 3 in all"
+        until(lambda: service.post("/validate", claim, status=429)["detail"] == waiting)
         service.rig.open.set()
-        assert sorted(one.result().status_code for one in sent) == [200] * 4 + [429] * 3
+        assert sorted(answer.result().status_code for answer in sent) == [200] * 4 + [429] * 3
 
 
 @pytest.mark.parametrize(
@@ -232,19 +235,20 @@ def test_fault_18_callbacks_do_not_reach_into_private_networks(serving, url):
         assert service.status()["state"] == "IDLE"
 
 
-def test_the_engines_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real = service.controller.jobs.step
+def test_the_engines_thread_survives_what_it_does_not_expect(serving, monkeypatch):
+    real = Jobs.step
     calls = []
 
-    def step(deployment):
+    def step(jobs, deployment):
         calls.append(1)
         if len(calls) == 1:
             raise OSError("something else")
-        return real(deployment)
+        return real(jobs, deployment)
 
-    monkeypatch.setattr(service.controller.worker, "_background", step)
-    job = ARTIFACTS | {"nonces": [0], "wait": True}
-    assert service.post("/generate", job)["status"] == "completed"
+    monkeypatch.setattr(Jobs, "step", step)  # before the service starts: its worker takes it then
+    with serving() as service:
+        job = ARTIFACTS | {"nonces": [0], "wait": True}
+        assert service.post("/generate", job)["status"] == "completed"
 
 
 def test_a_preset_that_the_engine_does_not_support_is_refused_when_the_round_begins(service):

@@ -15,7 +15,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.records import describe_packing, pack_record
 from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, create_app
-from assay.poc.validator.recomputer import Budget, Recomputer
+from assay.poc.validator.recomputer import Budget
 from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.conftest import TestClient, signed
 from tests.waiting import until
@@ -138,13 +138,17 @@ class Running:
             **settings,
         }
         self.service = {"data_dir": directory / "data", **service}
+        self.signed = False  # whether others reach the port
         self.ids = 0
         self.load = lambda: Deployment.of(model, compiled=False)
         self.start()
 
     def start(self) -> None:
         self.controller = ValidatorController(
-            self.load, ValidatorSettings(**self.settings), ServiceSettings(**self.service)
+            self.load,
+            ValidatorSettings(**self.settings),
+            ServiceSettings(**self.service),
+            signed=self.signed,
         )
         keys = self.service.get("api_keys", ())
         self.headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
@@ -239,7 +243,12 @@ def validating(small_model, tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def stopped(validating, small_model, monkeypatch):
     """A validator with one message, whose worker a test runs by hand."""
-    monkeypatch.setattr(Recomputer, "_turn", lambda self, deployment: self._wait(60))
+    load_model = ValidatorController.load_model
+
+    def load_alone(controller: ValidatorController, load: Callable[[], Deployment]) -> None:
+        load_model(controller, load)  # without its result the thread of the worker ends
+
+    monkeypatch.setattr(ValidatorController, "load_model", load_alone)
     monkeypatch.setattr(Budget, "left", lambda self: 1000)
     with validating(sample=16) as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")

@@ -13,6 +13,7 @@ from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.recomputer import recompute
+from assay.poc.validator.registry import Registry
 from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
@@ -150,23 +151,30 @@ def test_standings_can_be_read_while_others_take_their_place(stopped, small_mode
     assert list(worker.standings) == ["node_A", "node_B"]
 
 
+@pytest.mark.parametrize(
+    ("step", "real"),
+    [
+        ("assay.poc.validator.recomputer.recompute", recompute),
+        ("assay.poc.verdict.Ledger.append", Ledger.append),
+    ],
+)
 def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(
-    stopped, small_model, tmp_path, monkeypatch
+    stopped, tmp_path, monkeypatch, step, real
 ):
     """Pins that change while a pass runs: what it finds is of the build that its claims were read
     under.
     """
     controller = stopped.controller
     pins = tmp_path / "pins.toml"
-    real = controller.ledger.append
 
-    def append(updates):
-        found = list(updates)
+    def change_pins(*arguments):
         pins.write_text(pins.read_text().replace('name = "cpu"', 'name = "new"'))
-        controller.registry = controller._read()
-        return real(found)
+        settings = controller.settings
+        # `tend` would wait for the ledger here, and then choose the standings once more.
+        controller.registry = Registry.load(settings.pins, settings.nodes, controller.server)
+        return real(*arguments)
 
-    monkeypatch.setattr(controller.ledger, "append", append)
+    monkeypatch.setattr(step, change_pins)
     controller.worker.step(controller.loaded.result())
     assert [account.build for account in controller.ledger.accounts()] == ["cpu"]
     assert controller.worker.standings == {}
@@ -193,12 +201,13 @@ def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_t
     stopped, tmp_path
 ):
     """Whoever reaches it could sign for such a node, and have it convicted."""
-    controller = stopped.controller
     nodes = tmp_path / "nodes.toml"
     signed = nodes.read_text()
-    before = controller.registry
     unsigned = signed + '[[nodes]]\npublic_key = "node_D"\n'
-    controller._signed = True
+    stopped.signed = True
+    stopped.restart()
+    controller = stopped.controller
+    before = controller.registry
     for text in (unsigned, "".join(f'[[nodes]]\npublic_key = "{key}"\n' for key in KEYS)):
         nodes.write_text(text)
         controller.tend()
@@ -209,10 +218,13 @@ def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_t
             id="m7",
             status=401,
         )
-    controller._signed = False  # on this machine alone it is taken
+    nodes.write_text(signed)
+    stopped.signed = False  # on this machine alone it is taken
+    stopped.restart()
+    assert "node_D" not in stopped.controller.registry.senders
     nodes.write_text(unsigned)
-    controller.tend()
-    assert not controller.registry.senders["node_D"].signatures
+    stopped.controller.tend()
+    assert not stopped.controller.registry.senders["node_D"].signatures
 
 
 def test_a_start_without_secrets_is_refused_where_others_reach_the_port(small_model, tmp_path):
