@@ -209,7 +209,7 @@ def test_whole_passes_are_recorded_where_that_works(
     monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
     model = Layers()
     passes, batch = passes_of(model, activations=64 * PER_TOKEN)
-    # Three whole passes and a rest, which is none: the first whole one is recorded.
+    # Two whole passes and a rest, then a whole one: the first of all is recorded.
     for nonces in (NONCES[: 2 * batch + 3], NONCES[:batch]):
         passes.begin(SPEC, nonces, batch)
     assert model.passes == 4
