@@ -12,8 +12,7 @@ Both ways take turns, each in a process of its own, which sees its assay first o
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
 Figures are the best of the rounds of a process (nonces, samples, or factors of the whole model per
-second); the ratio is that of
-the medians over the turns. The first way begins in even turns.
+second); the ratio is that of the medians over the turns. The first way begins in even turns.
 """
 
 import hashlib

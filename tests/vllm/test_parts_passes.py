@@ -190,9 +190,12 @@ def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(
     assert passes_of(Layers(), activations=activations, seq_len=seq_len)[1] == batch
 
 
-@pytest.mark.parametrize(("works", "free"), [(True, 2**30), (False, 2**30), (True, 100)])
+@pytest.mark.parametrize(
+    ("on_gpu", "works", "free"),
+    [(True, True, 2**30), (True, False, 2**30), (True, True, 100), (False, True, 2**30)],
+)
 def test_whole_passes_are_recorded_where_that_works(
-    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, works: bool, free: int
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, on_gpu: bool, works: bool, free: int
 ) -> None:
     class Recorded:
         def __init__(self, run: Any, inputs: Any) -> None:
@@ -204,7 +207,8 @@ def test_whole_passes_are_recorded_where_that_works(
             states_ND: torch.Tensor = self.run(inputs)
             return states_ND
 
-    monkeypatch.setattr("assay.poc.vllm.direct.may_record", lambda runner, config: True)
+    if on_gpu:
+        monkeypatch.setattr("assay.poc.vllm.direct.may_record", lambda runner, config: True)
     monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
     monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
     model = Layers()
@@ -213,7 +217,7 @@ def test_whole_passes_are_recorded_where_that_works(
     for nonces in (NONCES[: 2 * batch + 3], NONCES[:batch]):
         passes.begin(SPEC, nonces, batch)
     assert model.passes == 4
-    assert passes.replayed == (2 if works and free > 100 else 0)
+    assert passes.replayed == (2 if on_gpu and works and free > 100 else 0)
 
 
 def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed(

@@ -78,8 +78,8 @@ def test_where_three_formats_are_at_hand_a_nonce_is_computed_three_times(made):
         for controls in ([], others)
     )
     assert (found.verdict, found.noise.control.dtypes) == ("honest", ("bfloat16", "float32"))
-    # Kernels of CPUs differ: .66 and .72 were seen.
-    assert found.noise.law.sd < 0.8 * plain.noise.law.sd
+    # Kernels of CPUs differ: .72 on an Intel one, below .7 on others.
+    assert found.noise.law.sd < 0.75 * plain.noise.law.sd
     own = [prove(model, ROUND, range(96), batch_size=32).records for model in (made.node, *others)]
     first, second, third = ([side[nonce] for nonce in found.nonces] for side in own)
     received = [made.proof.records[nonce] for nonce in found.nonces]

@@ -520,9 +520,7 @@ class DirectPasses:
             ]
         )
 
-    def _forward(
-        self, spec: Spec, nonces: list[int], received: dict[str, Tensor] | None = None
-    ) -> Any:
+    def _forward(self, spec: Spec, nonces: list[int], received: dict[str, Tensor] | None) -> Any:
         """Make the inputs of nonces, or take the states of the stage before, and run all layers.
 
         Returns the hidden states [N, D] of the last one; on other stages than the last, what vLLM

@@ -18,12 +18,11 @@ class StageLink:
     is_first = is_last = True
 
     def __init__(self, stages: int, device: torch.device) -> None:
-        self._pipeline: Any = None
         if stages == 1:
             return
         from vllm.distributed import get_pp_group, get_tp_group
 
-        self._pipeline = get_pp_group()
+        self._pipeline: Any = get_pp_group()
         # Its workers have the same states, so each sends a part of them.
         self._equals = get_tp_group()
         self.is_first = bool(self._pipeline.is_first_rank)
