@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from scipy.stats import binom
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for helpers of the tests: servers, receivers, checkpoints
@@ -54,6 +55,14 @@ def note(text: str) -> None:
 def round_to(value, digits=5):
     """Return a number with so many significant digits."""
     return float(f"{value:.{digits}g}")
+
+
+def median_interval(ratios):
+    """Return the median of ratios, and the ends of its 95 % interval by ranks."""
+    ordered = sorted(ratios)
+    rank = int(binom.ppf(0.025, len(ordered), 0.5))
+    ends = [ordered[max(0, rank - 1)], ordered[min(len(ordered) - 1, len(ordered) - rank)]]
+    return [round_to(statistics.median(ordered), 4), *(round_to(ratio, 4) for ratio in ends)]
 
 
 def timed(function, clock=time.perf_counter):

@@ -28,8 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from _common import ROOT, note, parser, publish, round_to
-from scipy.stats import binom
+from _common import ROOT, median_interval, note, parser, publish, round_to
 
 from tests.end_to_end.receiver import Answering
 
@@ -171,14 +170,6 @@ class Commit:
             process.terminate()
             process.wait(60)
         self._receiver.close()
-
-
-def median_interval(ratios):
-    """Return the median of ratios, and the ends of its 95 % interval by ranks."""
-    ordered = sorted(ratios)
-    rank = int(binom.ppf(0.025, len(ordered), 0.5))
-    ends = [ordered[max(0, rank - 1)], ordered[min(len(ordered) - 1, len(ordered) - rank)]]
-    return [round_to(statistics.median(ordered), 4), *(round_to(ratio, 4) for ratio in ends)]
 
 
 def main():

@@ -103,7 +103,8 @@ def answered(reference, dtype, verifier, count, device):
         if is_chat
     ]
     prompts_BT = torch.tensor(
-        checker.tokenizer(chats or texts, add_special_tokens=not is_chat)["input_ids"]
+        checker.tokenizer(chats or texts, add_special_tokens=not is_chat)["input_ids"],
+        device=device,
     )
     replays = {}
     cheat = {}
@@ -133,7 +134,8 @@ def up_to_end(receipt, model):
         "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)],
     }
     fields["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
-    return replace(receipt, **fields, chat_template=chat_template_digest(model.tokenizer))
+    digest = chat_template_digest(model.tokenizer) or None  # a base model has no template
+    return replace(receipt, **fields, chat_template=digest)
 
 
 def together(by_way):

@@ -1,7 +1,9 @@
-"""`prove` and gradients of two commits on one device, or of this one with and without the
+"""`prove`, factors and gradients of two commits on one device, or of this one with and without the
 deterministic mode.
 
-Both ways take turns, each in a process of its own, which sees its assay first on the path.
+Each way has a process that sees its assay first on the path, loads the model once and waits. They
+take turns task by task, so that a machine that slows down slows both. A ratio is that of the rates
+of one turn; published are the median over the turns and its 95 % interval by ranks.
 
     git worktree add .bench/old COMMIT
     python research/benchmarks/two_commits.py --old .bench/old/src \
@@ -11,71 +13,147 @@ Both ways take turns, each in a process of its own, which sees its assay first o
       --nonces 3072 \
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
-Figures are the best of the rounds of a process (nonces, samples, or factors of the whole model per
-second); the ratio is that of the medians over the turns. The first way begins in even turns.
+Figures are nonces, samples, or factors of the whole model per second. The first way begins in even
+turns, and a turn before them, in which kernels are compiled, does not count. An interrupt ends the
+turns, and those that were whole are published.
 """
 
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from _common import ROOT, note, parser, publish, wall_seconds
+from _common import ROOT, median_interval, note, parser, publish, wall_seconds
 
 
-def measure(chosen, model, nonces, way):
-    """Return the figures of the assay that is on the path."""
-    from assay import load_model
+def prove_task(chosen, loaded, nonces, folder):
+    """Return the task that proves, and gives the digest of the distances."""
     from assay.poc import HFEngine, Round, prove
+
+    round = Round(block_hash="block", public_key="key", seq_len=chosen.seq_len)
+    compiled = chosen.device == "cuda" and not chosen.eager
+    engine = HFEngine(loaded, batch_size=chosen.batch, seq_len=chosen.seq_len, compiled=compiled)
+    path = Path(folder) / "proof.jsonl"
+
+    def task():
+        proof = prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)
+        return hashlib.sha256(proof.distances.tobytes()).hexdigest()
+
+    return task
+
+
+def gradient_tasks(chosen, loaded):
+    """Return the tasks that compute factors and gradients, and how many of each."""
+    from transformers import AutoTokenizer
+
+    from assay.vhack import Sample, per_sample_gradients, weight_svd
+
+    samples = [
+        Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8)
+        for n in range(chosen.samples)
+    ]
+    tokenizer = loaded.tokenizer or AutoTokenizer.from_pretrained(
+        ROOT / "src/assay/models/reference/qwen3"
+    )
+    svd = weight_svd(loaded, method="gram")
+
+    def factors():
+        weight_svd(loaded, method="gram")
+
+    def gradients():
+        per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd)
+
+    return {"factors": (factors, 1), "gradients": (gradients, chosen.samples)}
+
+
+def work(chosen, way, model, nonces):
+    """Run the task that each line of stdin names, and print its rate and what it gives."""
+    from assay import load_model
 
     if way == "deterministic":
         from assay.poc.engines.hf.engine import be_deterministic
 
         be_deterministic()
-
-    def best(work, count):
-        return count / min(
-            [wall_seconds(work) for _ in range(chosen.rounds + 1)][1:]
-        )  # the first one compiles
-
     loaded = load_model(model, device=chosen.device)
-    round = Round(block_hash="block", public_key="key", seq_len=chosen.seq_len)
-    compiled = chosen.device == "cuda" and not chosen.eager
-    engine = HFEngine(loaded, batch_size=chosen.batch, seq_len=chosen.seq_len, compiled=compiled)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "proof.jsonl"
-        proofs = []
+        tasks = {"prove": (prove_task(chosen, loaded, nonces, folder), nonces)}
+        if model in chosen.gradients:
+            tasks |= gradient_tasks(chosen, loaded)
+        print(json.dumps(list(tasks)), flush=True)
+        for line in sys.stdin:
+            task, count = tasks[line.strip()]
+            results = []
+            seconds = wall_seconds(lambda task=task, results=results: results.append(task()))
+            print(json.dumps([count / seconds, results[0]]), flush=True)
 
-        def work():
-            proofs[:] = [
-                prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)
-            ]
 
-        rates = {"prove": best(work, nonces)}
-    digest = hashlib.sha256(proofs[0].distances.tobytes()).hexdigest()
-    if model in chosen.gradients:
-        from transformers import AutoTokenizer
+class Worker:
+    """The process of one way, with a model."""
 
-        from assay.vhack import Sample, per_sample_gradients, weight_svd
-
-        samples = [
-            Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8)
-            for n in range(chosen.samples)
-        ]
-        tokenizer = loaded.tokenizer or AutoTokenizer.from_pretrained(
-            ROOT / "src/assay/models/reference/qwen3"
+    def __init__(self, way, source, model, nonces):
+        path = os.pathsep.join([str(Path(source).resolve()), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, *sys.argv, "--worker", way, model, str(nonces)],
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,  # an interrupt is for the parent alone
         )
-        svd = weight_svd(loaded, method="gram")
-        rates["factors"] = best(lambda: weight_svd(loaded, method="gram"), 1)
-        rates["gradients"] = best(
-            lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd),
-            chosen.samples,
+
+    def wait(self):
+        """Wait until the model is loaded; return the names of the tasks."""
+        return json.loads(self._process.stdout.readline())
+
+    def run(self, task):
+        """Return the rate of a task, and what it gives."""
+        self._process.stdin.write(task + "\n")
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(sources, model, nonces, turns):
+    """Return the rates of both ways, their ratios, and whether the distances are equal."""
+    workers = {way: Worker(way, source, model, nonces) for way, source in sources.items()}
+    first, second = workers
+    tasks, _ = (worker.wait() for worker in workers.values())
+    rates = {way: {task: [] for task in tasks} for way in workers}
+    digests = set()
+    try:
+        for turn in range(-1, turns):
+            results = {}
+            for task in tasks:
+                for way in workers if turn % 2 == 0 else reversed(workers):
+                    results[way, task], digest = workers[way].run(task)
+                    if digest:
+                        digests.add(digest)
+            if turn >= 0:
+                for (way, task), rate in results.items():
+                    rates[way][task].append(rate)
+            note(f"{model}: {turn + 1} of {turns} turns")
+    except KeyboardInterrupt:
+        note("interrupted: the turns so far count")
+    for worker in workers.values():
+        worker.close()
+    ratios = {
+        task: median_interval(
+            [new / old for old, new in zip(rates[first][task], rates[second][task], strict=True)]
         )
-    return {"per_second": rates, "distances": digest}
+        for task in rates[first]
+    }
+    return {
+        "per_second": rates,
+        f"{second}_over_{first}": ratios,
+        "same_distances": len(digests) == 1,
+    }
 
 
 def main():
@@ -99,50 +177,22 @@ def main():
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--seq-len", type=int, default=256)
     options.add_argument("--samples", type=int, default=24)
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--turns", type=int, default=11)
     options.add_argument("--device", default="cpu")
     options.add_argument("--eager", action="store_true", help="without compiled kernels")
     options.add_argument("--worker", nargs=3, help="what this file starts by itself")
     chosen = options.parse_args()
     if chosen.worker:
-        method, model, nonces = chosen.worker
-        print(json.dumps(measure(chosen, model, int(nonces), method)))
+        way, model, nonces = chosen.worker
+        work(chosen, way, model, int(nonces))
         return
     sources = {"old": chosen.old, "new": ROOT / "src"}
     if chosen.deterministic:
         sources = dict.fromkeys(("plain", "deterministic"), ROOT / "src")
-    figures = {}
-    for model, nonces in zip(chosen.models, chosen.nonces, strict=True):
-        seen = {method: {} for method in sources}
-        digests = set()
-        for turn in range(chosen.turns):
-            for method in sources if turn % 2 == 0 else reversed(sources):
-                path = os.pathsep.join(
-                    [str(Path(sources[method]).resolve()), os.environ.get("PYTHONPATH", "")]
-                )
-                command = [sys.executable, *sys.argv, "--worker", method, model, str(nonces)]
-                finished = subprocess.run(
-                    command,
-                    env=os.environ | {"PYTHONPATH": path},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                result = json.loads(finished.stdout.splitlines()[-1])
-                note(f"{model} {turn} {method} {result}")
-                digests.add(result["distances"])
-                for task, value in result["per_second"].items():
-                    seen[method].setdefault(task, []).append(value)
-        first, second = seen.values()
-        ratios = {
-            task: statistics.median(second[task]) / statistics.median(first[task]) for task in first
-        }
-        figures[model] = {
-            "per_second": seen,
-            "_over_".join(reversed(seen)): ratios,
-            "same_distances": len(digests) == 1,
-        }
+    figures = {
+        model: compare(sources, model, nonces, chosen.turns)
+        for model, nonces in zip(chosen.models, chosen.nonces, strict=True)
+    }
     publish("two_commits", {"device": chosen.device, "models": figures}, chosen.output)
 
 

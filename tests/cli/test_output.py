@@ -61,7 +61,7 @@ def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):
         for done in (10, 60, 70, 120):
             update(done, 120)
     assert capsys.readouterr().err.splitlines() == [
-        "proving: 60 of 120 nonces, 10.0 nonces/s, 6 s left",
+        "proving: 60 of 120 nonces, 10.0 nonces/s, at most 6 s left",
         "proving: 120 of 120 nonces, 10.0 nonces/s, 0 s left",
     ]
 
@@ -74,7 +74,7 @@ def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatc
             report_progress("reading weights", done * 10**6, 100 * 10**6)
     report_progress("reading weights", 1, 2)  # no listener
     assert capsys.readouterr().err.splitlines() == [
-        "reading weights: 70 of 100 million, 5.0 million/s, 6 s left"
+        "reading weights: 70 of 100 million, 5.0 million/s, at most 6 s left"
     ]
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 COLLECTED = "collect"
 
 POSITIONS = 256  # of a nonce of the published rounds
+MOST_UNSTEADY = 3  # batches, of which those that begin a run say little about its rate
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.", elsewhere=("experiment",))
 CHEAT = "a tenth of the nonces at 5 times the honest noise"
@@ -317,9 +318,9 @@ def _pace(marks: Sequence[tuple[float, int]]) -> tuple[int, float, float]:
     """Return nonces that an interrupted run left, seconds until the first batch was done, and
     nonces per second.
 
-    The rate is that after the first batch, which may compile kernels, or of it where there was no
-    other. Nonces that an interrupted run left count for nothing: this one did not spend time on
-    them.
+    The rate is that after the second batch: the first may compile kernels, and the second runs
+    beside it. Of three batches and fewer it is that of the whole call. Nonces that an interrupted
+    run left count for nothing: this one did not spend time on them.
 
     Args:
         marks: Time and number of nonces at the call, where the proof begins, and after every batch.
@@ -328,11 +329,10 @@ def _pace(marks: Sequence[tuple[float, int]]) -> tuple[int, float, float]:
     resumed = later[0][1] if later else 0
     if len(later) < 2:
         return resumed, 0.0, 0.0
-    (start, before), (end, count) = later[1], later[-1]
-    rate = (
-        (count - before) / (end - start) if count > before else (count - resumed) / (start - begin)
-    )
-    return resumed, start - begin, rate
+    is_steady = len(later) > MOST_UNSTEADY + 1
+    start, before = later[2] if is_steady else (begin, resumed)
+    end, count = later[-1]
+    return resumed, later[1][0] - begin, (count - before) / (end - start)
 
 
 def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None") -> None:

@@ -174,17 +174,26 @@ _bars: list[Progress] = []  # what is on the terminal now
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr; without a terminal, a line every few seconds."""
     if not _is_terminal(sys.stderr):
-        # The first update, which may come long after a model loads, and the last.
+        # The first update, which may come long after a model loads, and the first step after it.
         marks: list[tuple[float, int]] = []
+        spoke = 0.0
 
         def say(count: int, total: int) -> None:
+            nonlocal spoke
             now = time.monotonic()
             if not marks:
-                marks.extend([(now, count)] * 2)
-            elif now - marks[1][0] >= PAUSE:
-                marks[1] = (now, count)
-                rate = (count - marks[0][1]) / max(now - marks[0][0], 1e-9)
-                remaining = f", {(total - count) / rate:.0f} s left" if rate > 0 else ""
+                marks.append((now, count))
+                spoke = now
+                return
+            # The first step may compile kernels, and says little about those that follow.
+            begun, before = marks[-1]
+            at_most = "at most " if len(marks) == 1 else ""
+            if at_most and count > before:
+                marks.append((now, count))
+            if now - spoke >= PAUSE:
+                spoke = now
+                rate = (count - before) / max(now - begun, 1e-9)
+                remaining = f", {at_most}{(total - count) / rate:.0f} s left" if rate > 0 else ""
                 click.echo(
                     f"{label}: {count} of {total} {unit}, {_rate(rate, unit)}{remaining}", err=True
                 )

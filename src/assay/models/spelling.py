@@ -6,7 +6,7 @@ gains a space or loses one, which in Python is another indentation.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -20,29 +20,59 @@ if TYPE_CHECKING:
 _SPACES = r"\s*"
 
 
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text, none of them special ones that the tokenizer would add.
+
+    A fast tokenizer takes many texts on all cores.
+    """
+    # Not verbose: it would warn of long texts by itself.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
 def encode_parts(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str
 ) -> tuple[list[int], int]:
-    """Return the tokens of prompt and completion together, and how many are of the prompt.
+    """Return what :func:`encode_texts` does, of one prompt and completion."""
+    return next(encode_texts(tokenizer, [(prompt, completion)]))
+
+
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, str]]
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the tokens of each prompt and completion together, and how many are of the prompt.
 
     The parts are tokenised apart, as a model that goes on from a prompt is given it, where this
     spells the text. Elsewhere the tokens are those of the whole text, and a token across the border
     is one of the completion. Spaces that a special token takes in are no part of the text.
 
     Raises:
-        UsageError: The tokenizer cannot spell the text. It names the tokenizer.
+        UsageError: The tokenizer cannot spell the text that comes next. It names the tokenizer.
     """
-    prompt_ids, completion_ids = (_encode(tokenizer, part) for part in (prompt, completion))
-    text = prompt + completion
-    apart = [*prompt_ids, *completion_ids]
-    # A part without a token is for the caller to refuse.
-    is_empty = not (prompt_ids and completion_ids)
-    if is_empty or _is_spelled(text, decode_tokens(tokenizer, apart)):
-        return apart, len(prompt_ids)
+    prompts, completions = (tokenize(tokenizer, part) for part in zip(*texts, strict=True))
+    apart = [
+        [*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    spellings = _decode_all(tokenizer, apart)
+    for text, prompt, ids, spelling in zip(texts, prompts, apart, spellings, strict=True):
+        # A part without a token is for the caller to refuse.
+        is_empty = len(prompt) in (0, len(ids))
+        if is_empty or _is_spelled("".join(text), spelling):
+            yield ids, len(prompt)
+        else:
+            yield _encode_together(tokenizer, *text)
+
+
+def _encode_together(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str
+) -> tuple[list[int], int]:
     swallowed = tuple(_swallowed(tokenizer, part) for part in (prompt, completion))
     if swallowed != (prompt, completion):
         return encode_parts(tokenizer, *swallowed)
-    ids = _encode(tokenizer, text)
+    text = prompt + completion
+    ids = tokenize(tokenizer, [text])[0]
     spellings = _spellings(tokenizer, ids)
     if not any(_is_spelled(text, spelling) for spelling in spellings):
         name = tokenizer.name_or_path or "without a name"
@@ -53,6 +83,18 @@ def encode_parts(
             do="take a model whose tokenizer keeps spaces, line ends and every character",
         )
     return ids, _count_inside(tokenizer, ids, prompt, text)
+
+
+def _decode_all(
+    tokenizer: "PreTrainedTokenizerBase", ids_by_text: list[list[int]]
+) -> Sequence[str]:
+    """Return the text of each list of tokens; a fast tokenizer takes them on all cores."""
+    if tokenizer.is_fast:
+        texts: list[str] = tokenizer.backend_tokenizer.decode_batch(
+            ids_by_text, skip_special_tokens=False
+        )
+        return texts
+    return [decode_tokens(tokenizer, ids) for ids in ids_by_text]
 
 
 def _swallowed(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
@@ -86,7 +128,7 @@ def _count_inside(
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     """Return the tokens of a prompt with what begins a text, and without what would end it."""
     ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
-    bare = _encode(tokenizer, prompt)
+    bare = tokenize(tokenizer, [prompt])[0]
     for start in range(len(ids) - len(bare) + 1):
         if ids[start : start + len(bare)] == bare:
             return ids[: start + len(bare)]
@@ -100,11 +142,6 @@ def recover_spaces(
     if tokenizer.decode(list(ids), skip_special_tokens=True) != text:
         return text  # the trainer changed it
     return decode_tokens(tokenizer, ids, before=prompt, skip_special_tokens=True)
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    # Not verbose: it would warn of long texts by itself.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _is_spelled(text: str, spelling: str) -> bool:

@@ -254,8 +254,10 @@ def _estimate(lender: _Lender, extent: Extent, *, with_frame: bool) -> str:
         name: _seconds_per_position(lender.model(name), extent.seq_len)
         for name in reversed(extent.formats)
     }
-    length = extent.seq_len + get_pipeline(extent.preset).steps
-    fewer = 2 if lender.model(extent.formats[0]).device.type == "cpu" else 1
+    model = lender.model(extent.formats[0])
+    steps = get_pipeline(extent.preset).steps
+    length = extent.seq_len + steps
+    fewer = 2 if model.device.type == "cpu" else 1
     shapes = sum(fewer if shape.fewer_threads else 1 for shape in SHAPES)
     lasts = sum(seconds.values()) * extent.blocks * extent.nonces * length * shapes
     if with_frame:
@@ -264,6 +266,8 @@ def _estimate(lender: _Lender, extent: Extent, *, with_frame: bool) -> str:
         f"{extent.total} nonces of {extent.seq_len} positions on {extent.engines} engines, "
         f"about {say_time(lasts)} by a timing run on this machine"
     )
+    if steps == 0 and worth_compiling(model):
+        estimate += ", besides the compilation of kernels"
     if extent.quick or lasts < LONG:
         return estimate
     quick = QUICK_BLOCKS * NONCES * QUICK_POSITIONS * shapes + SEQUENCES * POSITIONS

@@ -1,6 +1,7 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
@@ -12,7 +13,7 @@ from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
 from assay.models.model import AnyModel, AnyTokenizer, PreTrained, Tokenizer
 from assay.models.shared_passes import pass_kind
-from assay.models.spelling import encode_parts
+from assay.models.spelling import encode_texts
 from assay.models.token_text import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
 
@@ -41,7 +42,7 @@ def stage_progress(progress: Progress | None, before: int, total: int) -> Progre
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sample as token ids that spell prompt and completion, see :func:`encode_parts`."""
+    """Sample as token ids that spell prompt and completion, see :func:`encode_texts`."""
 
     index: int  # in the list of samples
     name: str  # in errors
@@ -169,12 +170,15 @@ def encode(
         )
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
+    texts = []
+    for name, sample in zip(names, samples, strict=True):
+        with _named_errors(name):
+            texts.append(_as_text(sample, tokenizer))
+    encodings = encode_texts(tokenizer, texts)
     encoded = []
-    for index, (name, sample) in enumerate(zip(names, samples, strict=True)):
-        try:
-            ids, n_prompt = encode_parts(tokenizer, *_as_text(sample, tokenizer))
-        except UsageError as error:
-            raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
+    for index, name in enumerate(names):
+        with _named_errors(name):
+            ids, n_prompt = next(encodings)
         counts = {"prompt": n_prompt, "completion": len(ids) - n_prompt}
         for part, count in counts.items():
             if not count:
@@ -193,6 +197,15 @@ def encode(
             check_tokens(name, ids, rows)
         encoded.append(Encoded(index, name, ids, n_prompt))
     return encoded
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn errors of use into errors of the data called ``name``."""
+    try:
+        yield
+    except UsageError as error:
+        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
 
 
 def _as_text(sample: Sample, tokenizer: Tokenizer) -> tuple[str, str]:

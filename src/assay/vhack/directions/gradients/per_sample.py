@@ -140,9 +140,11 @@ def per_sample_gradients(
     svd = svd if svd is not None else weight_svd(module, modules=modules)
     division = division_of(module)
     limit = svd.rank or sys.maxsize  # of factors that other processes have
-    names = list(target_modules(module))
-    own_names = set(names if division is None else division.own(names))
-    factors = factors_of({name: targets[name] for name in targets if name in own_names}, svd)
+    own_targets = targets
+    if division is not None:
+        own_names = set(division.own(list(target_modules(module))))
+        own_targets = {name: targets[name] for name in targets if name in own_names}
+    factors = factors_of(own_targets, svd)
     lengths = {
         name: factors[name].rank if name in factors else min(*linear.weight.shape, limit)
         for name, linear in targets.items()
