@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -157,44 +158,64 @@ def test_no_other_opening_is_accepted(vectors):
     assert accepted == []
 
 
+def unchecked_node(records, places, lies):
+    """The node above some places, of a tree that is built without checks; leaves may lie."""
+    if len(places) == 1:
+        record = records[places[0]]
+        raw = struct.pack(">Q", record.nonce) + record.vector.tobytes()
+        label = Label(1, record.nonce, record.nonce, hashlib.sha256(b"\x00" + raw).digest())
+        return lies.get(places[0], lambda label: label)(label)
+    half = 1 << ((len(places) - 1).bit_length() - 1)
+    left, right = (unchecked_node(records, part, lies) for part in (places[:half], places[half:]))
+    packed = b"".join(struct.pack(">QQQ32s", *label) for label in (left, right))
+    digest = hashlib.sha256(b"\x01" + packed).digest()
+    return Label(left.size + right.size, left.first, right.last, digest)
+
+
+def unchecked_path(records, places, lies, index):
+    """The nodes beside the way from that node to a place."""
+    if len(places) == 1:
+        return b""
+    half = 1 << ((len(places) - 1).bit_length() - 1)
+    left = places[:half]
+    right = places[half:]
+    if index in left:
+        beside = struct.pack(">QQQ32s", *unchecked_node(records, right, lies))
+        return unchecked_path(records, left, lies, index) + beside
+    beside = struct.pack(">QQQ32s", *unchecked_node(records, left, lies))
+    return beside + unchecked_path(records, right, lies, index)
+
+
+def opened_nonces(commitment, records, lies):
+    """The nonces of the places whose openings are accepted."""
+    opened = []
+    places = range(len(records))
+    for index, record in enumerate(records):
+        path = unchecked_path(records, places, lies, index)
+        value = record.vector.tobytes()
+        opening = Opening(index=index, nonce=record.nonce, value=value, path=path)
+        with suppress(CommitmentBroken):
+            commitment.check_opening(opening, index=index)
+            opened.append(record.nonce)
+    return opened
+
+
 def test_a_nonce_that_is_counted_twice_is_refused_from_either_place(vectors):
     """A node that builds its tree without checks, and commits to every nonce twice."""
-    records = [record for record in vectors(share(8)).records for _ in range(2)]
-    count = len(records)
+    proof = vectors(share(8))
+    records = [record for record in proof.records for _ in range(2)]
+    top = unchecked_node(records, range(len(records)), {})
+    assert opened_nonces(replace(Commitment.of(proof), top=top), records, {}) == []
 
-    def build(places):
-        if len(places) == 1:
-            record = records[places[0]]
-            raw = struct.pack(">Q", record.nonce) + record.vector.tobytes()
-            return Label(1, record.nonce, record.nonce, hashlib.sha256(b"\x00" + raw).digest())
-        half = 1 << ((len(places) - 1).bit_length() - 1)
-        left = build(places[:half])
-        right = build(places[half:])
-        packed = b"".join(struct.pack(">QQQ32s", *label) for label in (left, right))
-        digest = hashlib.sha256(b"\x01" + packed).digest()
-        return Label(left.size + right.size, left.first, right.last, digest)
 
-    def path(places, index):
-        if len(places) == 1:
-            return b""
-        half = 1 << ((len(places) - 1).bit_length() - 1)
-        left = places[:half]
-        right = places[half:]
-        if index in left:
-            return path(left, index) + struct.pack(">QQQ32s", *build(right))
-        return struct.pack(">QQQ32s", *build(left)) + path(right, index)
-
-    doubled = replace(Commitment.of(vectors(share(8))), top=build(range(count)))
-    for index in range(count):
-        record = records[index]
-        opening = Opening(
-            index=index,
-            nonce=record.nonce,
-            value=record.vector.tobytes(),
-            path=path(range(count), index),
-        )
-        with pytest.raises(CommitmentBroken):
-            doubled.check_opening(opening, index=index)
+def test_a_leaf_that_lies_does_not_hide_nonces_that_are_counted_twice(vectors):
+    """Its last nonce lies below its first, so what follows may begin anew."""
+    proof = vectors([*share(16), 1 + 3 * 31])
+    records = [*proof.records[:16], *proof.records[1:]]
+    lies = {15: lambda label: label._replace(last=0)}
+    top = unchecked_node(records, range(len(records)), lies)
+    opened = opened_nonces(replace(Commitment.of(proof), top=top), records, lies)
+    assert len(opened) == len(set(opened))
 
 
 def test_a_nonce_of_another_share_is_refused(vectors):
@@ -353,3 +374,8 @@ def test_no_sample_of_a_question_that_is_none(wrong, vectors):
 def test_rounds_are_shares_of_a_key():
     assert is_porous(Round(block_hash="b", public_key="k", node_count=8), 1, 800)
     assert not is_porous(Round(block_hash="b", public_key="k", node_count=8), 1, 799)
+
+
+def test_a_line_that_is_no_text_is_refused():
+    with pytest.raises(ProofFormatError):
+        Opening.parse("\ud800")

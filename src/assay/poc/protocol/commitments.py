@@ -3,7 +3,9 @@
 A commitment is the top of a sum tree. Every node holds how many nonces are below it, the first and
 the last of them, and a hash over its two children with their numbers. So the place of a nonce
 follows from its path, and no second nonce can be put in that place. A nonce that occurs twice lies
-outside the range of a node above it, and its own path shows that.
+outside the range of a node above it, and its own path shows that. Nodes beside the path are the
+word of the node, so each must have room for its nonces: otherwise one whose last lies below its
+first would hide what is doubled on both of its sides.
 
 The tree over N leaves splits at the largest power of two below N, like that of RFC 6962, so a tree
 over the first nonces is made of nodes of the later one: an early commitment is shown to be the
@@ -40,6 +42,7 @@ LARGEST_POROSITY = 100
 DENSE = f"fewer than {LARGEST_POROSITY} places of the share for each nonce"
 SAMPLE_TEXT = "assay.poc/sample"
 TOGETHER = 1024  # rows that are hashed at once
+MOST_NODES = 64  # of a path; the largest round has 24 beside an opening
 
 # One byte before what is hashed, so that no leaf is a node and no node a root.
 LEAF = b"\x00"
@@ -72,6 +75,11 @@ def join(left: Label, right: Label) -> Label:
         raise _broken(f"nonce {right.first} after {left.last}", "nonces that ascend, each once")
     digest = hashlib.sha256(NODE + PACKED.pack(*left) + PACKED.pack(*right)).digest()
     return Label(left.size + right.size, left.first, right.last, digest)
+
+
+def has_room(label: Label, round: Round) -> bool:
+    """Return whether so many nonces of a share lie from the first to the last of a node."""
+    return label.last - label.first >= (label.size - 1) * round.node_count
 
 
 def is_porous(round: Round, count: int, last: int) -> bool:
@@ -118,7 +126,8 @@ class Opening:
     @classmethod
     def parse(cls, line: str) -> Self:
         """Read the line of an opening; a ProofFormatError says what is wrong with it."""
-        opening = read_as(cls, line.encode())
+        # Lone surrogates, which JSON can hold, become bytes that are no text.
+        opening = read_as(cls, line.encode("utf-8", "surrogatepass"))
         if opening.line() != line:
             raise format_error(f"{line[:60]!r} in another form", "the form of Opening.line")
         return opening
@@ -206,7 +215,7 @@ class Commitment:
         if opening.nonce % self.round.node_count != self.round.share:
             raise _broken(f"nonce {opening.nonce}", "a nonce of the share of the node")
         cuts = (index, index + 1)
-        labels = _labels(opening.path)
+        labels = _labels(opening.path, self.round)
         before = sum(start < index for start, _ in _pieces(0, self.top.size, cuts))
         labels.insert(before, leaf(opening.nonce, opening.value))
         self._check_top(_rebuild(self.top.size, cuts, labels))
@@ -227,7 +236,7 @@ class Commitment:
         count = early.top.size
         if count > self.top.size:
             raise _broken(f"an early commitment to {count} nonces", f"at most {self.top.size}")
-        labels = _labels(path)
+        labels = _labels(path, self.round)
         self._check_top(_rebuild(self.top.size, (count,), labels))
         begin = sum(start < count for start, _ in _pieces(0, self.top.size, (count,)))
         if reduce(lambda right, left: join(left, right), reversed(labels[:begin])) != early.top:
@@ -309,7 +318,7 @@ class Commitment:
         tree = fields.tree
         round = fields.round
         top = Label(tree.count, tree.first, tree.last, bytes.fromhex(tree.hash))
-        if top.last - top.first < (top.size - 1) * round.node_count:
+        if not has_room(top, round):
             raise format_error(
                 f"{top.size} nonces from {top.first} to {top.last}",
                 f"distinct nonces of node {round.node_id} of {round.node_count}",
@@ -462,11 +471,17 @@ def _rebuild(count: int, cuts: Sequence[int], labels: Sequence[Label]) -> Label:
     return build(count, 0)
 
 
-def _labels(path: bytes) -> list[Label]:
+def _labels(path: bytes, round: Round) -> list[Label]:
     count, odd = divmod(len(path), PACKED.size)
-    if odd:
-        raise _broken(f"a path of {len(path)} bytes", f"{count} nodes of {PACKED.size} bytes")
-    return [Label(*fields) for fields in PACKED.iter_unpack(path)]
+    if odd or count > MOST_NODES:
+        wanted = f"{min(count, MOST_NODES)} nodes of {PACKED.size} bytes"
+        raise _broken(f"a path of {len(path)} bytes", wanted)
+    labels = [Label(*fields) for fields in PACKED.iter_unpack(path)]
+    for label in labels:
+        if not has_room(label, round):
+            seen = f"{label.size} nonces from {label.first} to {label.last} in a path"
+            raise _broken(seen, "room for each in the share of the node")
+    return labels
 
 
 def _level_above(level: npt.NDArray[Any]) -> npt.NDArray[Any]:
