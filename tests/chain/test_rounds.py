@@ -62,6 +62,16 @@ def test_a_round_that_was_generating_is_not_taken_up_once_none_may_be(serving): 
         assert state(service) == "STOPPED"
 
 
+def test_a_call_that_is_refused_does_not_change_what_a_restart_does(serving):  # noqa: F811
+    with serving() as service:
+        service.post("/init/generate", ROUND)
+        service.post("/stop")
+        assert service.client.post(f"{PATH}/init/generate", json=OF_CHAIN).status_code == 409
+        service.post("/phase/generate")
+        service.restart()
+        assert state(service) == "GENERATING"
+
+
 def test_a_round_takes_another_share_and_goes_on_beyond_its_nonces(serving):  # noqa: F811
     with serving(compatibility="gonka") as service:
 

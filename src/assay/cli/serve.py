@@ -180,7 +180,9 @@ def list_callbacks(chosen: CallbackListSettings, as_json: bool) -> None:
         values = {**outbox.counts(), "callbacks": [row._asdict() for row in rows]}
     columns = ("id", "kind", "status", "attempts", "nonces", "last_error")
     listed = [[getattr(row, name) for name in columns] for row in rows]
-    show_tables("assay.poc.callbacks/1", values, as_json, (columns, listed, ""))
+    is_cut = len(rows) == chosen.limit
+    title = "the dead ones first; --limit shows more" if is_cut else ""
+    show_tables("assay.poc.callbacks/1", values, as_json, (columns, listed, title))
 
 
 @callbacks.add("replay", CallbackSettings, example="assay poc callbacks replay msg_1a2b")

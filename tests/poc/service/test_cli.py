@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
 from assay.cli import run
 from assay.poc.net.server import listen
+from assay.poc.service.database import open_database
+from assay.poc.service.outbox import Outbox
 from tests.end_to_end.server import free_port
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
@@ -29,6 +32,14 @@ def test_list_and_replay(dead, capsys):
     assert (listed["schema"], listed["dead"], listed["pending"]) == ("assay.poc.callbacks/1", 1, 0)
     (row,) = listed["callbacks"]
     assert (row["kind"], row["status"], row["attempts"]) == ("validated", "dead", 1)
+    with closing(open_database(dead)) as database, database.write() as connection:
+        for _ in range(3):
+            Outbox(database).add(connection, None, "validated", "http://127.0.0.1:9/", {}, None)
+    # A newer one that is pending does not hide it.
+    assert run(["poc", "callbacks", "list", "--data-dir", str(dead), "--limit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["callbacks"][0]["status"] == "dead"
+    assert run(["poc", "callbacks", "list", "--data-dir", str(dead), "--limit", "1"]) == 0
+    assert "the dead ones first; --limit shows more" in capsys.readouterr().out
     assert run(["poc", "callbacks", "list", "--data-dir", str(dead)]) == 0
     assert "validated" in capsys.readouterr().out
     assert run(["poc", "callbacks", "replay", row["id"], "--data-dir", str(dead)]) == 0
@@ -105,3 +116,10 @@ sys.exit(run(["poc", "serve", "--model", "none"]))
     assert done.returncode == 2, done.stderr
     assert "pip install '.[serve]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_never_says_to_write_a_secret_on_the_command_line(capsys):
+    assert run(["poc", "receive", "--host", "0.0.0.0"]) == 2
+    error = capsys.readouterr().err
+    assert "write `callback_secrets` under [poc.receive] of --config" in error
+    assert "--set callback_secrets" not in error

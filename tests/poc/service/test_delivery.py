@@ -14,7 +14,7 @@ from standardwebhooks import Webhook
 from assay.poc.net import callback_urls as callbacks
 from assay.poc.service.outbox import backoff, open_outbox, retry_after
 from tests.end_to_end.receiver import Answering
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Service
 from tests.waiting import until
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
@@ -135,6 +135,28 @@ def test_a_blocked_address_is_a_dead_letter_at_once(serving, monkeypatch):
         (row,) = service.controller.outbox.rows(["dead"], 1)
     assert row.attempts == 1
     assert "private address" in row.last_error
+
+
+def test_dead_letters_of_clients_are_theirs_and_end(serving):
+    """The receiver of a client is not the operator's to repair."""
+    key = "v" * 20
+    with serving(
+        callback_attempts=1,
+        api_keys=("a" * 20,),
+        validate_keys=(key,),
+        allow_private_callbacks=False,
+    ) as service:
+        job = ARTIFACTS | {"nonces": [0], "url": "http://rebinding.example:9/"}
+        headers = {"Authorization": f"Bearer {key}"}
+        assert service.client.post(f"{PREFIX}/generate", json=job, headers=headers).is_success
+        outbox = service.controller.outbox
+        until(lambda: outbox.rows(["dead"], 1))
+        assert outbox.counts() == {"pending": 0, "dead": 0}
+        outbox.prune(3600)
+        assert outbox.rows(["dead"], 1)
+        service.sql("UPDATE outbox SET finished_at = 0")
+        outbox.prune(3600)
+        assert not outbox.rows(["dead"], 1)
 
 
 def test_too_many_undelivered_callbacks_slow_generation_and_drop_nothing(serving, receive):

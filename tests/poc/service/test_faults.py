@@ -135,7 +135,7 @@ def test_fault_15_a_distance_that_is_no_number_ends_the_round(service, scale):
     assert service.status()["error"] is None
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "null", "1e999"])
 def test_fault_15_a_received_value_that_is_no_number_is_a_mismatch(service, value):
     service.post("/init/validate", ROUND)
     body = f'{{"block_hash":"block_alpha","block_height":7,"public_key":"k","nonces":[0],"dist":[{value}],"node_id":0}}'

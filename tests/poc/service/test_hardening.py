@@ -170,6 +170,42 @@ def test_the_end_of_a_share_is_said_in_words(service):
     assert service.controller.metrics.failures._value.get() == 0
 
 
+def test_a_round_that_failed_behind_its_callbacks_takes_another_share(serving):
+    """What was computed and not written yet is of the share before, and comes first."""
+    pauses = {"callback_backoff": 60, "callback_backoff_max": 60, "callback_interval": 0.0}
+    body = ARTIFACTS | {"url": DEAD_END, "node_id": 1}
+    with serving(compatibility="gonka", max_pending=2, callback_nonces=4, **pauses) as service:
+        service.post("/init/generate", body)
+        until(lambda: service.controller.paused == "callbacks")
+        service.rig.fail = RuntimeError("CUDA out of memory")
+        service.sql("UPDATE outbox SET status = 'delivered'")
+        until(lambda: service.controller.error)
+        service.rig.fail = None
+        written = nonces_on_disk(service)
+        service.post("/init/generate", body | {"node_id": 3, "node_count": 4, "url": None})
+        service.sql("UPDATE outbox SET status = 'delivered'")
+        until(lambda: len(nonces_on_disk(service)) > len(written) + 8)
+        assert {nonce % 4 for nonce in nonces_on_disk(service)[len(written) :]} == {3}
+        assert service.controller.error is None
+
+
+def test_verdicts_do_not_stop_a_round_and_have_a_bound(serving):
+    """A validate key may not pause the operator's round, nor fill the disk without a computation."""
+    with serving(max_pending=3, callback_backoff=600, callback_backoff_max=600) as service:
+        service.post("/init/validate", ROUND | {"callback_url": DEAD_END})
+        claim = BLOCK | {"node_id": 0}
+        for _ in range(5):
+            service.post("/validate", claim | {"nonces": [], "dist": []})
+        assert service.sql("SELECT count(*) FROM verdicts") == [(0,)]
+        for nonce in range(3):
+            service.post("/validate", claim | {"nonces": [nonce], "dist": [1.4]})
+        refused = service.post("/validate", claim | {"nonces": [3], "dist": [1.4]}, 429)
+        assert "3 verdicts of this round are undelivered" in refused["detail"]
+        service.post("/phase/generate")
+        until(lambda: service.checked() >= 8)
+        assert service.status()["paused"] is None
+
+
 def test_callbacks_of_jobs_do_not_stop_a_round_and_have_a_bound(serving):
     with serving(
         max_pending=3, max_pending_jobs=8, callback_backoff=600, callback_backoff_max=600

@@ -205,6 +205,23 @@ def test_a_job_can_be_cancelled(service):
     assert finished(service, running)["status"] == "cancelled"
 
 
+def test_what_a_job_asked_is_not_kept_and_no_vector_is_larger_than_a_record(service):
+    """Cancelled at once, jobs of one nonce would fill the disk."""
+    service.rig.open.clear()
+    large = {"nonce": 0, "vector_b64": "A" * 65_536}
+    sent = {"artifacts": [large] * 10 + [large | {"nonce": 1, "vector_b64": ""}]}
+    body = ARTIFACTS | {"nonces": [0, 1], "validation": sent}
+    path = "/api/v1/inference/pow/generate"
+    queued = [service.client.post(path, json=body).json() for _ in range(2)]
+    (size,) = service.sql("SELECT max(length(request)) FROM jobs")[0]
+    assert size < 1000
+    service.client.delete(f"{PREFIX}/generate/{queued[1]['request_id']}")
+    service.rig.open.set()
+    counted = ended(service, queued[0])
+    assert (counted["n_mismatch"], counted["mismatch_nonces"]) == (2, [0, 1])
+    assert service.sql("SELECT DISTINCT request FROM jobs") == [("{}",)]
+
+
 def test_results_are_kept_for_a_while_only(serving):
     with serving(job_ttl=0.3) as service:
         queued = service.post("/generate", JOB)
@@ -296,6 +313,20 @@ def test_a_hardened_job_is_judged_by_the_residual_test(serving):
         fraud = service.post("/generate", many | {"validation": {"artifacts": near}})
         assert fraud["n_mismatch"] == 0
         assert (fraud["fraud_detected"], fraud["residual_test"]["verdict"]) == (True, "fraud")
+
+
+def test_a_job_that_failed_on_a_full_disk_is_not_completed_with_a_part(service, monkeypatch):
+    service.rig.open.clear()
+    queued = service.post("/generate", JOB)
+    assert service.rig.entered.wait(10)
+    full = failing(monkeypatch, Database, "write", FULL)
+    service.rig.fail = RuntimeError("the device is gone")
+    service.rig.open.set()
+    until(lambda: service.rig.batches == 1 and not service.rig.returned)
+    assert finished(service, queued["request_id"]) is None
+    full.clear()
+    failed = ended(service, queued)
+    assert (failed["status"], "artifacts" in failed) == ("failed", False)
 
 
 def test_a_job_outlasts_a_full_disk(service, monkeypatch):

@@ -17,13 +17,11 @@ from fastapi import FastAPI
 
 from assay.errors import StorageError, UsageError
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import LocalOnly
 from assay.poc.responses import Prompt, Receipts
 from assay.poc.service import ServiceSettings, attach
 from assay.poc.service import receipt_keeper as _receipts
 from assay.poc.service.database import MIGRATIONS
 from assay.poc.service.receipt_keeper import ReceiptKeeper
-from assay.poc.service.service_api import PREFIXES
 from assay.poc.service.service_controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
@@ -161,7 +159,6 @@ def test_without_keys_other_hosts_get_no_receipts_from_another_application_eithe
     host = FastAPI()
     host.get("/v1/models")(lambda: {"data": ["theirs"]})
     attach(host, Controller(rig.deployment, ServiceSettings(data_dir=tmp_path)))
-    host.add_middleware(LocalOnly, prefix=PREFIXES)
     with TestClient(host, base_url="http://evil.example") as client:
         for path in ("", ".jsonl", "/chat"):
             assert client.get(RECEIPTS + path).status_code == 403
@@ -338,6 +335,30 @@ def ask_twice(service, monkeypatch):
     answers = sorted((one.result() for one in sent), key=lambda answer: answer.status_code)
     assert [answer.status_code for answer in answers] == [200, 429]
     assert len(Receipts.parse("export", answers[0].content).receipts) == 1
+
+
+def test_receipts_of_a_request_that_are_asked_for_at_once_are_counted(serving, monkeypatch):
+    """Each answer holds them in memory until it is read."""
+    monkeypatch.setattr("assay.poc.service.receipt_keeper.OWN_FILES", 1)
+    with serving() as service:
+        store(service, receipt("a"))
+        receipts = service.controller.receipts
+        go = threading.Event()
+        of_request = receipts.of_request
+
+        def read(*arguments):
+            assert go.wait(20)
+            return of_request(*arguments)
+
+        monkeypatch.setattr(receipts, "of_request", read)
+        with ThreadPoolExecutor(2) as pool:
+            sent = [pool.submit(service.client.get, f"{RECEIPTS}/a") for _ in "ab"]
+            try:
+                until(lambda: any(answer.done() for answer in sent))
+            finally:
+                go.set()
+        assert sorted(answer.result().status_code for answer in sent) == [200, 429]
+        assert len(get(service, "/a")["receipts"]) == 1
 
 
 def secret(number: int) -> str:

@@ -194,7 +194,8 @@ class Judge:
         # First: the ledger knows what it has counted, so a request that is repeated after a crash
         # adds nothing.
         self._record(stored, validator, request, computed, noise)
-        self._save(stored.id, public_key, checks, summary, body)
+        if nonces:
+            self._save(stored.id, public_key, checks, summary, body)
         return result
 
     def close(self) -> None:

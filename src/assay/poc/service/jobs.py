@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -32,14 +32,15 @@ log = structlog.get_logger("assay.jobs")
 STORAGE_PAUSE = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
     """The job that runs, and its records so far."""
 
     id: str
     request: GenerateRequest
     batches: Iterator[list[Record]]
-    records: list[Record]
+    records: list[Record] = field(default_factory=list)
+    outcome: tuple[str, JsonObject | None, str | None] | None = None  # what _finish is given
 
 
 class Jobs:
@@ -101,8 +102,8 @@ class Jobs:
                     do="send it again later",
                     retry_after=10,
                 )
-            undelivered = announced + self._outbox.owed(connection, None)
-            my_calls += self._outbox.owed(connection, None, client=client)
+            undelivered = announced + self._outbox.owed_of_jobs(connection)
+            my_calls += self._outbox.owed_of_jobs(connection, client=client)
             room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
             # A verdict is short, and the chain takes its absence for a fault of the prover.
             votes = request.chain and request.validation is not None
@@ -123,7 +124,7 @@ class Jobs:
                     seq=last + 1,
                     status="queued",
                     nonces=len(request.nonces),
-                    request=request.model_dump_json(),
+                    request=request.bounded().model_dump_json(),
                     created_at=time.time(),
                     client=client,
                     digest=digest,
@@ -207,20 +208,20 @@ class Jobs:
 
     def _advance(self, job: _Running, deployment: Deployment) -> None:
         """Do a batch of a job, or end it. Where the disk is full, ending it is tried again."""
-        try:
-            if (batch := next(job.batches, None)) is not None:
-                job.records.extend(batch)
-                return
-            result = self._result(job.request, job.records, deployment)
-        except Exception as error:  # an engine may raise any error, and its job must still end
-            if (
-                self._closing.is_set()
-            ):  # the engine ended with the service, and the job runs again after the next start
-                raise
-            log.exception("job failed")
-            self._finish(self._c.id == job.id, "failed", error=str(error))
-        else:
-            self._finish(self._c.id == job.id, "completed", result)
+        if job.outcome is None:
+            try:
+                if (batch := next(job.batches, None)) is not None:
+                    job.records.extend(batch)
+                    return
+                result = self._result(job.request, job.records, deployment)
+                job.outcome = ("completed", result, None)
+            except Exception as error:  # an engine may raise any error, and its job must still end
+                # The engine ended with the service, and the job runs again after the next start.
+                if self._closing.is_set():
+                    raise
+                log.exception("job failed")
+                job.outcome = ("failed", None, str(error))
+        self._finish(self._c.id == job.id, *job.outcome)
         self._running = None
 
     def _result(
@@ -272,7 +273,7 @@ class Jobs:
             round = request.round(deployment.reference)
             claimed = None if request.validation is None else request.received()
             batches = deployment.compute(round.inputs(request.nonces), request.batch_size, claimed)
-            return _Running(row.id, request, batches, [])
+            return _Running(row.id, request, batches)
 
     def _finish(
         self,
@@ -304,6 +305,9 @@ class Jobs:
                     kind = "generated" if request["validation"] is None else "validated"
                     body = about | result
                     self._outbox.add(connection, None, kind, request["url"], body, row.client)
+            # What was asked may be large, and nobody reads it again.
+            ids = [row.id for row in rows]
+            connection.execute(self._table.update().where(self._c.id.in_(ids)).values(request="{}"))
         for row in rows:
             self._tell(row.id, _state(row))
 

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import sqlalchemy as sa
@@ -36,7 +36,8 @@ from assay.poc.service.service_settings import ServiceSettings
 log = structlog.get_logger("assay.callbacks")
 
 OWED = ("open", "pending")
-RECEIPTS = "receipts"
+Kind = Literal["generated", "validated", "receipts"]
+RECEIPTS: Kind = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are
 posted.
 """
@@ -254,30 +255,37 @@ class Outbox:
         self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 
     def counts(self) -> dict[str, int]:
-        """Return how many callbacks are pending (open ones included) and dead."""
+        """Return how many callbacks are pending (open ones included), and how many of the
+        operator's are dead: the receiver of a client is the client's to repair.
+        """
         count = sa.select(sa.func.count()).select_from(self._table)
         status = self._c.status
         owed = count.where(status.in_(OWED))
-        dead = count.where(status == "dead")
+        dead = count.where(status == "dead", self._c.client.is_(None))
         (row,) = self._db.rows(
             sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead"))
         )
         return row._asdict()
 
-    def owed(
-        self, connection: sa.Connection, round_id: int | None, *, client: str | None = None
-    ) -> int:
-        """Return how many callbacks of a round, or of a client's jobs, are undelivered."""
-        of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
-        if client is not None:
-            of_round &= self._c.client == client
+    def owed(self, connection: sa.Connection, round_id: int, kind: Kind) -> int:
+        """Return how many callbacks of one kind of a round are undelivered."""
+        of_round = (self._c.round_id == round_id) & (self._c.kind == kind)
         query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
         return int(connection.execute(query).scalar_one())
 
+    def owed_of_jobs(self, connection: sa.Connection, *, client: str | None = None) -> int:
+        """Return how many callbacks of jobs are undelivered, of all or of those of a client."""
+        of_jobs = self._c.round_id.is_(None) & (self._c.kind != RECEIPTS)
+        if client is not None:
+            of_jobs &= self._c.client == client
+        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_jobs)
+        return int(connection.execute(query).scalar_one())
+
     def rows(self, statuses: Sequence[str], limit: int) -> Sequence[Callback]:
-        """Return the newest callbacks of some statuses."""
+        """Return callbacks of some statuses: dead ones first, then the newest."""
         query = sa.select(*self._columns).where(self._c.status.in_(statuses))
-        return self._db.rows(query.order_by(self._c.seq.desc()).limit(limit))
+        order = ((self._c.status == "dead").desc(), self._c.seq.desc())
+        return self._db.rows(query.order_by(*order).limit(limit))
 
     def replay(self, ids: Sequence[str] | None = None) -> int:
         """Make dead letters pending again, all or some; return how many."""
@@ -293,11 +301,14 @@ class Outbox:
         )
 
     def prune(self, keep: float) -> None:
-        """Delete callbacks that were delivered more than ``keep`` seconds ago."""
-        old = (self._c.status == "delivered") & (
-            self._c.finished_at < self._db.settled_time() - keep
+        """Delete callbacks that were delivered more than ``keep`` seconds ago, or are dead for so
+        long and a client's.
+        """
+        is_over = (self._c.status == "delivered") | (
+            (self._c.status == "dead") & self._c.client.is_not(None)
         )
-        self._db.change(self._table.delete().where(old))
+        is_old = self._c.finished_at < self._db.settled_time() - keep
+        self._db.change(self._table.delete().where(is_over, is_old))
 
 
 @contextmanager

@@ -476,13 +476,26 @@ def receipts_router(
     @router.get(
         path_of_request,
         response_model=dict[str, list[StoredReceipt]],
-        responses=problems(404, 413, 422, 503),
+        responses=problems(404, 413, 422, 429, 503),
         openapi_extra=Scope.READ.extra,
     )
-    def of_request(request_id: str, index: Index = None) -> Response:
+    async def of_request(request: Request, request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
-        lines = receipts.of_request(request_id, index)
-        return Response(f'{{"receipts":[{",".join(lines)}]}}', media_type="application/json")
+        parts = answer_parts(request.state.client, request_id, index)
+        await anext(parts)
+        return StreamingResponse(parts, media_type="application/json")
+
+    async def answer_parts(
+        client: str | None, request_id: str, index: int | None
+    ) -> AsyncIterator[str]:
+        """Yield the answer in parts; until all are read it counts as a file."""
+        with streaming.held(client, "files of receipts", do="send it again later", retry_after=5):
+            lines = await runtime.call(receipts.of_request, request_id, index)
+            yield ""  # taken by of_request()
+            yield '{"receipts":['
+            for place, line in enumerate(lines):
+                yield f",{line}" if place else line
+            yield "]}"
 
     @router.delete(
         path_of_request,

@@ -30,7 +30,7 @@ from assay.poc.protocol.distinct_seeds import check_distinct_seeds
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
 from assay.poc.protocol.pipelines import find_pipeline, get_pipeline
-from assay.poc.protocol.records import Record, pack_points, unpack_or_nan
+from assay.poc.protocol.records import Record, pack_points, packed_size, unpack_or_nan
 from assay.poc.protocol.round import Round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.service_settings import ServiceSettings
@@ -260,6 +260,22 @@ class GenerateRequest(_Vectors):
             r_target=2.0,
             strength=256 if self.poc_stronger_rng else 32,
         )
+
+    def bounded(self) -> "GenerateRequest":
+        """Return the same job with one artifact per nonce, the last, and no text that is longer
+        than a record of the preset: either is a mismatch, and would fill the disk.
+        """
+        if self.validation is None:
+            return self
+        longest = -(-packed_size(get_pipeline(self.params.preset)) // 3) * 4
+        last = {artifact.nonce: artifact for artifact in self.validation.artifacts}
+        artifacts = [
+            artifact
+            if len(artifact.vector_b64) <= longest
+            else artifact.model_copy(update={"vector_b64": ""})
+            for artifact in last.values()
+        ]
+        return self.model_copy(update={"validation": Validation(artifacts=artifacts)})
 
     def received(self) -> list[Record]:
         """Return the vectors to check, in the order of the nonces."""

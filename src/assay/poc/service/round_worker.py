@@ -255,7 +255,8 @@ class Writer(LoopThread):
         """
         failure: Exception | None = None
         try:
-            if is_current and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
+            owed = self._rounds.owed(batches[0].round_id, "generated") if is_current else 0
+            if owed >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None
             started = time.perf_counter()

@@ -124,6 +124,8 @@ def attach(
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
+    if not settings.has_keys:
+        app.add_middleware(LocalOnly, prefix=PREFIXES)
     delivery = Delivery(controller.outbox, controller, settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
 

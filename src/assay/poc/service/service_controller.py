@@ -91,7 +91,7 @@ class Controller(Runtime):
             self.state, stored = self.rounds.current()
             # Whether the next start generates on.
             self._resumes = settings.resume != "never"
-            self.state = self._left_in(self.state)
+            self.state = self._left_in(self.state, resumes=self._resumes)
             if stored and stored.under_pins and settings.pins is None:
                 raise UsageError(
                     "a round that was begun under pins, and no --pins",
@@ -130,8 +130,10 @@ class Controller(Runtime):
         with self._lock:
             state = self._after(call)
             begun_by_chain = self.settings.resume == "auto" and request.chain
-            self._resumes = self.settings.resume != "never" and not begun_by_chain
-            stored = self.rounds.enter(self._left_in(state), values, reshare=request.chain)
+            resumes = self.settings.resume != "never" and not begun_by_chain
+            left_in = self._left_in(state, resumes=resumes)
+            stored = self.rounds.enter(left_in, values, reshare=request.chain)
+            self._resumes = resumes
             self._move(state, stored)
 
     def phase(self, call: str) -> None:
@@ -141,7 +143,7 @@ class Controller(Runtime):
             self.ready()
             if state is not self.state or self.error is not None:
                 self._check_same_model(state)
-                self.rounds.enter(self._left_in(state))
+                self.rounds.enter(self._left_in(state, resumes=self._resumes))
                 self._move(state)
 
     def stop(self, *, cancel_jobs: bool = False) -> None:
@@ -165,6 +167,15 @@ class Controller(Runtime):
             stored = self._check_same_model(self.state)
             epoch = self._epoch
         requests.check_validation(request, stored, self.settings)
+        owed = self.rounds.owed(stored.id, "validated")
+        if owed >= self.settings.max_pending:
+            raise Refusal(
+                429,
+                f"{owed} verdicts of this round are undelivered",
+                wanted=f"fewer than {self.settings.max_pending} (--max-pending)",
+                do="repair the receiver at the callback URL of the round, and send it again",
+                retry_after=10,
+            )
         future = Future[JsonObject]()
         place = ExitStack()
 
@@ -251,9 +262,10 @@ class Controller(Runtime):
         """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
         return self.writer.paused if self.state is State.GENERATING else None
 
-    def _left_in(self, state: State) -> State:
+    @staticmethod
+    def _left_in(state: State, *, resumes: bool) -> State:
         """Return the state in which the next start finds the service that is in this one."""
-        return State.STOPPED if state is State.GENERATING and not self._resumes else state
+        return State.STOPPED if state is State.GENERATING and not resumes else state
 
     def _after(self, call: str) -> State:
         return after(call, self.state, has_round=self.progress is not None)
@@ -266,7 +278,6 @@ class Controller(Runtime):
         self.error = None
         self._end_epoch()
         self.state = state
-        self.writer.begin(self._epoch)
         if stored is not None and progress is not None:
             progress.stored = stored
             self.progress = progress
@@ -280,8 +291,10 @@ class Controller(Runtime):
         log.info("state", state=str(state), **about)
 
     def _end_epoch(self) -> None:
+        """Stop generating, and write what is computed: the next round begins behind it."""
         self._epoch += 1
         self.worker.generate(None, self._epoch)
+        self.writer.begin(self._epoch)
 
     def _work(self) -> None:
         """Generate from the first nonce that is not on disk, or do the jobs that wait."""
@@ -405,7 +418,7 @@ class Controller(Runtime):
 
     def _persist(self, state: State) -> None:
         try:
-            self.rounds.enter(self._left_in(state))
+            self.rounds.enter(self._left_in(state, resumes=self._resumes))
             self._unsaved = False
         except StorageError as error:
             self._unsaved = True

@@ -5,6 +5,7 @@ The published rule counts mismatches among them; its counts decide nothing here.
 Legend of shapes: N nonces, E computations of the validator, P pairs of them.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -63,7 +64,8 @@ def published_rule(
     that is not finite.
     """
     mismatches = sum(
-        not (a < r_target and b <= r_target) for a, b in zip(received, recomputed, strict=True)
+        not (math.isfinite(a) and a < r_target and b <= r_target)
+        for a, b in zip(received, recomputed, strict=True)
     )
     return stats.count_test(mismatches, len(received), P_FLIP, COUNT_ALPHA)
 

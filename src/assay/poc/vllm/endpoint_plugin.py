@@ -35,7 +35,7 @@ from assay.models.load import identify, load_tokenizer
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
-from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, route_class, route_path
+from assay.poc.net.routes import Keys, Scope, answer, route_class, route_path
 from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
@@ -320,8 +320,6 @@ class AssayPlugin:
         app.include_router(_versions_router(self.controller, self._running.result))
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, closed=self._closed)
-        if not settings.has_keys:
-            app.add_middleware(LocalOnly, prefix=PREFIXES)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the engine for nonces.
