@@ -107,13 +107,23 @@ def test_an_answer_that_was_cut_and_claims_stop_is_refused(
     )  # undecided: one response of 36 tokens
 
 
-def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts, tmp_path):
+def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(
+    assay, refused, receipts, prompts, tmp_path
+):
     result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
     assert result.code == 2
     assert "block_hash, public_key, requests" in result.out
     assert "72 of 72" in result.out
     said = refused("poc", "replay", receipts, *MODEL, "--ledger", tmp_path / "ledger.sqlite3")
     assert "taken on the prover's word" in said
+    whole = Receipts.load(receipts)
+    masked = [replace(receipt, mask=True) for receipt in whole.receipts]
+    path = tmp_path / "masked.jsonl"
+    Receipts.build(whole.header, masked, 1.0).save(path)
+    ledger = ("--ledger", tmp_path / "ledger.sqlite3")
+    said = refused("poc", "replay", path, *MODEL, *KNOWN, "--requests", prompts, *ledger)
+    assert "tokens taken on the prover's word" in said
+    assert "--set evidence=" in said
 
 
 @pytest.mark.parametrize(

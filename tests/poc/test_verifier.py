@@ -26,6 +26,7 @@ from assay.poc import (
     prove,
     verify,
 )
+from assay.poc.engines.hf.shapes import peak_bytes
 from assay.poc.verdict import judge
 from assay.poc.verdict.residuals import count_mismatches, published_rule, residuals
 from assay.stats import LogNoise, ScaleNoise
@@ -87,6 +88,17 @@ def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model,
     )
     assert verify(proof, small_model).honest
     assert shapes == [4]
+
+
+def test_a_header_does_not_keep_a_small_validator_from_a_verdict(
+    proof: Proof, small_model, monkeypatch
+):
+    """With its batch of 1024 the validator had no room, and a cheat no verdict."""
+    fingerprint = replace(proof.header.fingerprint, batch_size=1024)
+    large = Proof.build(replace(proof.header, fingerprint=fingerprint), proof.records, 1.0)
+    rows = peak_bytes(small_model, 1, proof.round.seq_len)
+    monkeypatch.setattr("assay.poc.engines.hf.shapes.free_bytes", lambda device: 16 * rows)
+    assert verify(large, small_model).honest
 
 
 def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: Proof):

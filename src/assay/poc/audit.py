@@ -41,6 +41,9 @@ from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.proof_checks import check_proof
 from assay.poc.verdict.proof_judge import ProofVerdict, breach
 
+# What to pass where a value that nothing pins has no flag of its name.
+INSTEAD = {"tokens": "--evidence sketches", "sketches": "--evidence tokens"}
+
 V = TypeVar("V", ProofVerdict, ResponseVerdict)
 
 
@@ -277,7 +280,9 @@ class Auditor(Launch):
         if self.ledger is None:
             return
         if believed:
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
+            flags = " and ".join(
+                INSTEAD.get(name, f"--{name.replace('_', '-')}") for name in believed
+            )
             raise UsageError(
                 f"--ledger with {', '.join(believed)} taken on the prover's word",
                 wanted="evidence about the node that is named, in a round that was asked for",

@@ -10,6 +10,7 @@ from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
+from assay.poc.engines.hf.shapes import fitting_batch
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Build, Pins
@@ -180,7 +181,7 @@ def _controlling(header: Header, control: Model, model: Model) -> HFEngine:
         )
     return HFEngine(
         control.with_frame(model.frame),
-        batch_size=judging_batch(header),
+        batch_size=min(judging_batch(header), _most_rows(control, header)),
         seq_len=header.round.seq_len,
         compiled=worth_compiling(control) and not header.pipeline.steps,
     )
@@ -215,12 +216,20 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
         (_bounded(measured_engine.batch_size, header), is_compiled(measured_engine))
         for measured_engine in _measured(header, calibration, "hf")
     ]
+    most_rows = _most_rows(model, header)
     for batch_size, compiled in dict.fromkeys(
-        (size, compiled and fast) for size, compiled in (claimed_shape, *measured)
+        (min(size, most_rows), compiled and fast) for size, compiled in (claimed_shape, *measured)
     ):
         yield HFEngine(
             model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled
         )
+
+
+def _most_rows(model: Model, header: Header) -> int:
+    """Return the rows of a batch that this device has room for: a header may claim more, and a
+    prover must not keep its validator from a verdict.
+    """
+    return max(1, fitting_batch(model, header.positions))
 
 
 def judging_batch(

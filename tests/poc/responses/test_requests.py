@@ -131,6 +131,9 @@ def test_a_growing_answer_ends_where_the_whole_does_and_only_its_tail_is_decoded
     decoded: list[int] = []
 
     class Bytes:
+        def __len__(self) -> int:
+            return 256
+
         def decode(self, ids, **how) -> str:
             decoded.append(len(ids))
             return bytes(ids).decode(errors="replace")

@@ -135,12 +135,15 @@ def test_stops_of_replacement_characters_are_found_in_long_answers_as_in_the_who
 
 def test_a_long_answer_is_decoded_in_linear_time():
     """Tokens decoded at a token stay few: of bytes that are text or none, of a long prompt, of
-    special tokens, of plain text; and of a stop that any byte may make.
+    special tokens, of plain text, of rows of the head that are no token; and of a stop that any byte may make.
     """
     tokenizer = family("sentencepiece with a prefix and bytes")
     decoded: list[int] = []
 
     class Counting:
+        def __len__(self) -> int:
+            return len(tokenizer)
+
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
 
@@ -157,6 +160,7 @@ def test_a_long_answer_is_decoded_in_linear_time():
         broken[1:] * 1200,
         [*broken, *ids["漢"] * 400],
         [tokenizer.eos_token_id] * 1200,
+        [len(tokenizer) + 7] * 1200,
     ):
         prompt = tuple(ids[CODE] * 20)
         for stops in (("nowhere", "。"), ("nowhere", "\ufffd\ufffda")):

@@ -156,6 +156,9 @@ def _borders(
 ) -> tuple[Float64[Tensor, "N V"], Float64[Tensor, "N V"]]:
     """Return how far tokens are from being kept, 0 for those that are, and how far from being
     dropped.
+
+    With min-p or top-k beside top-p these are upper bounds: a token that crosses their border moves
+    the mass of which top-p is a share, and the border of top-p with it.
     """
     enter_NV = torch.zeros_like(z_NV)
     leave_NV = torch.full_like(z_NV, math.inf)

@@ -52,12 +52,15 @@ class _GrowingText:
         self._skips = skips
         added = getattr(tokenizer, "added_tokens_decoder", {}) if skips else {}
         self._skipped = {token for token, content in added.items() if content.special}
+        # A head may have more rows than there are tokens. They have no text, and a window that no
+        # text fills would grow with the answer.
+        self._count = len(tokenizer)
         self._longest = max(map(len, stops))
         byte = getattr(tokenizer, "convert_tokens_to_ids", lambda _: None)("<0xFF>")
         # Whether bytes are tokens, of which a run is text or none.
         self._has_bytes = byte is not None and self._decode([byte]) == _NO_TEXT
         self._run = _ByteRun()
-        self._window = [token for token in prompt if token not in self._skipped]
+        self._window = [token for token in prompt if self._has_text(token)]
         for token in self._window:
             self._run.add(self._byte_of(token))
         self._head = self._decode(self._window)  # what the window has of the prompt's text
@@ -67,7 +70,7 @@ class _GrowingText:
         self._shorten(self._head)
 
     def add(self, token: int) -> bool:
-        if token in self._skipped:
+        if not self._has_text(token):
             return False
         self._window.append(token)
         self._run.add(self._byte_of(token))
@@ -81,6 +84,9 @@ class _GrowingText:
         if len(self._window) > self._most:
             self._shorten(text)
         return any(stop in searched for stop in self._stops for searched in texts)
+
+    def _has_text(self, token: int) -> bool:
+        return token < self._count and token not in self._skipped
 
     def _shorten(self, text: str) -> None:
         """Leave tokens out of the window, whose text is given."""
