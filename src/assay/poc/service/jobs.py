@@ -305,7 +305,7 @@ class Jobs:
                     kind = "generated" if request["validation"] is None else "validated"
                     body = about | result
                     self._outbox.add(connection, None, kind, request["url"], body, row.client)
-            # What was asked may be large, and nobody reads it again.
+            # A request may be large, and no route reads that of an ended job.
             ids = [row.id for row in rows]
             connection.execute(self._table.update().where(self._c.id.in_(ids)).values(request="{}"))
         for row in rows:

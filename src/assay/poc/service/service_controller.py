@@ -291,7 +291,7 @@ class Controller(Runtime):
         log.info("state", state=str(state), **about)
 
     def _end_epoch(self) -> None:
-        """Stop generating, and write what is computed: the next round begins behind it."""
+        """Stop generating, and write what is computed: the next round begins after it."""
         self._epoch += 1
         self.worker.generate(None, self._epoch)
         self.writer.begin(self._epoch)
