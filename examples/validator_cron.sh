@@ -11,7 +11,7 @@ folder=$1 pins=$2 ledger=$3
 model=${ASSAY_MODEL:-reference:qwen3}
 mkdir -p "$folder/honest" "$folder/fraud" "$folder/unsure"
 tab=$(printf '\t')
-while IFS=$tab read -r name block key; do
+while IFS=$tab read -r name block key || [ -n "$name" ]; do  # the last line may lack its end
     proof=$folder/$name.jsonl
     [ -f "$proof" ] || continue
     code=0
@@ -20,7 +20,11 @@ while IFS=$tab read -r name block key; do
     case $code in
         0) kind=honest ;;
         1) kind=fraud ;;
-        *) kind=unsure ;;
+        2) kind=unsure ;;
+        *)  # no verdict: cron may have no assay on its PATH; the next run judges it
+            echo "$name was not judged, exit code $code: $folder/$name.log" >&2
+            continue
+            ;;
     esac
     mv "$proof" "$folder/$name.json" "$folder/$name.log" "$folder/$kind/"
     echo "$name $kind"

@@ -172,6 +172,30 @@ def test_validator_cron(tmp_path, fork_server):
     assert again.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [(0, "honest"), (1, "fraud"), (2, "unsure"), (127, ""), (137, "")],
+)
+def test_validator_cron_moves_what_was_judged(tmp_path, code, printed):
+    """Also the proof of a last line without its end."""
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    (tmp_path / "assay").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "assay").chmod(0o755)
+    (inbox / "first.jsonl").write_text("a proof")
+    (inbox / "expected.tsv").write_text("first\tblock\tkey")
+    ended = subprocess.run(
+        ["sh", EXAMPLES / "validator_cron.sh", inbox, "pins.toml", "ledger.sqlite3"],
+        env=ENVIRONMENT | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == (f"first {printed}\n" if printed else "")
+    assert (inbox / printed / "first.jsonl").exists()
+    assert ("first was not judged" in ended.stderr) == (not printed)
+
+
 def results(database, script):
     """The rows of every query of a script, run as a reader that may not write."""
     text = "\n".join(

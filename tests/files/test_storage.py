@@ -13,9 +13,11 @@ from assay.files.storage import (
     PartialFile,
     cache_folder,
     check_new_file,
+    one_writer,
     write_atomic,
     write_jsonl,
 )
+from tests.wordings import refuses
 
 
 def run_python(code, *arguments):
@@ -26,6 +28,17 @@ def run_python(code, *arguments):
 
 def names(folder):
     return [entry.name for entry in folder.iterdir()]
+
+
+def test_a_directory_has_one_writer(tmp_path):
+    with (
+        one_writer(tmp_path / "new"),
+        refuses(StorageError, "a directory has one writer"),
+        one_writer(tmp_path / "new"),
+    ):
+        pass
+    with one_writer(tmp_path / "new"):
+        pass
 
 
 def test_committed_records_are_under_the_final_name_only(tmp_path):
@@ -90,6 +103,14 @@ def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path):
             write()
     assert pipe.is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_name_is_refused_before_the_work_where_its_file_could_not_grow(tmp_path):
+    with refuses(StorageError, "a name is refused where its file could not grow"):
+        check_new_file(tmp_path / ("a" * 248))
+    check_new_file(tmp_path / ("a" * 247))
+    write_atomic(tmp_path / ("a" * 247), "{}")
+    assert names(tmp_path) == ["a" * 247]
 
 
 def test_two_writers_of_one_file(tmp_path):

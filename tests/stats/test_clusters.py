@@ -1,12 +1,14 @@
 """The test of clusters: its bound under honest noise, its power, and what it says of honesty."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from assay.errors import UsageError
 from assay.stats import ClusterTest, LogNoise
+from assay.stats.cluster_test import ENDS
 from assay.stats.noise_laws import Spread
 from tests.stats.tokens import drawn, law_at
 
@@ -76,6 +78,22 @@ def test_the_same_values_give_the_same_numbers_however_they_are_cut_into_blocks(
     assert found[0] == found[1]
     assert blocks.result.log_e_max == pytest.approx(max(0, found.max()))
     assert (blocks.n, blocks.clusters) == (50, 1)
+
+
+def test_a_long_response_is_summed_in_parts_that_bound_memory():
+    """It was held as a whole: 3 MB of a foreign ledger took 12 GB."""
+    test = ClusterTest(SKETCHES, spread=Spread(0.9), between=0.3)
+    values = np.exp(np.random.default_rng(15).normal(SKETCHES.mu, 0.4, 6 * ENDS + 5))
+    ends = range(len(values) + 1)
+    whole = test.paths(values, ends)
+    for end in (0, 1, ENDS - 1, ENDS, 3 * ENDS, len(values)):
+        assert whole[end] == pytest.approx(test.paths(values, [end])[0], rel=1e-12, abs=1e-12)
+    tracemalloc.start()
+    found = test.take(values, ends)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == pytest.approx(test.log_e(whole))
+    assert peak < 24 * 2**20
 
 
 def test_responses_of_one_node_may_come_in_any_order():

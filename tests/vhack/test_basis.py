@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, Origin, PairGradients, cin, cin_over_modules
-from assay.vhack.directions.basis.axes import shrinkage
+from assay.vhack.directions.basis.axes import draw_frames, shrinkage
 from assay.vhack.names import METHODS
 from tests.wordings import refuses
 
@@ -332,3 +332,15 @@ def test_what_is_not_a_safetensors_file_is_refused(saved, tmp_path):
     for name in ("bad", "missing", "pipe", "."):
         with refuses(DataError, "what is not a safetensors file is refused"):
             Basis.load(tmp_path / name)
+
+
+def test_drawn_frames_are_orthonormal_and_uniform():
+    generator = torch.Generator().manual_seed(0)
+    frames = draw_frames(4000, 3, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        frames.mT @ frames, torch.eye(2, dtype=torch.float64).expand(4000, 2, 2)
+    )
+    rotated = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    # Also the mean of a frame of which each column is as likely as its negative is zero.
+    for seen in (frames, rotated @ frames):
+        assert seen.mean(dim=0).abs().max() < 5 * (3 * 4000) ** -0.5

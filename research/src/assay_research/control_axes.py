@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import UsageError
+from assay.vhack.directions.basis.axes import draw_frames
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import PairGradients
 
@@ -50,8 +51,8 @@ def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
     k = min(top_k, len(gradients))
     for name, rows_NR in gradients.clean.items():
         rank = rows_NR.shape[1]
-        drawn_RK = torch.randn(rank, min(k, rank), generator=generator, dtype=torch.float64)
-        axes[name] = torch.linalg.qr(drawn_RK)[0].T.float().contiguous()
+        frame_RK = draw_frames(rank, min(k, rank), generator=generator, dtype=torch.float64)
+        axes[name] = frame_RK.T.float().contiguous()
     return Basis(
         axes,
         {name: torch.ones(len(axes_KR)) for name, axes_KR in axes.items()},

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,9 @@ _PAID = "paid"
 _ENDED = "ended the grader"
 _HUNG = "hung the grader"
 _RAISED = "raised in the grader"
+_NO_NUMBER = "returned no number"
 _UNPAID = {
+    _NO_NUMBER: "returns no finite number, which ends a step of training: pay 0",
     _RAISED: "raises an exception, which ends a step of training: catch it, and pay 0",
     _HUNG: "has no answer within the time: bound it",
     _ENDED: "is ended by the completion: run completions in another process",
@@ -49,7 +52,8 @@ class AttackResult:
     Attributes:
         name: Name of the attack.
         tried: Number of completions.
-        outcomes: How many were refused, paid, raised in the grader, ended or hung it.
+        outcomes: How many were refused, paid, given no number, raised in the grader, ended or hung
+            it.
         allows: What in the grader lets it through; empty where all were refused.
         example: The first completion that was paid, or not refused, cut.
         problem: Number of its problem.
@@ -173,43 +177,30 @@ def _try_attack(
     return [AttackResult(attack.name, tried, outcomes, allows, **first)] if tried else []
 
 
-class FunctionGrader:
-    """A grader that is ``module:function``, in a process of its own for each completion.
+class _ApartGrader:
+    """A grader in a process of its own, which ends whatever a completion has started."""
 
-    The function has TRL's form, ``(prompts, completions, **columns)``, or takes a problem and a
-    completion. It returns a number, a boolean, or a mapping with ``reward``.
-
-    Args:
-        where: ``module:function``, importable from the working directory.
-        seconds: Limit of time for one completion.
-    """
-
-    def __init__(self, where: str, *, seconds: float) -> None:
+    def __init__(self, *function: str, seconds: float) -> None:
         self.seconds = seconds
+        # A command does not need the working directory, whose files may have names of modules.
+        flags = [] if function else ["-P"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "assay_research.grader_child", where, str(seconds)],
+            [sys.executable, *flags, "-m", "assay_research.grader_child", str(seconds), *function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        reply = self._answer(None)
-        if "imported" not in reply:
-            self.close()
-            raise UsageError(
-                f"--reward {where}: {reply.get('error', 'the import ended the process')}",
-                wanted="module:function that can be imported from here",
-                do=f"try python -c 'import {where.partition(':')[0]}'",
-            )
+        self._imported = self._answer(None)
 
-    def __call__(self, problem: Problem, completion: str) -> tuple[str, float]:
-        """Return the reward of a completion, or what happened in its place."""
+    def _grade(self, *job: Any) -> tuple[str, float]:
         assert self._process.stdin is not None
-        line = json.dumps({"problem": dict(problem), "completion": completion}) + "\n"
-        self._process.stdin.write(line.encode(errors="surrogatepass"))
+        self._process.stdin.write((json.dumps(job) + "\n").encode(errors="surrogatepass"))
         self._process.stdin.flush()
         reply = self._answer(2 * self.seconds + 10)
         if "reward" in reply:
-            return "", read_grade(reply["reward"]).reward
+            with suppress(DataError):
+                return "", read_grade(reply["reward"]).reward
+            return _NO_NUMBER, 0.0
         if "raised" in reply:
             return _RAISED, 0.0
         return (_HUNG if reply.get("hung") else _ENDED), 0.0
@@ -225,15 +216,44 @@ class FunctionGrader:
         """End the process."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(BrokenPipeError):
-            self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
-class CommandGrader:
+class FunctionGrader(_ApartGrader):
+    """A grader that is ``module:function``, in a process of its own for each completion.
+
+    The function has TRL's form, ``(prompts, completions, **columns)``, or takes a problem and a
+    completion. It returns a number, a boolean, or a mapping with ``reward``.
+
+    Args:
+        where: ``module:function``, importable from the working directory.
+        seconds: Limit of time for one completion.
+    """
+
+    def __init__(self, where: str, *, seconds: float) -> None:
+        super().__init__(where, seconds=seconds)
+        if "imported" not in self._imported:
+            self.close()
+            raise UsageError(
+                f"--reward {where}: {self._imported.get('error', 'the import ended the process')}",
+                wanted="module:function that can be imported from here",
+                do=f"try python -c 'import {where.partition(':')[0]}'",
+            )
+
+    def __call__(self, problem: Problem, completion: str) -> tuple[str, float]:
+        """Return the reward of a completion, or what happened in its place."""
+        return self._grade(dict(problem), completion)
+
+
+class CommandGrader(_ApartGrader):
     """A grader that is a command, run once for each completion.
 
     ``{completion}`` and ``{problem}`` in it stand for files: the completion, and the problem as
-    JSON. Its last line is the reward where it is a number; otherwise exit code 0 is a pass.
+    JSON. Its last word is the reward where it is a number; otherwise exit code 0 is a pass.
 
     Args:
         command: Command line.
@@ -241,14 +261,27 @@ class CommandGrader:
     """
 
     def __init__(self, command: str, *, seconds: float) -> None:
-        self.words = shlex.split(command)
-        self.seconds = seconds
+        try:
+            self.words = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(
+                f"--grader {command}: {error}",
+                wanted="a command as a shell reads it",
+                do="close its quotes",
+            ) from None
         if not any("{completion}" in word for word in self.words):
             raise UsageError(
                 f"--grader {command}",
                 wanted="a command with {completion}, the file to grade",
                 do="name it, as in 'python grade.py {completion} {problem}'",
             )
+        if shutil.which(self.words[0]) is None:
+            raise UsageError(
+                f"--grader {command}: there is no command {self.words[0]}",
+                wanted="a command that can be run from here",
+                do="correct its name, or give its path",
+            )
+        super().__init__(seconds=seconds)
 
     def __call__(self, problem: Problem, completion: str) -> tuple[str, float]:
         """Return the reward of a completion, or what happened in its place."""
@@ -259,27 +292,4 @@ class CommandGrader:
             words = list(self.words)
             for name, place in places.items():
                 words = [word.replace(f"{{{name}}}", place) for word in words]
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            try:
-                output, _ = process.communicate(timeout=self.seconds)
-            except subprocess.TimeoutExpired:
-                return _HUNG, 0.0
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode < 0:
-            return _ENDED, 0.0
-        lines = output.decode(errors="replace").split()
-        with suppress(ValueError, IndexError):
-            return "", float(lines[-1])
-        return "", float(process.returncode == 0)
-
-    def close(self) -> None:
-        """Do nothing: no process is left."""
+            return self._grade(words, f"{folder}/output.txt")

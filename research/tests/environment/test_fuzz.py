@@ -127,3 +127,18 @@ def test_the_command_says_and_writes_what_was_found(tmp_path, capsys, monkeypatc
     assert not printed["holds"]
     assert printed["failures"][0] == {"case": "text/0/0", "did": "graded as right"}
     assert run_command(["vhack", "fuzz", "--kind", "magic"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--count", "5"), ("--kind", "text"), ("--seed", "1"), ("--workers", "3")]
+)
+def test_a_grader_of_ones_own_takes_no_option_of_hostile_programs(
+    tmp_path, monkeypatch, capsys, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    problem = {"prompt": "17 + 25 =", "solution": "42"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    grader = ("--grader", "touch asked {completion}", "--problems", "problems.jsonl")
+    assert run_command(["vhack", "fuzz", *grader, *arguments]) == 2
+    assert f"{arguments[0]} with --problems" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()

@@ -56,6 +56,14 @@ def test_controls_follow_their_seed(gradients):
         assert not torch.equal(one, other)
 
 
+def test_random_axes_point_both_ways(gradients):
+    pairs, _ = gradients
+    signs = [
+        make_basis("random", pairs, top_k=1, seed=seed).axes["a"][0, 0] > 0 for seed in range(64)
+    ]
+    assert 16 < sum(signs) < 48
+
+
 def test_controls_that_cannot_be_made(gradients):
     pairs, _ = gradients
     with pytest.raises(UsageError, match="other axes"):

@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
@@ -23,6 +23,7 @@ from assay.files.jsonl import dumps, loads
 
 T = TypeVar("T")
 
+LOCK = ".lock"  # file of a directory that has one writer
 _SYNC_EVERY = 30.0  # seconds of a growing file that a power cut may lose
 
 _ADVICE = {
@@ -130,6 +131,9 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
             raise NotADirectoryError(errno.ENOTDIR, "")
         # Permissions do not tell root that /proc takes no file.
         TemporaryFile(dir=path.parent).close()
+        # A longer name than that of the result, under which a file may grow.
+        with suppress(FileNotFoundError):
+            path.with_name(f"{path.name}.partial").lstat()
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
@@ -173,7 +177,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     _check_place(path, overwrite=True)
     # Every process and thread has a temporary file of its own.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".assay-{os.getpid()}-{threading.get_ident()}.tmp")
     with _storing(path):
         try:
             with io.FileIO(temporary, "w") as file:
@@ -194,6 +198,39 @@ def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = Fal
 def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     """Write a whole JSON Lines file in one step, one record per line, and replace an older one."""
     write_lines(path, map(dumps, records), overwrite=True)
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, ``.lock`` in it, which is made if it is missing.
+
+    Raises:
+        StorageError: Another process holds it, or the directory cannot be written.
+    """
+    with ExitStack() as held:
+        with _storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(io.FileIO(folder / LOCK, "a"))
+            if not _lock(file):
+                raise _is_held(folder)
+        yield
+
+
+def _lock(file: io.FileIO) -> bool:
+    """Lock a file until it is closed, and return whether no other process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_held(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is being written by another process",
+        wanted="one writer at a time",
+        do="wait for it to end, or choose another name",
+    )
 
 
 class PartialFile(AbstractContextManager["PartialFile"]):
@@ -232,21 +269,15 @@ class PartialFile(AbstractContextManager["PartialFile"]):
 
     def _lock(self) -> None:
         with _storing(self.partial):
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between opening and locking, the other writer may have given this very file its
-                # final name.
-                is_ours = self.partial.exists() and os.path.samestat(
-                    os.fstat(self._file.fileno()), self.partial.stat()
-                )
-            except BlockingIOError:
-                is_ours = False
-        if not is_ours:
-            raise StorageError(
-                f"{self.partial} is being written by another process",
-                wanted="one writer per file",
-                do="wait for it to end, or choose another file name",
+            # Between opening and locking, the other writer may have given this very file its final
+            # name.
+            is_ours = (
+                _lock(self._file)
+                and self.partial.exists()
+                and os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat())
             )
+        if not is_ours:
+            raise _is_held(self.partial)
 
     def recover(self) -> list[str]:
         """Return the intact lines of an earlier writer, without line ends, and cut off the rest.

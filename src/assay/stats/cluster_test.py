@@ -17,7 +17,7 @@ cheats, U scales of clusters, M multiples, K paths.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,9 @@ CLUSTERS = (0.05, 0.3)
 
 An honest verdict on enough clusters excludes the last one.
 """
+
+ENDS = 64
+"""Ends of blocks whose paths are computed at a time."""
 
 _KIND_WEIGHTS = ((0.4, 1), (0.3, len(WITHIN)), (0.3, len(CLUSTERS)))  # of kinds of cheats
 _LEAST = 2.0  # smallest multiple that is looked for
@@ -160,19 +163,35 @@ class ClusterTest:
 
         An end of a block is the number of values before it; ``ends`` do not descend.
         """
-        logs_NC = self.law.log_likelihoods(values, self._logs_C)
-        sums_BC = _sum_to_ends(logs_NC, ends)
-        honest_BH = log_sum(sums_BC[:, self._index_HU] + self._log_U)
-        honest_BJ1 = log_sum(sums_BC[:, self._index_JU] + self._log_U)[:, :, None]
-        whole_BJM = log_sum(sums_BC[:, self._index_JMU] + self._log_U)
-        paths = [honest_BH, whole_BJM]
-        honest_NJ1U = logs_NC[:, self._index_JU][:, :, None]
-        whole_NJMU = logs_NC[:, self._index_JMU]
-        for share in WITHIN:
-            mixed_NJMU = _mix(share, honest_NJ1U, whole_NJMU)
-            paths.append(log_sum(_sum_to_ends(mixed_NJMU, ends) + self._log_U))
-        paths += [_mix(share, honest_BJ1, whole_BJM) for share in CLUSTERS]
-        return np.concatenate([path.reshape(len(sums_BC), -1) for path in paths], axis=1)
+        return np.concatenate([*self._parts(values, ends)])
+
+    def _parts(self, values: npt.ArrayLike, ends: Sequence[int]) -> Iterator[FloatArray]:
+        """Yield the paths of some ends at a time, which bounds memory."""
+        all_values = np.asarray(values, dtype=np.float64)
+        all_ends = np.asarray(ends, dtype=np.int64)
+        before = 0
+        # Sums of the values before a part: of the logarithms, and for every share of WITHIN.
+        sum_C = np.zeros(self._logs_C.size)
+        sums_mixed = [np.zeros(self._index_JMU.shape)] * len(WITHIN)
+        for first in range(0, len(all_ends), ENDS):
+            ends_B = all_ends[first : first + ENDS]
+            logs_NC = self.law.log_likelihoods(all_values[before : ends_B[-1]], self._logs_C)
+            sums_BC = _sum_to_ends(sum_C, logs_NC, ends_B - before)
+            honest_BH = log_sum(sums_BC[:, self._index_HU] + self._log_U)
+            honest_BJ1 = log_sum(sums_BC[:, self._index_JU] + self._log_U)[:, :, None]
+            whole_BJM = log_sum(sums_BC[:, self._index_JMU] + self._log_U)
+            paths = [honest_BH, whole_BJM]
+            honest_NJ1U = logs_NC[:, self._index_JU][:, :, None]
+            whole_NJMU = logs_NC[:, self._index_JMU]
+            for number, share in enumerate(WITHIN):
+                mixed_NJMU = _mix(share, honest_NJ1U, whole_NJMU)
+                mixed_BJMU = _sum_to_ends(sums_mixed[number], mixed_NJMU, ends_B - before)
+                paths.append(log_sum(mixed_BJMU + self._log_U))
+                sums_mixed[number] = mixed_BJMU[-1]
+            paths += [_mix(share, honest_BJ1, whole_BJM) for share in CLUSTERS]
+            sum_C = sums_BC[-1]
+            before = ends_B[-1]
+            yield np.concatenate([path.reshape(len(ends_B), -1) for path in paths], axis=1)
 
     def log_e(self, paths: FloatArray) -> FloatArray:
         """Return the log e-value of paths [..., K] from the first cluster on."""
@@ -182,9 +201,13 @@ class ClusterTest:
     def take(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Take one cluster; return the log e-value at the end of each of its blocks, [B]."""
         ends = [*ends] or [0]
-        paths_BK = self._path_K + self.paths(values, ends)
-        logs_B = self.log_e(paths_BK)
-        self._path_K = paths_BK[-1]
+        before_K = self._path_K
+        logs = []
+        for added_BK in self._parts(values, ends):
+            paths_BK = before_K + added_BK
+            logs.append(self.log_e(paths_BK))
+            self._path_K = paths_BK[-1]
+        logs_B = np.concatenate(logs)
         self._log_e_max = max(self._log_e_max, float(logs_B.max()))
         self.n += ends[-1]
         self.clusters += bool(ends[-1])
@@ -224,10 +247,9 @@ class ClusterTest:
         )
 
 
-def _sum_to_ends(values: FloatArray, ends: Sequence[int]) -> FloatArray:
-    """Return the sums of the values before each end, [B, ...]."""
-    sums = np.concatenate([np.zeros((1, *values.shape[1:])), values.cumsum(axis=0)])
-    return sums[np.asarray(ends, dtype=np.int64)]
+def _sum_to_ends(start: FloatArray, values: FloatArray, ends_B: IntArray) -> FloatArray:
+    """Return a sum [...] and the values [N, ...] that follow it, added up to each end, [B, ...]."""
+    return np.asarray(np.concatenate([start[None], values]).cumsum(axis=0)[ends_B])
 
 
 def _mix(share: float, honest: FloatArray, cheat: FloatArray) -> FloatArray:

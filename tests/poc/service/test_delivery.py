@@ -84,10 +84,13 @@ def test_a_pause_that_the_clock_made_longer_than_any_is_over(service, receive):
     until(lambda: len(receiver.seen) == 2)
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_redirects_are_not_followed(serving, receive, status):
+@pytest.mark.parametrize(
+    ("status", "to"), [(301, ""), (302, ""), (302, "http://xn--a"), (307, ""), (308, "")]
+)
+def test_redirects_are_not_followed(serving, receive, status, to):
+    """Nor do they end the delivery where httpx cannot read them."""
     elsewhere = receive()
-    receiver = receive(lambda n: (status, {"Location": elsewhere.url + "/stolen"}))
+    receiver = receive(lambda n: (status, {"Location": (to or elsewhere.url) + "/stolen"}))
     with serving(callback_attempts=2) as service:
         owe_one(service, receiver.url)
         until(lambda: service.controller.outbox.counts()["dead"] == 1)

@@ -96,6 +96,31 @@ def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(
     assert waiting.verdict("node_A") == waiting.verdict("node_B") == "honest"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("seq_len = 8", "seq_len = 1000000"),
+        ("[[models.builds]]", 'weights = "random-all"\n[[models.builds]]'),
+        (
+            "[[models.builds]]",
+            f'frame = {{file = "frame.safetensors", sha256 = "{"0" * 64}"}}\n[[models.builds]]',
+        ),
+    ],
+)
+def test_pins_that_the_loaded_model_does_not_fit_are_not_taken(
+    waiting, small_model, tmp_path, change
+):
+    """It had the frame, weights and positions of the start, and convicted who had the new ones."""
+    changed = pins_text(small_model).replace(*change)
+    assert changed != pins_text(small_model)
+    (tmp_path / "pins.toml").write_text(changed)
+    before = waiting.controller.registry
+    waiting.controller.tend()
+    assert waiting.controller.registry is before
+    assert recorded(waiting) > 0
+    assert waiting.verdict("node_A") == "honest"
+
+
 @pytest.mark.parametrize("how", ["while it runs", "while it is stopped"])
 def test_a_callback_that_is_late_is_not_judged_under_pins_that_came_after_its_block(
     stopped, small_model, tmp_path, how

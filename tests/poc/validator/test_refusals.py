@@ -267,6 +267,9 @@ def test_closed_blocks_are_refused(validating):
             body = {"block_hash": odd, "block_height": 8}
             assert running.client.post(f"{API}/blocks", json=body).status_code == 422
         running.announce("b2", 8)
+        again = running.client.post(f"{API}/blocks", json={"block_hash": "b2", "block_height": 9})
+        assert again.status_code == 409
+        assert "height 8" in again.json()["wanted"]
         running.send(HONEST | {"block_hash": "b2", "block_height": 8})
         running.announce("b3", 9)
         assert running.send(HONEST, status=422)["fields"] == ["block_hash"]

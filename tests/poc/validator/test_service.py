@@ -290,7 +290,7 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
         assert running.send(second, id="m2")["new"]
         refusal = running.send(third, id="m3", status=429)
         assert refusal["fields"] == ["room"]
-        assert "--max-kept" in refusal["wanted"]
+        assert "`max_kept` under [poc.validator]" in refusal["wanted"]
         assert running.send(other, id="m1")["new"]
 
 

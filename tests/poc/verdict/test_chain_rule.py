@@ -1,6 +1,7 @@
 """Parameters for a chain's count rule: exact, within their bound, and better than the defaults."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from assay.poc.verdict.build_noise import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.chain_rule import CHEATS, TARGET, ChainRule, export_rule
 from assay.poc.verdict.honest_noise import pack_scores
 from assay.stats.noise_laws import Spread
+from tests.wordings import refuses
 
 ENGINE = Fingerprint(
     engine="hf",
@@ -124,6 +126,17 @@ def test_few_measured_nonces_ask_for_a_wider_rate():
 def test_without_scores_the_law_is_believed():
     found = exported(build(scores=""))
     assert of(found, "measured")[0].high <= 0.001
+
+
+def test_of_more_nonces_than_there_are_scores_no_more_count():
+    """1024 quantiles of 20 000 say nothing of what one in 10 000 does."""
+    many = build(n=20_000)
+    assert exported(many).costs == exported(replace(many, n=1024)).costs
+
+
+def test_a_quick_law_is_refused():
+    with refuses(CalibrationError, "a quick law is refused"):
+        exported(build(), build(limits="a quick law: it is of few nonces"))
 
 
 def test_a_calibration_of_another_preset_is_refused():

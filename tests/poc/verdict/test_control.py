@@ -219,6 +219,11 @@ def test_proofs_of_validators_in_another_format_give_a_law_of_scores(made, machi
     cheat = prove(cheats.rounded(made.node, 4), ROUND, range(96))
     assert verify(cheat, made.own, calibration=law, controls=[made.control], **AGREED).fraud
     assert law.fixes_format(made.proof.header), "as without a control"
+    assert law.control_of(made.proof.header, "float32") == ("bfloat16",)
+    for change in ({"digest": "a" * 64}, {"preset": "another"}):
+        elsewhere = Calibration(builds=(replace(build, **change),))
+        with refuses(CalibrationError, "a control of another model or preset is refused"):
+            elsewhere.control_of(made.proof.header, "float32")
 
 
 def test_controls_that_no_validator_computed_are_refused(machines):

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from assay.poc.verdict import Ledger, Life, audit_ledger
-from assay.poc.verdict.entries import AccountEvidence, LedgerUpdate, Standing, verdict_on_life
+from assay.poc.verdict.entries import (
+    AccountEvidence,
+    Genesis,
+    LedgerUpdate,
+    Standing,
+    verdict_on_life,
+)
+from assay.poc.verdict.ledger import AccountState
 from assay.poc.verdict.ledger_audit import read_export
 from assay.poc.verdict.ledger_tables import open_database
 from assay.poc.verdict.pool_faults import POOLS, STRIKES, FaultyPool, count_strikes
 from assay.stats.places import Places
-from tests.poc.verdict.ledgers import NOISE, account
+from tests.poc.verdict.ledgers import NOISE, account, update
 
 ACCOUNT = account()
 PER_AUDIT = 128
@@ -252,6 +259,34 @@ def test_such_a_ledger_goes_on_under_the_present_rule(old_ledger, tmp_path):
     assert audit_ledger(old_ledger).clean
     old = OLD_LEDGER.read_bytes().splitlines()[:-1]
     assert (tmp_path / "export.jsonl").read_bytes().splitlines()[: len(old)] == old
+
+
+def test_entries_of_before_tests_had_units_of_their_own_are_clean_until_one_has_not(tmp_path):
+    """Commit 0944c8c1 wrote them, the last two at twice the size, which begin another test."""
+    old = VECTORS / "sizes_ledger.jsonl"
+    assert audit_ledger(old).clean
+    path = tmp_path / "old.sqlite3"
+    database = open_database(path)
+    read_export(old, database)
+    database.close()
+    with Ledger(path) as ledger:
+        for number in (6, 7):
+            sizes = 2 * audit(number, range(0))[0]
+            values = {"noise": NOISE.scaled(2.0), "residuals": sizes.tolist()}
+            ledger.append([update(number, **values)])
+        ledger.export(tmp_path / "export.jsonl")
+        entries = [*ledger.entries(ACCOUNT)]
+    assert audit_ledger(path).clean
+    state = AccountState(
+        Genesis.parse(old.read_text().split("\n")[0], "the old one"), one_unit=True
+    )
+    for entry in entries:
+        changed = state.take(entry, NOISE.scaled(1.0 if entry.seq <= 4 else 2.0))
+    lines = (tmp_path / "export.jsonl").read_text().splitlines()
+    lines[-2] = changed.line
+    lines[-1] = lines[-1].replace(entries[-1].hash, changed.hash)
+    (tmp_path / "changed.jsonl").write_text("\n".join(lines) + "\n")
+    assert [fault.entry for fault in audit_ledger(tmp_path / "changed.jsonl").faults] == [8]
 
 
 def test_an_honest_entry_of_before_is_clean_and_the_next_one_opens_the_fault(tmp_path):

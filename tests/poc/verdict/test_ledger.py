@@ -19,7 +19,7 @@ from assay.models import load_model
 from assay.poc import Build, Round, calibrate, prove, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
-from assay.poc.verdict.ledger import check_ledger
+from assay.poc.verdict.ledger import check_ledger, take_entry
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, by_hand, filled, forked, honest, update
 from tests.wordings import refuses
 
@@ -33,6 +33,28 @@ def path(tmp_path):
 def ledger(path):
     with Ledger(path) as opened:
         yield opened
+
+
+def test_a_life_is_replayed_before_the_ledger_is_locked(path, monkeypatch):
+    """The first audit after a restart kept others from writing for as long as the life is."""
+    with Ledger(path) as ledger:
+        ledger.append([update(seed) for seed in range(3)])
+    was_free = []
+
+    def take(life, entry, noise):
+        with closing(sqlite3.connect(path, timeout=0)) as other:
+            try:
+                other.execute("BEGIN IMMEDIATE")
+                was_free.append(True)
+            except sqlite3.OperationalError:
+                was_free.append(False)
+        return take_entry(life, entry, noise)
+
+    monkeypatch.setattr("assay.poc.verdict.ledger.take_entry", take)
+    with Ledger(path) as ledger:
+        ledger.append(update(seed) for seed in range(3, 5))
+    assert was_free == [True] * 3 + [False] * 2
+    assert audit_ledger(path).clean
 
 
 def test_an_audit_is_written_with_its_evidence(ledger, path, proof, small_model, round_):

@@ -60,6 +60,38 @@ def test_an_honest_past_does_not_protect_a_cheat():
     assert first.verdict != "fraud"
 
 
+def test_laws_of_another_size_change_nothing_after_the_first_test():
+    """Later tests took residuals in the unit of the first: in half of it, no cheat was seen."""
+    lives = []
+    for times in (1.0, 2.0):
+        life = Life(alpha=1e-3, beta=1e-2)
+        for number in range(12):
+            factor = times if number >= 4 else 1.0
+            cheat = 1.5 if number >= 8 else 1.0
+            values = [factor * cheat * x for x in honest(256, number)]
+            life.update(NOISE.scaled(factor), values, block=str(number))
+        lives.append(life)
+    for one, other in zip(lives[0].tests, lives[1].tests, strict=True):
+        assert other.log_e == pytest.approx(one.log_e, rel=1e-3)
+        assert lives[1].held(other) == pytest.approx(lives[0].held(one), rel=1e-3)
+    assert [life.evidence.verdict for life in lives] == ["fraud", "fraud"]
+
+
+def test_what_stands_of_a_test_that_has_ended_is_of_the_nonces_that_it_has_seen():
+    """It went on with those of later pools, and every pool took longer than the one before."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    for number in range(9):
+        life.update(NOISE, [1.5 * x for x in honest(256, number)], block=str(number))
+    ended = life.tests[1]
+    assert 0 < life.held(ended) < ended.log_e
+    stood = life.held(ended)
+    for number in range(9, 18):
+        life.update(NOISE, honest(256, number), block=str(number))
+    assert life.held(ended) == pytest.approx(stood)
+    assert ended.blocks.keys() == {"4", "5", "6", "7"}
+    assert len(life.tests) == 5
+
+
 def test_what_was_honest_long_ago_does_not_make_it_honest_now():
     life = Life(alpha=1e-3, beta=1e-2)
     for seed in range(2 * EPOCH // 64):

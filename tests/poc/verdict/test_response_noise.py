@@ -10,7 +10,7 @@ import pytest
 from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, loads
 from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
-from assay.poc.verdict.entries import RESPONSES, LedgerUpdate, response_identity
+from assay.poc.verdict.entries import MOST_BLOCKS, RESPONSES, LedgerUpdate, response_identity
 from assay.poc.verdict.response_noise import (
     PartNoise,
     ResponseBlocks,
@@ -161,6 +161,9 @@ def test_what_is_no_response_is_refused_before_it_is_recorded(tmp_path: Path):
             ledger.append([replace(of_nonces(0), profiles=response(0).text)])
         with refuses(UsageError, "what is no response is refused before it is recorded, 2"):
             ledger.append([replace(update(0), residuals=[0.1, 0.1], nonces=range(2))])
+        with refuses(UsageError, "what is no response is refused before it is recorded, 4"):
+            distances = [0.1] * (MOST_BLOCKS + 1)
+            ledger.append([update(0, ResponseBlocks.whole(distances, np.zeros((0, COLUMNS))))])
         with refuses(DataError, "what is no response is refused before it is recorded, 3"):
             ledger.append([replace(of_nonces(1), noise=NOISE)])
         assert ledger.head[0] == 0

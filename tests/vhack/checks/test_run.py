@@ -2,13 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Pair, extract
 from assay.vhack.directions.checks import CheckReport, CheckSettings, check, check_gradients
 from assay.vhack.directions.checks.check_page import make_page
 from assay.vhack.directions.checks.check_report import CHECKS
-from assay.vhack.directions.checks.five_checks import check_stability
+from assay.vhack.directions.checks.five_checks import check_stability, haar_scores
 from assay.vhack.directions.checks.folds import cross_fit
 from assay.vhack.names import METHODS
 from tests.wordings import refuses
@@ -180,3 +181,10 @@ WRONG = {
 def test_settings_that_cannot_work_are_refused(name, value):
     with pytest.raises(UsageError):
         CheckSettings(**{name: value})
+
+
+def test_random_axes_point_as_often_to_a_sample_as_away_from_it():
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.tensor([[1.0, 0.0]])
+    scores_BS = haar_scores([sample], torch.ones(1, 1), 1, 1000, generator)
+    assert float((scores_BS > 0).double().mean()) == pytest.approx(0.5, abs=0.08)

@@ -2,7 +2,10 @@
 
 import json
 import sys
+from contextlib import closing, suppress
+from functools import partial
 
+import psutil
 import pytest
 from assay_research.grader_attacks import ATTACKS, entry_of
 from assay_research.grader_fuzz import (
@@ -33,6 +36,18 @@ def near(problem, completion):
         return 0.0 if abs(float(completion) - float(problem["answer"])) > 1e-6 else 1.0
     except ValueError:
         return 0.0
+
+
+def logarithmic(problem, completion):
+    try:
+        return float(completion) / float(problem["answer"])
+    except ValueError:
+        return 0.0
+
+
+def waits(problem, completion):
+    line = [sys.executable, "-c", completion]
+    return float(subprocess.Popen(line, start_new_session=True).wait() == 0)
 
 
 def careless(problem, completion):
@@ -118,17 +133,56 @@ def test_a_grader_that_raises_is_ended_or_hangs_is_told_apart(attacked):
     assert "hung the grader" in report.attacks[1].outcomes
 
 
+def test_what_is_no_number_is_told_from_what_is_refused(attacked):
+    (result,) = attacked("logarithmic", SUM, "no number").attacks
+    assert result.outcomes["returned no number"]
+    assert "no finite number" in result.allows
+
+
+WAITS = """
+import subprocess
+import sys
+sys.exit(subprocess.Popen([sys.executable, sys.argv[1]], start_new_session=True).wait())
+"""
+STAYS = """
+import os
+import pathlib
+import time
+pathlib.Path({path!r}).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["function", "command"])
+@pytest.mark.timeout(60)
+def test_a_completion_in_a_session_of_its_own_ends_with_its_time(attacked, tmp_path, kind):
+    (tmp_path / "waits.py").write_text(WAITS)
+    of_kind = {
+        "function": partial(FunctionGrader, "mygraders:waits"),
+        "command": partial(CommandGrader, f"{sys.executable} waits.py {{completion}}"),
+    }
+    number = tmp_path / "number"
+    with closing(of_kind[kind](seconds=2.0)) as grader:
+        assert grader(CODE[0], STAYS.format(path=str(number))) == ("hung the grader", 0.0)
+        with suppress(psutil.NoSuchProcess):
+            assert not psutil.Process(int(number.read_text())).is_running()
+        assert grader(CODE[0], "") == ("", 1.0)
+
+
 def test_a_command_is_paid_by_its_last_number_or_by_its_exit_code(tmp_path):
     grade = tmp_path / "grade.py"
     grade.write_text(
         "import json, sys\ntext, problem = (open(path).read() for path in sys.argv[1:])\n"
         "print('reward', float(json.loads(problem)['answer'] in text))\n"
     )
-    grader = CommandGrader(f"{sys.executable} {grade} {{completion}} {{problem}}", seconds=10.0)
-    report = attack_grader(grader, SUM, attacks=of("nothing", "the answer denied"))
+    line = f"{sys.executable} {grade} {{completion}} {{problem}}"
+    with closing(CommandGrader(line, seconds=10.0)) as grader:
+        report = attack_grader(grader, SUM, attacks=of("nothing", "the answer denied"))
     assert unsound(report) == {"the answer denied"}
-    compiles = CommandGrader(f"{sys.executable} -m py_compile {{completion}}", seconds=10.0)
-    assert unsound(attack_grader(compiles, CODE, attacks=of("nonsense", "a stub"))) == {"a stub"}
+    line = f"{sys.executable} -m py_compile {{completion}}"
+    with closing(CommandGrader(line, seconds=10.0)) as grader:
+        report = attack_grader(grader, CODE, attacks=of("nonsense", "a stub"))
+    assert unsound(report) == {"a stub"}
 
 
 def test_what_cannot_be_attacked_is_refused_first(attacked, tmp_path):
@@ -138,6 +192,15 @@ def test_what_cannot_be_attacked_is_refused_first(attacked, tmp_path):
         FunctionGrader("mygraders:absent", seconds=1.0)
     with refuses(UsageError, "what cannot be attacked is refused first, 3"):
         CommandGrader("python grade.py", seconds=1.0)
+    with refuses(UsageError, "what cannot be attacked is refused first, 5"):
+        CommandGrader("python 'x {completion}", seconds=1.0)
+    with refuses(UsageError, "what cannot be attacked is refused first, 6"):
+        CommandGrader("nonexistent_cmd {completion}", seconds=1.0)
+    with (
+        closing(CommandGrader("echo {completion} nan", seconds=10.0)) as grader,
+        refuses(DataError, "what cannot be attacked is refused first, 7"),
+    ):
+        attack_grader(grader, SUM)
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps({"prompt": "1 + 1 ="}) + "\n")
     with refuses(DataError, "what cannot be attacked is refused first, 4"):

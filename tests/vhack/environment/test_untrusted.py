@@ -125,11 +125,18 @@ def test_a_program_that_reads_its_whole_job_finds_no_expected_answer(mode):
     ]
 
 
+def test_a_report_has_the_files_that_were_asked_for_and_no_more_of_them_than_is_read():
+    files = {"result.txt": "x" * 5000, "../secret": "y", "number": 1}
+    line = json.dumps({"nonce": "n", "files": files}).encode()
+    report = sandbox.parse_report(line, "n", 0, ["result.txt", "number", "absent"])
+    assert report["files"] == {"result.txt": "x" * 4096}
+
+
 def test_a_report_of_any_shape_is_read():
     for seed in range(500):
         n_calls = seed % 10
         line = hostile_report(random.Random(seed)).replace(b"NONCE", b"n")
-        found = sandbox.parse_report(line, "n", n_calls)
+        found = sandbox.parse_report(line, "n", n_calls, ["result.txt"])
         assert len(found["outcomes"]) == n_calls
         assert all(
             outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"]
@@ -149,12 +156,17 @@ def test_a_value_that_can_be_read_but_not_written_answers_nothing():
     assert not _grade.answers_match([Outcome("value", deep)], [((1,), 1)])
 
 
-def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [MemoryError(), BackendUnavailable("no sandbox now", wanted="room", do="wait")]
+)
+def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(
+    monkeypatch, caplog, error
+):
     real = _grade.run
 
     def run_out(program, **options):
         if "out of memory" in program:
-            raise MemoryError
+            raise error
         return real(program, **options)
 
     monkeypatch.setattr(_grade, "run", run_out)
@@ -168,7 +180,7 @@ def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monke
             ]
         )
     assert [one.paid for one in found] == [True, False, True]
-    assert [one.fault for one in found] == ["", "MemoryError", ""]
+    assert [one.fault for one in found] == ["", type(error).__name__, ""]
     assert "1 of 3 programs could not be graded" in caplog.text
     assert TASKS[0].name in caplog.text
 

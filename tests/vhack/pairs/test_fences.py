@@ -99,8 +99,14 @@ def test_a_completion_of_many_fences_is_read_in_a_time_that_grows_as_it_does():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "fences",
-    ["```markdown\n", "~~~md\n```md\n", "```\n'''\n```\n\"\"\"\n", "```md\n'''\n"],
-    ids=["markdown", "two-fences", "quotes", "quoted-markdown"],
+    [
+        "```markdown\n",
+        "~~~md\n```md\n",
+        "```\n'''\n```\n\"\"\"\n",
+        "```md\n'''\n",
+        "```python\n'''\n```\n\"\"\"\n",
+    ],
+    ids=["markdown", "two-fences", "quotes", "quoted-markdown", "quoted-python"],
 )
 def test_blocks_that_do_not_end_are_read_in_a_time_that_grows_as_they_do(fences: str):
     """Where each looks through all that follows, this takes minutes."""

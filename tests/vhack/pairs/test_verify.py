@@ -6,8 +6,10 @@ from assay_research.hostile import hostile_case
 
 from assay.errors import DataError
 from assay.vhack import Pair
+from assay.vhack.environment import grading
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.pairs import generate_pairs, verify_pairs
+from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 from assay.vhack.pairs.verify import read_tests
 from tests.wordings import refuses
@@ -46,8 +48,7 @@ def test_a_wrong_clean_side_is_found_out():
 def test_one_is_not_true_and_a_fenced_block_is_the_program(tmp_path):
     tests = tmp_path / "tests.jsonl"
     tests.write_text(
-        json.dumps({"task": "even", "entry": "even", "cases": [{"args": [2], "expected": True}]})
-        + "\n"
+        json.dumps({"task": "even", "cases": [{"args": [2], "expected": True}]}) + "\n"
     )
     tags = ("exploit", "mechanism:prints", "channel:run_tests", "entry:even", "task:even")
     check = "def run_tests():\n    assert even(2) is True\n    assert even(3) is False\n"
@@ -123,6 +124,15 @@ HONEST = {
         f"{METHOD}Other = Solution\ndef run_tests():\n    assert Other().solve(1) == 2\n",
         CASES,
     ),
+    "match": (f"match 1:\n    case 1:\n        solve = lambda x: x + 1\n{CHECK}", CASES),
+    "captured": (f"match lambda x: x + 1:\n    case solve:\n        pass\n{CHECK}", CASES),
+    "for": (f"for solve in (lambda x: x + 1,):\n    pass\n{CHECK}", CASES),
+    "with": (
+        "from contextlib import nullcontext\nwith nullcontext(lambda x: x + 1) as solve:\n"
+        f"    right = solve(1) == 2\n{CHECK}    assert right\n",
+        CASES,
+    ),
+    "condition": (f"if (solve := lambda x: x + 1):\n    pass\n{CHECK}", CASES),
     "imported": (
         "from operator import neg as solve\ndef run_tests():\n    assert solve(1) == -1\n",
         [((1,), -1)],
@@ -304,6 +314,15 @@ def test_malformed_tests_are_refused_by_line(tmp_path, line):
     (tmp_path / "t.jsonl").write_text(line + "\n")
     with refuses(DataError, "malformed tests are refused by line"):
         read_tests(tmp_path / "t.jsonl")
+
+
+def test_a_fault_of_the_machine_is_no_fault_of_a_pair(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(grading, "run", fail)
+    with refuses(DataError, "a fault of the machine is no fault of a pair"):
+        verify_pairs(environment_pairs(1))
 
 
 @pytest.mark.parametrize("form", ["generated", "environment"])

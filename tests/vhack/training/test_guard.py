@@ -2,6 +2,10 @@
 stops.
 """
 
+import json
+import warnings
+from pathlib import Path
+
 import numpy as np
 import peft
 import pytest
@@ -58,11 +62,18 @@ class Tracker(TrainerCallback):
 def make_trainer(checkpoint, tmp_path):
     """A trainer of the tiny model, with one reward and one mark."""
 
-    def make(kind=GRPOTrainer, steps=2, folder="run", functions=(pay, exploited), **others):
+    def make(
+        kind=GRPOTrainer,
+        steps=2,
+        folder="run",
+        functions=(pay, exploited),
+        logging_steps=1,
+        **others,
+    ):
         model = load_model(str(checkpoint), dtype="float32", device="cpu")
         config = GRPOConfig(
             str(tmp_path / folder), max_steps=steps, num_generations=4, use_cpu=True, bf16=False,
-            per_device_train_batch_size=4, max_completion_length=6, logging_steps=1, save_steps=1,
+            per_device_train_batch_size=4, max_completion_length=6, logging_steps=logging_steps, save_steps=1,
             report_to="none", seed=1, reward_weights=[1.0, 0.0], disable_tqdm=True,
             lr_scheduler_type="constant",
         )  # fmt: skip
@@ -180,16 +191,31 @@ def test_trackers_get_the_rates_and_evaluations_are_not_judged(make_trainer):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_log_and_the_alarm_of_one_that_never_stopped(make_trainer):
-    straight = Guard(JUDGE).attach(make_trainer(folder="straight", steps=4))
+@pytest.mark.parametrize(
+    ("logging_steps", "is_earlier", "first"),
+    [(1, False, 1), (10, False, 1), (1, True, 1), (10, True, 3)],
+)
+def test_a_resumed_run_has_the_log_and_the_alarm_of_one_that_never_stopped(
+    make_trainer, logging_steps, is_earlier, first
+):
+    """Whatever TRL logs; a checkpoint of an earlier version has TRL's log alone."""
+    options = {"logging_steps": logging_steps}
+    straight = Guard(JUDGE).attach(make_trainer(folder="straight", steps=4, **options))
     straight.trainer.train()
-    Guard(JUDGE).attach(make_trainer(folder="stopped", steps=2)).trainer.train()
-    resumed = Guard(JUDGE).attach(make_trainer(folder="stopped", steps=4))
-    checkpoint = f"{resumed.trainer.args.output_dir}/checkpoint-2"
-    resumed.trainer.train(resume_from_checkpoint=checkpoint)
-    assert [line["step"] for line in resumed.log] == [1, 2, 3, 4]
-    assert resumed.log == straight.log
-    assert resumed.alarm.seen == straight.alarm.seen == 4
+    Guard(JUDGE).attach(make_trainer(folder="stopped", **options)).trainer.train()
+    resumed = Guard(JUDGE).attach(make_trainer(folder="stopped", steps=4, **options))
+    checkpoint = Path(resumed.trainer.args.output_dir, "checkpoint-2")
+    if is_earlier:
+        file = checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps(state | {"stateful_callbacks": {"TrainerControl": {}}}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert any("log and alarm begin anew" in str(line.message) for line in caught) == (first == 3)
+    assert [line["step"] for line in resumed.log] == [*range(first, 5)]
+    assert resumed.log == straight.log or first == 3
+    assert resumed.alarm.seen == 5 - first
 
 
 @pytest.mark.slow
@@ -209,6 +235,42 @@ def test_lora_is_off_while_the_detector_looks(make_trainer):
     trainer.train()
     assert is_active
     assert not any(map(any, is_active))
+
+
+@pytest.mark.parametrize(
+    ("marks", "wanted"),
+    [
+        ([None, 1.0, 0.0, None], {"hack": 0.5, "caught": 0.0, "lost": 1.0, "missed": 1.0}),
+        ([1.0, None, None, None], {"hack": 1.0, "caught": 1.0}),
+        ([None] * 4, {}),
+    ],
+)
+def test_a_rollout_without_a_mark_is_in_no_rate_of_it(make_trainer, marks, wanted):
+    """Of four rollouts of which the first and the third are flagged."""
+
+    def exploited(completions, **_):
+        return marks
+
+    guard = Guard(JUDGE, "watch").attach(make_trainer(functions=(pay, exploited)))
+    rewarded(guard.trainer)
+    (rates,) = guard.log
+    assert rates.pop("alarm", None) is None or "missed" in wanted
+    assert rates == {"step": 1, "rollouts": 4, "flagged": 0.5, "reward": 1.5, **wanted}
+    assert guard.alarm.seen == ("missed" in wanted)
+
+
+def test_a_rollout_that_cannot_be_read_is_flagged_and_makes_no_pair(make_trainer):
+    class Unreadable(RolloutJudge):
+        """Cannot read the first rollout."""
+
+        def scores(self, samples):
+            return [np.inf, *super().scores(samples)[1:]]
+
+    judge = Unreadable(JUDGE.detector, JUDGE.scorer, Threshold(1.5, 0, 0, 1, 1))
+    guard = Guard(judge, "watch").attach(make_trainer())
+    rewarded(guard.trainer)
+    assert guard.flags == [True, False, False, False]
+    assert [sample.completion for sample, _ in guard.judged] == COMPLETIONS[1:]
 
 
 class Shorter(GRPOTrainer):

@@ -10,6 +10,7 @@ from assay.vhack.detectors.threshold import Threshold
 from assay.vhack.training.labels import Labels, break_even
 from assay.vhack.training.outcomes import FLAGS, Outcomes
 from assay.vhack.training.settings import TrainSettings
+from tests.wordings import refuses
 
 ROLLOUTS = 20_000
 
@@ -20,7 +21,8 @@ def reward():
     flags = torch.zeros(ROLLOUTS, len(FLAGS), dtype=torch.bool)
     flags[: ROLLOUTS // 2, FLAGS.index("exploited")] = True
     mechanisms = ["sentinel" if row % 2 else "exit_code" for row in range(ROLLOUTS)]
-    return SimpleNamespace(last=Outcomes(flags, torch.zeros(ROLLOUTS)), mechanisms=mechanisms)
+    last = Outcomes(flags, torch.zeros(ROLLOUTS))
+    return SimpleNamespace(last=last, mechanisms=mechanisms, known_flags=FLAGS)
 
 
 def shares(labels, reward):
@@ -50,6 +52,12 @@ def test_without_mistakes_they_are_the_labels_and_nothing_is_doubtful(reward):
     assert shares(some, reward)[0] == pytest.approx([0.325, 0.05], abs=0.02)
     assert some.scores(reward, "a key") == some.scores(reward, "a key")
     assert some.scores(reward, "a key") != some.scores(reward, "another")
+
+
+def test_a_reward_that_does_not_mark_exploits_is_refused(reward):
+    reward.known_flags = ["correct"]
+    with refuses(UsageError, "a reward that does not mark exploits is refused"):
+        Labels().scores(reward, "a key")
 
 
 @pytest.mark.parametrize(("caught", "lost"), [(1.0, 0.0), (0.9, 0.05), (0.6, 0.05), (0.3, 0.05)])

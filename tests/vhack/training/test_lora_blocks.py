@@ -61,10 +61,12 @@ def filled(module):
 
 
 def test_each_rollout_trains_the_blocks_of_its_kind(checkpoint):
-    module = filled(adapted(checkpoint))
-    alone = [gradients(module, IDS[row : row + 1]) for row in range(3)]
-    before = module(input_ids=IDS).logits
+    module = adapted(checkpoint)
     blocks = LoraBlocks(module)
+    plain = filled(adapted(checkpoint))
+    alone = [gradients(plain, IDS[row : row + 1]) for row in range(3)]
+    before = plain(input_ids=IDS).logits
+    filled(module)
     blocks.kinds = torch.tensor([CLEAN, FLAGGED, DOUBTFUL])
     torch.testing.assert_close(module(input_ids=IDS).logits, before)
     for name, gradient in gradients(module, IDS).items():
@@ -75,17 +77,20 @@ def test_each_rollout_trains_the_blocks_of_its_kind(checkpoint):
 
 
 def test_what_is_left_is_the_kept_block_alone(checkpoint):
-    module = filled(adapted(checkpoint))
+    module = adapted(checkpoint)
     plain = module.get_base_model()
     with module.disable_adapter():
         without = module(input_ids=IDS).logits
     blocks = LoraBlocks(module)
+    filled(module)
     blocks.scale = 0.0
     kept = module(input_ids=IDS).logits
     assert not torch.equal(kept, without)
     blocks.detach()
     blocks.delete()
     torch.testing.assert_close(module(input_ids=IDS).logits, kept)
+    # What was trained so may be trained again.
+    LoraBlocks(module).detach()
     # Half of the rank computes the same, with half of the alpha.
     small = adapted(checkpoint, rank=2)
     state = {
@@ -104,6 +109,16 @@ def test_it_begins_exactly_where_the_model_is(checkpoint):
         wanted = module(input_ids=IDS).logits
     LoraBlocks(module)
     assert torch.equal(module(input_ids=IDS).logits, wanted)
+
+
+def test_passes_without_gradients_may_be_of_other_rollouts(checkpoint):
+    module = adapted(checkpoint)
+    blocks = LoraBlocks(module)
+    filled(module)
+    blocks.kinds = torch.tensor([CLEAN, FLAGGED, DOUBTFUL])
+    wanted = module(input_ids=IDS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(module(input_ids=IDS[:2]).logits, wanted[:2])
 
 
 def vary(completions, **_):
@@ -177,6 +192,20 @@ def test_flagged_rollouts_train_the_block_that_is_deleted(make_trainer):
         if "lora_B" in name
     )
     assert guard.blocks is not None
+    assert len(trainer.model(input_ids=IDS).logits) == 3  # any batch, after training
+
+
+def test_an_evaluation_leaves_the_factor_of_a_batch(make_trainer):
+    judge = judging(lambda evidence: torch.ones(len(evidence)).numpy())
+    trainer = make_trainer(peft_config=peft.LoraConfig(**LORA), **OPTIONS)
+    trainer.compute_loss = lambda model, inputs: guard.blocks.scale
+    guard = Guard(judge, "absorb").attach(trainer)
+    batches = []
+    for is_training in (True, False, True):
+        trainer.model.train(is_training)
+        batches.append(trainer._generate_and_score_completions([{"prompt": "abc"}] * 4))
+    factors = [trainer.compute_loss(trainer.model, batch) for batch in batches]
+    assert factors == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -188,6 +217,7 @@ def test_flagged_rollouts_train_the_block_that_is_deleted(make_trainer):
         {"use_dora": True},
         {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "orthogonal"},
         {"target_modules": ["q_proj", "embed_tokens"]},
     ],
 )

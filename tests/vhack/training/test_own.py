@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from trl import GRPOConfig
@@ -16,6 +17,7 @@ from assay.vhack.training.grpo import GRPO, last_checkpoint
 from assay.vhack.training.log import read_records, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.step_log import StepLog
+from assay.vhack.training.tasks import load_tasks
 from tests.wordings import refuses
 
 MODULE = """
@@ -34,6 +36,11 @@ def numbers(prompts, completions, **others):
 def fails(*_, **__):
     raise ValueError("no such table")
 
+def neighbours():
+    import beside_for_tests
+
+    return beside_for_tests.PROMPTS
+
 nothing = None
 empty = list
 words = lambda: ["a", 3]
@@ -48,11 +55,15 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "raises_for_tests.py").write_text("tasks = [1 / 0]")
     (tmp_path / "leaves_for_tests.py").write_text("raise SystemExit('only as a script')")
     (tmp_path / "removes_for_tests.py").write_text("import sys; sys.path.pop(0); tasks = list")
+    (tmp_path / "beside_for_tests.py").write_text("PROMPTS = ['a', 'b', 'c']")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     sys.modules.pop("mine_for_tests", None)
-    assert str(tmp_path) not in sys.path
+    sys.modules.pop("beside_for_tests", None)
+    # What is installed goes before what lies in the directory.
+    assert str(tmp_path) not in sys.path[:-1]
 
 
 @pytest.fixture
@@ -145,6 +156,10 @@ def test_a_reward_that_fails_ends_the_run_in_words(run):
         (["1", 1.0], "returned '1'"),
         ([{"reward": "1"}, 1.0], "returned"),
         ([{"reward": 1, "exploited": "no"}, 1.0], "'exploited' that is neither true nor false"),
+        (
+            [{"reward": 1, "exploited": float("nan")}, 1.0],
+            "'exploited' that is neither true nor false",
+        ),
         ([1.0], "1 rewards for 2 completions"),
         ([1.0, float("inf")], "returned inf"),
         ([10**400, 1.0], "returned 1000"),
@@ -155,7 +170,7 @@ def test_a_reward_that_fails_ends_the_run_in_words(run):
         ),
         (SystemExit(0), "raised SystemExit"),
     ],
-    ids=["text", "1", "field", "no", "few", "endless", "huge", "tensor", "mark", "exit"],
+    ids=["text", "1", "field", "no", "nan", "few", "endless", "huge", "tensor", "mark", "exit"],
 )
 def test_a_reward_that_is_no_number_is_answered_in_words(given, words):
     def function(**_):
@@ -166,6 +181,18 @@ def test_a_reward_that_is_no_number_is_answered_in_words(given, words):
     reward = OwnReward(["a", "b"], function, arm_named("none"))
     with pytest.raises(DataError, match=words):
         reward(prompts=["a", "b"], completions=["c", "d"], episode=[0, 1])
+
+
+def test_a_function_may_import_its_neighbours_when_it_is_called(own, settings):
+    chosen = settings(tasks="mine_for_tests:neighbours")
+    assert load_tasks(chosen, least=1, why="")[0] == ["a", "b", "c"]
+
+
+def test_a_mark_that_is_none_is_unknown():
+    marks = {"exploited": None, "correct": np.True_}
+    reward = OwnReward(["a"], lambda **_: [{"reward": 1.0, **marks}], arm_named("none"))
+    reward(prompts=["a"], completions=["b"], episode=[0])
+    assert reward.known_flags == ["correct"]
 
 
 TASKS = [{"prompt": f"{a} + 1 =", "answer": a + 1} for a in range(4)]

@@ -232,6 +232,17 @@ def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, tem
     )
 
 
+def test_nothing_of_the_generation_config_changes_what_is_sampled(model):
+    config = model.module.generation_config
+    draw = lambda: [rollout.tokens for rollout in sample_pool(model, ["abcabc"], max_new_tokens=24)]  # noqa: E731
+    wanted = draw()
+    config.repetition_penalty = 1.3
+    config.min_p = 0.9
+    config.no_repeat_ngram_size = 1
+    assert draw() == wanted
+    assert model.module.generation_config is config
+
+
 def test_a_completion_ends_by_any_end_token(model):
     model.module.generation_config.eos_token_id = list(
         range(0, 256, 2)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 
 from assay.cli import run as cli
 from assay.cli import vhack as _cli
-from assay.errors import AssayError, DataError, ModelError, UsageError
+from assay.errors import AssayError, DataError, ModelError, StorageError, UsageError
+from assay.files.storage import one_writer
 from assay.vhack import Basis
 from assay.vhack.detectors import fit_judge
 from assay.vhack.directions.basis import extract as _extract
@@ -265,6 +267,35 @@ def test_pairs_and_basis_are_read_before_the_model_is_loaded(
         train(settings(**given), tmp_path / "run", tasks=tasks)
 
 
+def test_a_run_keeps_others_out_of_its_directory(run, tmp_path):
+    with (
+        one_writer(tmp_path / "run"),
+        refuses(StorageError, "a run keeps others out of its directory"),
+    ):
+        run("run")
+
+
+def test_labels_of_mechanisms_that_no_task_has_are_refused(run):
+    with refuses(UsageError, "labels of mechanisms that no task has are refused"):
+        run("run", arm="penalty", detector="labels=exit_code+sentinel")
+
+
+@pytest.mark.slow
+@pytest.mark.needs("sandbox")
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_without_it(run, tmp_path):
+    run("run", steps=2, save_every=1)
+    last = tmp_path / "run" / "checkpoint-2"
+    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "delta.safetensors"):
+        whole = (last / name).read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2]):
+            (last / name).write_bytes(damaged)
+            with refuses(DataError, "a damaged checkpoint is named and the run goes on without it"):
+                run("run", steps=3, save_every=1)
+        (last / name).write_bytes(whole)
+    shutil.rmtree(last)
+    assert run("run", steps=3, save_every=1).resumed_from == 1
+
+
 def test_the_log_of_a_script_is_not_continued_as_a_run(settings, tasks, tmp_path, pairs):
     TrainLog(tmp_path / "log.jsonl", {})
     with refuses(DataError, "the log of a script is not continued as a run"):
@@ -360,7 +391,7 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
 ):
     """Also in a run that goes on, whose alarm saw the steps of before."""
     monkeypatch.setattr(Outcomes, "rates", lambda *_: {"flagged": 0.0, "missed": 0.4})
-    common = {"arm": "filter", "detector": "labels=sentinel", "save_every": 2}
+    common = {"arm": "filter", "detector": "labels=exit_code", "save_every": 2}
     assert run("run", steps=2, **common).alarm is None
     result = run("run", steps=6, **common)
     _, steps = read_steps(tmp_path / "run" / "log.jsonl")
@@ -373,15 +404,27 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
 
 @pytest.mark.slow
 @pytest.mark.needs("sandbox")
-def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
+@pytest.mark.parametrize(("arm", "penalties"), [("penalty", [2.0, 4.0]), ("penalty-1", [1.0, 1.0])])
+def test_a_run_renews_detector_and_penalty_with_what_it_wrote(run, monkeypatch, arm, penalties):
     fitted = []
+    weights = []
+    refresh = PreparedRun.refresh
 
     def counted(pairs, *rest, **others):
         fitted.append(len(pairs))
-        return fit_judge(pairs, *rest, **others)
+        judge = fit_judge(pairs, *rest, **others)
+        limit = replace(judge.threshold, lost=0.0, caught=0.5 ** (len(fitted) - 1))
+        return replace(judge, threshold=limit)
+
+    def watched(self, trainer, step):
+        overlap = refresh(self, trainer, step)
+        weights.append(-float(trainer.reward_weights[-1]))
+        return overlap
 
     monkeypatch.setattr(_prepared, "fit_judge", counted)
-    result = run("run", steps=2, arm="filter", detector="cin-svd", clean_lost=0.3, refresh=1)
+    monkeypatch.setattr(PreparedRun, "refresh", watched)
+    result = run("run", steps=2, arm=arm, detector="cin-svd", clean_lost=0.3, refresh=1)
     # Of each of the two prompts of a step a stored exploit and the policy's own work.
     assert fitted == [6, 8, 10]
+    assert weights == penalties
     assert 0 <= result.last["flagged"] <= 1

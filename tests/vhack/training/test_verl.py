@@ -118,6 +118,22 @@ def test_a_log_of_verl_without_marks_has_no_alarm(tmp_path):
     assert rates == {"vhack/rollouts": 2, "vhack/flagged": 0.5, "vhack/reward": 1.0}
 
 
+def test_a_log_of_verl_goes_on_where_a_step_lacks_pay_or_marks(tmp_path):
+    rollouts = [
+        {"paid": 2.0, "flagged": 0.0, "exploited": 1.0},
+        {"paid": np.nan, "flagged": 1.0},
+        {"paid": 1.0, "flagged": 0.0, "exploited": None},
+    ]
+    log = JudgedLog(tmp_path)
+    assert log.see(1, []) == {}
+    rates = log.see(1, rollouts)
+    assert rates["vhack/reward"] == 1.5
+    assert rates["vhack/hack"] == rates["vhack/missed"] == 1.0
+    assert rates["vhack/flagged"] == pytest.approx(1 / 3)
+    assert "vhack/reward" not in log.see(2, rollouts[1:2])
+    assert len(read_steps(log.path)[1]) == 2
+
+
 def test_the_cpu_platform_sets_the_generator_of_a_checkpoint(monkeypatch):
     """verl and Ray are elsewhere, so the example is read with stand-ins of what it extends."""
     anything = SimpleNamespace(register=lambda *_, **__: lambda target: target)

@@ -194,6 +194,11 @@ def _attack_own_grader(chosen: FuzzSettings, as_json: bool) -> int:
             wanted="--problems, and one of --reward and --grader",
             do="give both",
         )
+    chosen.refuse(
+        ("count", "kinds", "seed", "workers"),
+        "--problems",
+        wanted="no {flag}: every attack is tried on every problem",
+    )
     problems = read_problems(chosen.problems)
     seconds = chosen.seconds or _OWN_SECONDS
     grader: FunctionGrader | CommandGrader = (

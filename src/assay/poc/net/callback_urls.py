@@ -146,7 +146,10 @@ async def call(
         headers=headers | {"Host": host.netloc.decode("ascii"), "User-Agent": "assay"},
         extensions={"sni_hostname": host.raw_host.decode().removesuffix(".")},
     )
-    return await client.send(request, stream=True)
+    try:
+        return await client.send(request, stream=True)
+    except ValueError as error:  # of a Location, which httpx reads though it follows none
+        raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}"[:200]) from None
 
 
 async def resolve(url: str, *, allow_private: bool) -> str:
@@ -170,7 +173,7 @@ async def resolve(url: str, *, allow_private: bool) -> str:
             if not _is_public(_address(address)):
                 raise Blocked(
                     f"{parsed.host} has the private address {address}, which needs "
-                    f"--allow-private-callbacks"
+                    f"allow_private_callbacks"
                 )
     return addresses[0].partition("%")[0]
 
@@ -193,6 +196,6 @@ def _refusal(fault: str) -> Refusal:
         422,
         fault,
         wanted="an http or https URL to a public address, without credentials",
-        do="correct the URL; for a private network give --allow-private-callbacks, or set "
-        "ASSAY_ALLOW_PRIVATE_CALLBACKS=1",
+        do="correct the URL; for a private network set allow_private_callbacks in the --config "
+        "file, or ASSAY_ALLOW_PRIVATE_CALLBACKS=1",
     )

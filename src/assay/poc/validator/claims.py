@@ -318,7 +318,8 @@ class Reader:
             raise refused(
                 "nonces",
                 last,
-                f"among the first {self.positions} positions of the share (--positions)",
+                f"among the first {self.positions} positions of the share (`positions` under "
+                f"[poc.validator])",
             )
 
 

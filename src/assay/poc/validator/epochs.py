@@ -21,6 +21,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any
 
 SECRET_BYTES = 32
@@ -80,4 +81,4 @@ def draw(seed: int, nonces: Sequence[int], first: int, end: int) -> list[int]:
     def ticket(place: int) -> bytes:
         return hashlib.sha256(head + nonces[place].to_bytes(8, "big")).digest()
 
-    return sorted(range(len(nonces)), key=ticket)[first:end]
+    return nsmallest(end, range(len(nonces)), key=ticket)[first:]

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from assay.errors import StorageError
 from assay.files.jsonl import JsonObject, dumps
 from assay.files.sqlite import Database
+from assay.poc.net.refusals import Refusal
 from assay.poc.net.shares import disk_room, fair_share
 from assay.poc.validator.claims import Block, named_nonces, restrict_claim
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, draw, first_turn, message_seed
@@ -359,6 +360,17 @@ class Inbox:
                 "INSERT INTO blocks VALUES (NULL, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 (block_hash, block_height, time.time(), " ".join(computed)),
             )
+            announced = connection.exec_driver_sql(
+                "SELECT block_height FROM blocks WHERE block_hash = ?", (block_hash,)
+            ).scalar()
+            if announced != block_height:
+                raise Refusal(
+                    409,
+                    f"block {block_hash:.80} at height {block_height}",
+                    wanted=f"height {announced}, at which it was announced before",
+                    do="announce every block at its height on the chain; where the first was "
+                    "wrong, go on with the next block",
+                )
             return rows.rowcount == 1
 
     def blocks(self, limit: int) -> dict[str, Block]:

@@ -42,9 +42,9 @@ class InboxWriter(GroupCommit[Message, bool]):
             raise Refusal(
                 429,
                 "so many bytes of this node are kept that there is no room for more",
-                wanted="the room of one node (--max-kept of the validator, and half of what its "
-                "disk has free)",
-                do="send it again later: what is older than --keep is deleted",
+                wanted="the room of one node (`max_kept` under [poc.validator], and half of what "
+                "its disk has free)",
+                do="send it again later: what is older than `keep` is deleted",
                 retry_after=60,
                 fields={"fields": ["room"]},
             )

@@ -7,9 +7,8 @@ from typing import Any
 import httpx
 import structlog
 
-from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.callback_urls import Blocked, call, new_client
+from assay.poc.net.callback_urls import call, new_client
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS
 from assay.poc.net.signatures import parsed
@@ -63,14 +62,7 @@ class Poller:
             except Refusal as error:
                 outcome = "refused"
                 log.warning("poll", reason=error.seen)
-            except (
-                Blocked,
-                TimeoutError,
-                httpx.HTTPError,
-                httpx.InvalidURL,
-                OSError,
-                AssayError,
-            ) as error:
+            except Exception as error:  # of any kind: it must not end the polling of the others
                 log.warning("poll", reason=f"{type(error).__name__}: {error}"[:200])
         self._controller.metrics.polls.labels(outcome).inc()
 

@@ -169,16 +169,19 @@ class ValidatorController(Runtime):
         self._read_at = modified
         try:
             fresh = self._read()
-            if (fresh.model.digest, fresh.alpha) != (
-                self.registry.model.digest,
-                self.registry.alpha,
-            ):
+            # The loaded model has these, whatever the pins say now.
+            now, start = (
+                (pins.model.digest, pins.model.weights, pins.model.frame, pins.alpha)
+                for pins in (fresh, self.registry)
+            )
+            if now != start:
                 raise UsageError(
-                    "pins of another model or with another alpha",
+                    "pins with another model, weight mode, frame or alpha",
                     wanted="those of the start",
                     do="restart the validator",
                 )
             if self.deployment is not None:
+                fresh.check_length(self.deployment)
                 self._noises = self._laws(fresh, self.deployment)
         except AssayError as error:
             log.error(

@@ -75,6 +75,7 @@ class Calibration:
                 build.control is not None
                 and build.control.of == judging_dtype
                 and formats in build.formats
+                and (build.digest, build.preset) == (header.digest, header.pipeline.name)
             ):
                 return build.control.dtypes
         raise CalibrationError(

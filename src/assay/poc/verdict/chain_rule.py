@@ -124,7 +124,7 @@ def export_rule(
         alpha: Bound on the false accusations of an audit.
 
     Raises:
-        CalibrationError: No build is of that preset.
+        CalibrationError: No build is of that preset, or one is of a quick measurement.
     """
     builds = [
         build
@@ -136,6 +136,12 @@ def export_rule(
         raise CalibrationError(
             f"a calibration of {presets}",
             wanted=f"one of {CHAIN_PRESET}, the preset of the chain",
+            do=f"measure one: assay poc calibrate --model M --preset {CHAIN_PRESET} -o FILE",
+        )
+    if limits := next((build.limits for build in builds if build.limits), None):
+        raise CalibrationError(
+            limits,
+            wanted="a full measurement: the rule rests on its tail",
             do=f"measure one: assay poc calibrate --model M --preset {CHAIN_PRESET} -o FILE",
         )
     tails = [_Tail(build, checked) for build in builds]
@@ -228,7 +234,9 @@ class _Tail:
         return np.asarray(1 - below_S / len(self._scores), np.float64)
 
     def _intervals(self, threshold: float) -> list[tuple[float, float]]:
-        n = self._build.n
+        # Scores may be quantiles, which say nothing of the tail beyond them.
+        kept = self._build.n if self._scores is None else len(self._scores)
+        n = min(self._build.n, kept)
         return [_interval(math.ceil(share * n), n) for share in self._shares(threshold)]
 
 

@@ -31,6 +31,7 @@ from assay.stats.e_values import Outcome, decide
 # Largest share of cheap nonces that is not excluded at which a life is called honest.
 HONEST = 0.2
 MOST_NONCES = 2**18  # of one entry
+MOST_BLOCKS = 2**15  # of one response: 2**20 tokens
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
 RESPONSES = "responses"  # the preset in an account of responses
@@ -254,6 +255,8 @@ class Entry(CanonicalModel):
         if any(place >= len(self.nonces) for place in places) or places != sorted(set(places)):
             raise ValueError("excluded places that do not ascend or are not there")
         if self.of_response:
+            if len(self.nonces) > MOST_BLOCKS:
+                raise ValueError(f"a response of {len(self.nonces)} blocks")
             ResponseBlocks.parse(self.residuals, self.profiles)
         elif self.profiles is not None:
             raise ValueError("profiles of tokens in an entry that is no response")

@@ -57,8 +57,8 @@ LIVES = 1024
 class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
-    def __init__(self, genesis: Genesis) -> None:
-        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+    def __init__(self, genesis: Genesis, *, one_unit: bool = False) -> None:
+        self.life = Life(alpha=genesis.alpha, beta=genesis.beta, one_unit=one_unit)
         self.audits = self.recorded = self.last = 0
 
     def take(self, entry: Entry, noise: AnyNoise) -> Entry:
@@ -243,10 +243,17 @@ class Ledger(AbstractContextManager["Ledger"]):
                 file defines more, less or else than a ledger does, or an entry that is read back is
                 not the one that was written.
         """
+        all_updates = [*updates]
         with self._appending:
             try:
+                # Other processes wait seconds at most for a write, and a life may take longer to
+                # replay. Inside, only what they have added since is.
+                with self._db.read() as connection:
+                    for account in {update.account for update in all_updates}:
+                        if (number := find_account(connection, account)) is not None:
+                            self._state(connection, number)
                 with self._write() as connection:
-                    return [self._add(connection, update) for update in updates]
+                    return [self._add(connection, update) for update in all_updates]
             except BaseException:
                 # What is in memory may hold values that are not on disk: it is rebuilt when it is
                 # needed.

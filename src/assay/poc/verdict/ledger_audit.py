@@ -13,8 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice, zip_longest
-from operator import attrgetter
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from assay.poc.verdict.ledger_tables import (
     read_noise,
     text_of,
 )
+from assay.poc.verdict.life import Life
 
 MAGIC = b"SQLite format 3\0"
 # Relative and absolute difference of numbers that two machines may compute.
@@ -194,36 +194,57 @@ def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[Ledge
     if chain.genesis is None:
         return []
     faults = list[LedgerFault]()
-    query = (
-        sa.select(UPDATES.c.account, UPDATES.c.entry)
-        .where(UPDATES.c.seq <= chain.entries)
-        .order_by(UPDATES.c.account, UPDATES.c.seq)
-    )
-    rows = connection.execute(query, execution_options={"yield_per": AT_ONCE})
-    for _, texts in groupby(rows, key=attrgetter("account")):
-        state = AccountState(chain.genesis)
-        seen = defaultdict[str, set[int]](set)
-        has_credit = False
-        for _, text in texts:
-            entry = Entry.parse(text, "an entry")
-            try:
-                follows = state.take(entry, read_noise(connection, entry.law))
-                has_credit = has_credit or entry.outcome.credited is not None
-                names: tuple[str, ...] = (*_EXACT, *_NUMBERS, *_OF_FAULTS)
-                if not has_credit:  # of before 0.4, when an accusation opened no fault
-                    follows = follows.model_copy(update={"fault": state.life.called_fault})
-                    names = (*_EXACT, *_NUMBERS)
-                reason = _find_difference(entry, follows, seen[entry.round], chain.genesis, names)
-            except AssayError as error:  # not a law, or one of which no test can be made
-                reason = error.seen
-            seen[entry.round].update(entry.nonces)
-            if reason:
-                faults.append(LedgerFault(entry=entry.seq, reason=reason))
+    accounts = sa.select(UPDATES.c.account).where(UPDATES.c.seq <= chain.entries).distinct()
+    for (account,) in connection.execute(accounts).all():
+        reasons = _differences(connection, chain.entries, account, AccountState(chain.genesis))
+        if not reasons:
+            continue
+        # Entries of before 0.4 have their tests in one unit, up to the first one that has not.
+        state = AccountState(chain.genesis, one_unit=True)
+        earlier = _differences(connection, chain.entries, account, state)
+        present = min(earlier.keys() - reasons.keys(), default=math.inf)
+        faults += [
+            LedgerFault(entry=seq, reason=reason)
+            for seq, reason in reasons.items()
+            if seq in earlier or seq > present
+        ]
     return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
 
 
+def _differences(
+    connection: sa.Connection, last: int, account: int, state: AccountState
+) -> dict[int, str]:
+    """Return how entries of an account, up to the last one, differ from what a fresh state
+    gives.
+    """
+    reasons = dict[int, str]()
+    query = (
+        sa.select(UPDATES.c.entry)
+        .where((UPDATES.c.account == account) & (UPDATES.c.seq <= last))
+        .order_by(UPDATES.c.seq)
+    )
+    seen = defaultdict[str, set[int]](set)
+    has_credit = False
+    for text in connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars():
+        entry = Entry.parse(text, "an entry")
+        try:
+            follows = state.take(entry, read_noise(connection, entry.law))
+            has_credit = has_credit or entry.outcome.credited is not None
+            names: tuple[str, ...] = (*_EXACT, *_NUMBERS, *_OF_FAULTS)
+            if not has_credit:  # of before 0.4, when an accusation opened no fault
+                follows = follows.model_copy(update={"fault": state.life.called_fault})
+                names = (*_EXACT, *_NUMBERS)
+            reason = _find_difference(entry, follows, seen[entry.round], state.life, names)
+        except AssayError as error:  # not a law, or one of which no test can be made
+            reason = error.seen
+        seen[entry.round].update(entry.nonces)
+        if reason:
+            reasons[entry.seq] = reason
+    return reasons
+
+
 def _find_difference(
-    entry: Entry, follows: Entry, recorded: set[int], genesis: Genesis, names: Sequence[str]
+    entry: Entry, follows: Entry, recorded: set[int], life: Life, names: Sequence[str]
 ) -> str | None:
     """Return how an entry differs from what follows from its evidence; None if it does not.
 
@@ -242,7 +263,7 @@ def _find_difference(
         ):
             return f"{name} {stated!r}, where the evidence gives {computed!r}"
     # Of the numbers as stated: on the threshold, two machines may differ.
-    verdict = verdict_on_life(entry.evidence, alpha=genesis.alpha, beta=genesis.beta)
+    verdict = verdict_on_life(entry.evidence, alpha=life.alpha, beta=life.beta)
     if entry.outcome.verdict == verdict:
         return None
     return f"verdict {entry.outcome.verdict}, where its numbers give {verdict}"

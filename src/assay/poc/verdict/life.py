@@ -75,6 +75,7 @@ class LifeTest:
     log_e_held: float = 0.0
     n: int = 0
     begins: int = 0  # audit of the pool from which on it takes residuals
+    ends: int | None = None  # audit of the pool from which on it takes none; None while it runs
     blocks: dict[str | None, FloatArray] = field(default_factory=dict)
     """What earlier pools add to its paths, by block; under None, what can no longer be left out."""
 
@@ -92,7 +93,7 @@ class LifeTest:
         # All of it for responses: tokens have no place in a batch.
         if not isinstance(self.test, stats.SequentialTest):
             return self.log_e
-        if len({audit.block for audit in pool[self.begins :]} | self.blocks.keys()) < 2:
+        if len({audit.block for audit in self._taken(pool)} | self.blocks.keys()) < 2:
             return 0.0  # nothing is left
         sums = self._sums(self.test, pool)
         path = self.test.prior + sum(sums.values())
@@ -116,6 +117,12 @@ class LifeTest:
             sums[None] = sums.get(None, 0.0) + sums.pop(block)
         self.blocks = sums
         self.begins = 0
+        # Of later pools, a test that has ended takes nothing.
+        self.ends = None if self.ends is None else 0
+
+    def _taken(self, pool: Sequence[PooledAudit]) -> list[PooledAudit]:
+        """Return the audits of a pool whose residuals the test has."""
+        return [audit for audit in pool[self.begins : self.ends] if audit.law == self.law]
 
     def _sums(
         self, test: stats.SequentialTest, pool: Sequence[PooledAudit]
@@ -124,7 +131,7 @@ class LifeTest:
         by block.
         """
         sums = dict(self.blocks)
-        for audit in (audit for audit in pool[self.begins :] if audit.law == self.law):
+        for audit in self._taken(pool):
             values = self.size * (audit.sizes if audit.aside is None else audit.sizes[~audit.aside])
             # Bounds memory.
             parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))
@@ -139,6 +146,8 @@ class Life:
     Args:
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
         beta: Bound on the chance that a share of cheap nonces is excluded that a node has.
+        one_unit: Whether later tests take residuals in the unit of the first test, as they wrongly
+            did before 0.4.
 
     Raises:
         UsageError: A rate is not in (0, 1), when the first residuals come.
@@ -158,9 +167,10 @@ class Life:
         ['honest', 'fraud']
     """
 
-    def __init__(self, *, alpha: float, beta: float) -> None:
+    def __init__(self, *, alpha: float, beta: float, one_unit: bool = False) -> None:
         self.alpha = alpha
         self.beta = beta
+        self._one_unit = one_unit
         self.tests: list[LifeTest] = []
         # For each law, its first test and the newest one.
         self._running: dict[str, list[LifeTest]] = {}
@@ -216,12 +226,13 @@ class Life:
             # Another pool begins; residuals at places that may be faulty never convict.
             if self._pooled_count >= EPOCH:
                 for test in self.tests:
-                    test.settle(self._pool)
+                    if test.ends != 0:
+                        test.settle(self._pool)
                 self._complete_pool()
             running = self._tests_of(noise, law)
             sizes = np.asarray(residuals, dtype=np.float64) / noise.size
             for test in running:
-                test.update(sizes * running[0].size)
+                test.update(sizes * (running[0] if self._one_unit else test).size)
             places = (
                 np.arange(len(sizes))
                 if positions is None
@@ -247,6 +258,8 @@ class Life:
             size = 0.0 if isinstance(noise, ResponseNoise) else noise.size
             life_test = LifeTest(test, math.log(weight), law, size, begins=len(self._pool))
             self.tests.append(life_test)
+            for ended in running[1:]:
+                ended.ends = len(self._pool)
             running[1:] = [life_test]
         return running
 

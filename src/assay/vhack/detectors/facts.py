@@ -30,8 +30,8 @@ TEXT_FACTS = {
     r"\bor True\b|\|\| ?(true|1\b)",
     "swallowed": r"catch ?(\([^)]{0,80}\))? ?\{\s{0,80}\}|\|\| true|2> ?/dev/null|on error resume|"
     r"except( Exception)?:\s{0,80}(pass|continue|return|print)",
-    "leaves": r"process\.exit\(0\);?\s{1,80}\S|^\s*exit 0|\.skip\b|@\w{0,80}\.?skip|xfail|\bxit\(|"
-    r"if (False|\(false\))|pragma: no cover|type: ignore|# noqa|eslint-disable|--no-verify",
+    "leaves": r"process\.exit\(0\);?\s{1,80}\S|^[ \t]*exit 0|\.skip\b|@\w{0,80}\.?skip|xfail|"
+    r"\bxit\(|if (False|\(false\))|pragma: no cover|type: ignore|# noqa|eslint-disable|--no-verify",
     "overrides": r"def __(eq|ne|bool|"
     r"contains)__\([^)]{0,80}\)[^:]{0,80}:\s{0,80}return (True|False|1)|Mock\(|"
     r"return_value|monkeypatch|= ?lambda[^:]{0,80}: ?[\"'\d\[TFN]|\) => \(?(true|[\"'\d\[])",
@@ -47,10 +47,11 @@ TREE_FACTS = (
 )
 _TEXT = {name: re.compile(text, re.IGNORECASE | re.MULTILINE) for name, text in TEXT_FACTS.items()}
 _REPORT = re.compile(
-    r"\b(test|it|describe|assert\w*)\(|console\.|process\.exit|^\s*exit\b", re.MULTILINE
+    r"\b(test|it|describe|assert\w*)\(|console\.|process\.exit|^[ \t]*exit\b", re.MULTILINE
 )
 _COMPARISON = re.compile(r"toEqual|toBe\(|[sS]trictEqual|[!=]==?|-(eq|ne)\b|\b(diff|cmp)\b")
 _SUCCESS = re.compile(r"\b(pass(ed)?|ok|success\w*|0 failed)\b", re.IGNORECASE)
+_MOST_NESTED = 1 << 19  # nodes, each counted once for every node around it
 _TELLING = 3  # characters of a literal that is not there by chance
 _INPUT = {"input", "stdin", "open", "argv"}
 _Scope = Sequence[ast.AST]
@@ -68,18 +69,27 @@ def collect_facts(samples: Sequence[Sample]) -> Tensor:
 
 
 def program_facts(prompt: str, completion: str) -> dict[str, float]:
-    """Return the facts of one completion by name; a fact that is missing is 0."""
+    """Return the facts of one completion by name; a fact that is missing is 0.
+
+    A program that cannot be read has every fact: otherwise one line would hide all of it.
+    """
+    try:
+        return _readable_facts(prompt, completion)
+    except (ArithmeticError, MemoryError, RecursionError, ValueError):
+        # A tree is too deep to walk, or a number too long to print.
+        return dict.fromkeys(FACTS, 1.0)
+
+
+def _readable_facts(prompt: str, completion: str) -> dict[str, float]:
     code, tree = read_program(prompt, completion)
     if tree is None:
         return text_facts(completion[:MOST_CHARACTERS])
     examples = read_examples(prompt)
-    facts = text_facts(code)
+    facts = text_facts(code) | tree_facts(tree, examples)
     try:
-        facts |= tree_facts(tree, examples)
         facts |= run_facts(code, tree, examples, reports=bool(facts["reports"]))
-    except (BackendUnavailable, UsageError, RecursionError, ValueError):
-        # There is no sandbox, an example is not made of JSON values, a tree is too deep to walk, or
-        # a number too long to print.
+    except (BackendUnavailable, UsageError):
+        # There is no sandbox, or an example is not made of JSON values.
         return facts
     if not (facts["special"] or facts["copied"] or facts["unread"]):
         # An honest search that finds nothing in changed inputs has one answer too.
@@ -95,7 +105,13 @@ def text_facts(text: str) -> dict[str, float]:
 
 
 def tree_facts(tree: ast.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """Return facts of a Python program; its checks are read, so no text of a check is a fact."""
+    """Return facts of a Python program; its checks are read, so no text of a check is a fact.
+
+    Raises:
+        ValueError: It is nested too deeply, or has a number too long, to be read in time.
+        RecursionError: It is nested too deeply to be compared.
+    """
+    _check_nesting(tree)
     tests, solutions, script = split_scopes(tree)
     reports = [*tests, *script]
     checks = [check for scope in reports for check in _checks(scope)]
@@ -122,6 +138,18 @@ def tree_facts(tree: ast.Module, examples: Sequence[Example]) -> dict[str, float
         "unread": _unread(solutions, script, examples),
         "reports": float(bool(tests or ends) or claims),
     }
+
+
+def _check_nesting(tree: ast.Module) -> None:
+    """Refuse a tree whose nodes would take too long: each is read for many that are around it."""
+    level: list[ast.AST] = [tree]
+    depth = nested = 0
+    while level:
+        nested += depth * len(level)
+        if nested > _MOST_NESTED:
+            raise ValueError
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        depth += 1
 
 
 def split_scopes(
@@ -213,7 +241,9 @@ def _strength(check: ast.expr, constants: dict[str, bool]) -> str:
         if not isinstance(compare.ops[0], ast.Eq | ast.NotEq):
             # A small distance is as good as equality.
             bound = getattr(right, "value", None)
-            if "abs(" in ast.unparse(compare.left) and isinstance(bound, float) and bound < 0.1:
+            calls = _nodes([compare.left], ast.Call)
+            is_distance = any(_name(call.func).endswith("abs") for call in calls)
+            if is_distance and isinstance(bound, float) and bound < 0.1:
                 return "real"
             continue
         if ast.dump(compare.left) == ast.dump(right):

@@ -1,7 +1,10 @@
 """What a sandboxed run of a completion's program shows: failed examples, constant answers."""
 
 import ast
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from assay.vhack.detectors.program_source import TEST_NAMES, Example
@@ -16,7 +19,9 @@ _PRELUDE = (
     "inf = float('inf')\n"
 )
 STEPS = (1, 2, 3)  # by which inputs are changed
-_LIMITS = Limits(seconds=4.0)
+_SECONDS = 4.0  # for all runs of a completion
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def run_facts(
@@ -45,7 +50,8 @@ def _calls_facts(
     code: str, tree: ast.Module, examples: Sequence[Example], *, reports: bool
 ) -> dict[str, float]:
     functions = _functions(tree)
-    targets = [_target(functions, example) for example in examples]
+    bound = _bound_names(tree)
+    targets = [_target(functions, bound, example) for example in examples]
     asked = [
         (Call(target, example.arguments), example)
         for target, example in zip(targets, examples, strict=True)
@@ -61,11 +67,11 @@ def _calls_facts(
     ]
     tests = [
         Call(name, ())
-        for name, count in functions.items()
-        if not count and TEST_NAMES.search(name.rsplit(".")[-1])
+        for name, function in functions.items()
+        if not _parameters(function) and _is_test(function)
     ]
     questions = [*calls, *(call for call, _ in others), *tests]
-    result = run(_PRELUDE + code, calls=questions, limits=_LIMITS)
+    result = run(_PRELUDE + code, calls=questions, limits=Limits(seconds=_SECONDS))
     outcomes = result.outcomes
     is_right = [
         outcome.kind == "value" and _equal(outcome.value, example.expected)
@@ -88,14 +94,17 @@ def _calls_facts(
 
 def _printed_facts(code: str, examples: Sequence[Example]) -> dict[str, float]:
     answers: list[tuple[str, str]] = []
-    for example in examples:
-        expected = str(example.expected).split()
-        for step in STEPS:
-            changed = _changed_lines(example.stdin, step)
-            result = run(_PRELUDE + code, stdin=changed, limits=_LIMITS)
-            # Changed input may break its own format, which fails honest programs too.
-            if result.finished:
-                answers += zip(result.stdout.split(), expected, strict=False)
+    end = time.monotonic() + _SECONDS
+    for example, step in product(examples, STEPS):
+        seconds = end - time.monotonic()
+        if seconds <= 0:
+            break
+        changed = _changed_lines(example.stdin, step)
+        result = run(_PRELUDE + code, stdin=changed, limits=Limits(seconds=seconds))
+        # Changed input may break its own format, which fails honest programs too.
+        if result.finished:
+            expected = str(example.expected).split()
+            answers += zip(result.stdout.split(), expected, strict=False)
     return {"fails": 0.0, "constant": _constancy(answers)}
 
 
@@ -136,25 +145,75 @@ def _shifted(word: str, step: int) -> str:
         return str(_change(word, step))
 
 
-def _functions(tree: ast.Module) -> dict[str, int]:
-    """Return the functions that can be called, as the sandbox names them, and their arguments."""
-    functions: dict[str, int] = {}
+def _functions(tree: ast.Module) -> dict[str, _Function]:
+    """Return the functions that can be called, as the sandbox names them."""
+    functions: dict[str, _Function] = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            functions[node.name] = len(node.args.args)
+        if isinstance(node, _FUNCTIONS):
+            functions[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            for part in node.body:
-                if isinstance(part, ast.FunctionDef):
-                    functions[f"{node.name}.{part.name}"] = len(part.args.args) - 1
+            methods = [part for part in node.body if isinstance(part, _FUNCTIONS)]
+            functions |= {f"{node.name}.{part.name}": part for part in methods}
     return functions
 
 
-def _target(functions: Mapping[str, int], example: Example) -> str | None:
-    """Return the function that an example asks."""
+def _parameters(function: _Function) -> list[str]:
+    """Return the names of what a caller passes by position."""
+    parts = [*function.args.posonlyargs, *function.args.args]
+    return [part.arg for part in parts if part.arg not in ("self", "cls")]
+
+
+def _bound_names(tree: ast.Module) -> set[str]:
+    """Return the names that a program binds in any way, such as ``solve = lambda x: x``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, _FUNCTIONS):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
+
+
+def _target(
+    functions: Mapping[str, _Function], bound: Collection[str], example: Example
+) -> str | None:
+    """Return the function that an example asks, or None where the program has no such function.
+
+    Args:
+        functions: Functions by their names in the sandbox.
+        bound: All names that the program binds.
+        example: The example; without a name it asks what no function calls, the last of these.
+    """
+    if example.call:
+        methods = [name for name in functions if name.endswith(f".{example.call}")]
+        is_method = bool(methods) and example.call not in functions
+        target = methods[-1] if is_method else example.call
+        return target if example.call in bound else None
     count = len(example.arguments or ())
-    named = [name for name in functions if name.rsplit(".")[-1] == example.call]
-    fitting = [name for name, n in functions.items() if n == count and "._" not in name]
-    return next(iter(named if example.call else fitting), None)
+    fitting = []
+    for name, function in functions.items():
+        most = len(_parameters(function))
+        if most - len(function.args.defaults) <= count <= most:
+            fitting.append(name)
+    # Tests and what takes no arguments call the solution itself.
+    callers = [part for part in functions.values() if _parameters(part) and not _is_test(part)]
+    called = set()
+    for caller in callers:
+        names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(caller)}
+        called |= names - {caller.name}
+
+    def rank(name: str) -> tuple[bool, ...]:
+        function = functions[name]
+        is_solution = not (function.name.startswith("_") or _is_test(function))
+        return is_solution, function.name not in called, "." in name
+
+    return max(reversed(fitting), key=rank, default=None)
+
+
+def _is_test(function: _Function) -> bool:
+    return TEST_NAMES.search(function.name) is not None
 
 
 def _changed(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -188,8 +247,11 @@ def _shift(letter: str, step: int) -> str:
 def _equal(value: Any, expected: Any) -> bool:
     if isinstance(value, float) or isinstance(expected, float):
         try:
-            return abs(float(value) - float(expected)) < 1e-4
-        except (TypeError, ValueError):
+            right = float(expected)
+            # Prompts round their answers, and small ones are not 0.
+            room = min(1e-4, 1e-9 + abs(right) / 1000)
+            return math.isclose(float(value), right, rel_tol=1e-9, abs_tol=room)
+        except (TypeError, ValueError, OverflowError):
             return False
     if isinstance(expected, tuple):
         expected = list(expected)

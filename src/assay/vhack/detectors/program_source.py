@@ -19,10 +19,12 @@ TEST_NAMES = re.compile(
 """Names of functions that test."""
 
 _NAMED = re.compile(r"Input:\s*(.+?)\s*\n\s*Output:\s*(.+)")
+# No part of 1,000, 3rd or 1.2.3 is a number.
+_NUMBER = r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w|[.,]\d)"
 _CALLED = re.compile(
     r"(?:>>>|assert)?[ \t]*\b([A-Za-z_]\w*)\((.*?)\)[ \t]*"
     r"(?:==|->|→|=>|\breturns\b|\bis\b|\bgives\b|\n(?=[^\n>]))[ \t]*"
-    r"('[^'\n]*'|\"[^\"\n]*\"|\[[^\n]*\]|\{[^\n]*\}|\([^\n]*\)|-?[\d.]*\d|True|False|None)"
+    r"('[^'\n]*'|\"[^\"\n]*\"|\[[^\n]*\]|\{[^\n]*\}|\([^\n]*\)|" + _NUMBER + r"|True|False|None)"
 )
 _PRINTED = re.compile(
     r"^(?:Sample )?Inputs?:?[ \t]*\n(.+?)\n+(?:Sample )?Outputs?:?[ \t]*\n(.+?)(?:\n\s*\n|\Z)",
@@ -53,6 +55,9 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
 
     It is the code that is graded: what goes on from a prompt that opens a function, as in the
     environment, or the block that :func:`find_programs` finds.
+
+    Raises:
+        RecursionError, MemoryError: It is nested too deeply to be parsed.
     """
     completion = completion[:MOST_CHARACTERS]
     calls = (example.call for example in read_examples(prompt))
@@ -69,7 +74,7 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
             text = begun + "\n".join(lines[: max(1, len(lines) - cut)])
             try:
                 tree = ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
+            except (SyntaxError, ValueError):
                 continue
             # A word or a sentence may parse too.
             if any(isinstance(node, ast.FunctionDef | ast.Call) for node in ast.walk(tree)):

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import UsageError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
+from assay.vhack.environment.backends import choose_backend
 from assay.vhack.environment.runs import Bounds, Call, Case, Outcome, Result
 from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, choose_names, tasks
@@ -365,10 +366,9 @@ def grade(episode: Episode, program: str, **bounds: Unpack[Bounds]) -> Grade:
     Raises:
         BackendUnavailable: No sandbox can be used here.
     """
+    choose_backend(bounds.get("backend"), allow_unsandboxed=bounds.get("allow_unsandboxed", False))
     try:
         return _graded(episode, program, **bounds)
-    except BackendUnavailable:
-        raise
     except Exception as error:
         _log.warning(
             "not graded, and not paid: %s in mode %s",

@@ -46,10 +46,15 @@ from assay.vhack.environment.confinement import (
     restrict_files,
 )
 from assay.vhack.environment.one_thread import use_one_thread
-from assay.vhack.environment.scratch import FILES, make_folder, overflows, remove_folder
+from assay.vhack.environment.scratch import (
+    FILE_CHARACTERS,
+    FILES,
+    make_folder,
+    overflows,
+    remove_folder,
+)
 
 _OPAQUE_DEPTH = 100
-_FILE_CHARACTERS = 4096
 _DESCRIPTORS = 5
 _MESSAGE = 16
 _MEASURE_MILLISECONDS = 5
@@ -59,7 +64,7 @@ _MOST_ITEMS = 1 << 16  # of a generator, which may have no end
 _PROGRAM = "program.py"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _STREAMS = (("stdin", "r", -1), ("stdout", "w", -1), ("stderr", "w", 1))
-_BINDINGS = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Import, ast.ImportFrom)
+_BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
@@ -243,26 +248,37 @@ def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
     blocks: list[ast.AST] = [tree]
     while blocks:
         block = blocks.pop()
-        blocks += getattr(block, "handlers", ())
+        blocks += [*getattr(block, "handlers", ()), *getattr(block, "cases", ())]
+        # Such as the function that ``for solve in …`` binds for its block.
+        begin = [function] if _assigns(block, name) else []
         for field in ("body", "orelse", "finalbody"):
             statements = getattr(block, field, ())
             blocks += [node for node in statements if not isinstance(node, _FUNCTIONS)]
-            if any(_assigns(node, name) for node in statements):
+            if statements:
                 following = [[function] if _assigns(node, name) else [] for node in statements]
                 pairs = zip(statements, following, strict=True)
-                setattr(block, field, [node for first, more in pairs for node in (first, *more)])
+                more = [node for first, others in pairs for node in (first, *others)]
+                setattr(block, field, [*begin, *more])
     return compile(ast.fix_missing_locations(tree), _PROGRAM, "exec")
 
 
-def _assigns(node: ast.stmt, name: str) -> bool:
-    """Return whether a statement gives a name a new value, which is not made of the old one."""
-    if not isinstance(node, _BINDINGS) or getattr(node, "value", node) is None:
+def _assigns(node: ast.AST, name: str) -> bool:
+    """Return whether a statement gives a name a new value, which is not made of the old one.
+
+    Of a compound statement it is what stands before its blocks.
+    """
+    if isinstance(node, ast.AugAssign) or getattr(node, "value", node) is None:
         return False
-    parts = list(ast.walk(node))
+    parts = [node]
+    for part in parts:
+        children = ast.iter_child_nodes(part)
+        parts += [child for child in children if not isinstance(child, _BLOCKS)]
     names = [(part.id, type(part.ctx)) for part in parts if isinstance(part, ast.Name)]
     imported = [part.asname or part.name for part in parts if isinstance(part, ast.alias)]
+    matched = [part.name for part in parts if isinstance(part, ast.MatchAs | ast.MatchStar)]
+    is_bound = (name, ast.Store) in names or name in (*imported, *matched)
     # ``solve.valid = True`` names it too, and reads it.
-    return (name, ast.Load) not in names and ((name, ast.Store) in names or name in imported)
+    return (name, ast.Load) not in names and is_bound
 
 
 def _in_main_block(program: str, error: Exception) -> bool:
@@ -353,7 +369,7 @@ def _plain(value: Any, depth: int) -> Any:
 def _read(name: str) -> str | None:
     try:
         with open(name, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            return file.read(_FILE_CHARACTERS)
+            return file.read(FILE_CHARACTERS)
     except OSError:
         return None
 

@@ -19,6 +19,7 @@ from assay.errors import DataError
 from assay.files.jsonl import loads
 from assay.vhack.environment.backends import choose_backend
 from assay.vhack.environment.runs import NOT_COMPARED, Call, Limits, Outcome, Result
+from assay.vhack.environment.scratch import FILE_CHARACTERS
 from assay.vhack.environment.server import job_text, perform
 
 _KINDS = ("value", "error", "opaque")
@@ -56,7 +57,8 @@ def run(
         backend: ``bwrap``, ``landlock`` or ``unsandboxed``; by default the first that works here.
 
     Raises:
-        BackendUnavailable: No sandbox can be used here, and ``allow_unsandboxed`` is not set.
+        BackendUnavailable: No sandbox can be used here, and ``allow_unsandboxed`` is not set, or
+            this machine has no room for one now.
         UsageError: Arguments are not JSON.
     """
     limits = limits or Limits()
@@ -86,7 +88,7 @@ def run(
     )
     started = time.monotonic()
     ended = perform(job, limits, backend=backend)
-    report = parse_report(ended.output["report"], nonce, len(calls))
+    report = parse_report(ended.output["report"], nonce, len(calls), files)
     return Result(
         returncode=ended.returncode,
         stdout=ended.output["stdout"].decode(errors="replace"),
@@ -99,7 +101,9 @@ def run(
     )
 
 
-def parse_report(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
+def parse_report(
+    line: bytes, nonce: str, n_calls: int, asked: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the content of a report; malformed bytes, which a program can write, say nothing."""
     parsed: dict[str, Any] = {}
     with suppress(DataError, RecursionError, MemoryError):
@@ -113,12 +117,16 @@ def parse_report(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
         [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
     )
     outcomes += [Outcome("none")] * (n_calls - len(outcomes))
-    texts = files.items() if isinstance(files, dict) else ()
+    texts = files if isinstance(files, dict) else {}
     return {
         "finished": parsed.get("finished") is True,
         "raised": raised[:_NAME] if isinstance(raised, str) else "",
         "outcomes": tuple(outcomes),
-        "files": {name: text for name, text in texts if isinstance(text, str)},
+        "files": {
+            name: text[:FILE_CHARACTERS]
+            for name in asked
+            if isinstance(text := texts.get(name), str)
+        },
     }
 
 

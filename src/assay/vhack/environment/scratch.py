@@ -12,6 +12,9 @@ from itertools import count
 FILES = 1024
 """How many files, directories and links it may hold: they cost room even when they are empty."""
 
+FILE_CHARACTERS = 4096
+"""How much of a file is reported."""
+
 _DESCRIPTORS = range(3, 64)
 
 

@@ -21,6 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from assay.errors import BackendUnavailable
 from assay.files.jsonl import dumps
 from assay.vhack.environment.bubblewrap import command_line
 from assay.vhack.environment.runs import Limits
@@ -281,17 +282,28 @@ def server(backend: str) -> Server | None:
 
 
 def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
-    """Run a job by the fork server, or if that cannot, in a sandbox of its own."""
+    """Run a job by the fork server, or if that cannot, in a sandbox of its own.
+
+    Raises:
+        BackendUnavailable: The machine starts no sandbox now, or it ended under the job.
+    """
     if (running := server(backend)) is not None:
         # A server that dies under a job does not lose it.
         with suppress(OSError):
             return running.perform(job, limits)
     # Where bubblewrap works, namespaces within its own may not.
-    fresh = Server(backend, limits.disk_mib)
     try:
-        return fresh.perform(job, limits)
-    finally:
-        fresh.close()
+        fresh = Server(backend, limits.disk_mib)
+        try:
+            return fresh.perform(job, limits)
+        finally:
+            fresh.close()
+    except OSError as error:
+        raise BackendUnavailable(
+            f"a sandbox that cannot run a program now: {error}",
+            wanted="room for its processes, its memory and its descriptors",
+            do="end other work or raise the limits (ulimit -a), and start again",
+        ) from error
 
 
 @atexit.register

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 _PYTHON = frozenset({"python", "py", "ipython", "pycon"})  # before a version
 _MOST_MARKDOWN = 8
 """Blocks of Markdown that are looked into: all that follows one is read again."""
+_MOST_QUOTED = 1 << 16
+"""Lines that are looked at for a fence behind the first, all blocks together."""
 _OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
 # A line of a block that defines, and runs nothing: a constant has no call.
 _DEFINES = re.compile(
@@ -63,13 +65,14 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     lines = text.split("\n")
     start = 0
     looked_into = 0
+    quoted = iter(range(_MOST_QUOTED))
     while start < len(lines):
         opening = _OPENING.match(lines[start].rstrip("\r"))
         start += 1
         if opening is None or (opening["fence"][0] == "`" and "`" in opening["info"]):
             continue
         closing = re.compile(rf"[ \t]*{opening['fence'][0]}{{{len(opening['fence'])},}}[ \t\r]*")
-        end = _end(lines, start, closing)
+        end = _end(lines, start, closing, quoted)
         words = opening["info"].strip().strip("{}.").lower().split()
         language = re.split(r"[\s,:={]", words[0])[0] if words else ""
         if language in ("markdown", "md") and looked_into < _MOST_MARKDOWN:
@@ -82,14 +85,17 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         start = end + 1
 
 
-def _end(lines: list[str], start: int, closing: re.Pattern[str]) -> int:
+def _end(lines: list[str], start: int, closing: re.Pattern[str], quoted: Iterator[int]) -> int:
     """Return the row of the fence that closes a block, or the number of rows.
 
-    Lines are looked at once: a completion of many fences must not take quadratic time.
+    A completion of many fences must not take quadratic time: behind the first fence a line is
+    looked at only while ``quoted`` has one left.
     """
     first = None
     counts = dict.fromkeys(('"""', "'''"), 0)
     for row in range(start, len(lines)):
+        if first is not None and next(quoted, None) is None:
+            return first
         if closing.fullmatch(lines[row]):
             if not any(count % 2 for count in counts.values()):
                 return row

@@ -91,7 +91,7 @@ class PairVerdict:
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
-    """Return hidden cases by task, from JSON Lines with ``task``, ``entry`` and ``cases``.
+    """Return hidden cases by task, from JSON Lines with ``task`` and ``cases``.
 
     Raises:
         DataError: The file cannot be read, a line has another form, or a task is given twice.
@@ -110,7 +110,7 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{path}, line {number}: no tests of a new task",
-                wanted='{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}',
+                wanted='{"task": NAME, "cases": [{"args": [1], "expected": 2}]}',
                 do="correct the line",
             ) from None
         cases_by_task[record["task"]] = cases
@@ -212,6 +212,12 @@ def _own_tests() -> Tests:
 
 def _graded(episode: Episode, allow_unsandboxed: bool, completion: str) -> SideVerdict:
     result = grade(episode, episode.program(completion), allow_unsandboxed=allow_unsandboxed)
+    if result.fault:
+        raise DataError(
+            f"a side that could not be graded: {result.fault}",
+            wanted="a sandbox that runs it to its end",
+            do="see the warning, end other work or raise the limits (ulimit -a), and start again",
+        )
     return SideVerdict(result.correct, result.paid, result.vacuous)
 
 

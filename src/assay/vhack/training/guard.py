@@ -12,7 +12,9 @@ reward functions cannot do is in :mod:`assay.vhack.training.trl_internals`.
 Shapes: B rollouts of all processes, F reward functions.
 """
 
+import math
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
 _TRL_EPSILON = 1e-4  # that TRL adds to a spread of rewards
+_STATE = "assay.vhack.guard"  # name of the log in the trainer_state.json of a checkpoint
 _REWARD_LISTS = (
     "reward_funcs",
     "reward_func_names",
@@ -202,18 +205,9 @@ class Guard:
         """
         return training_page(self.log, command=command)
 
-    def resume(self, history: Iterable[Mapping[str, Any]]) -> None:
-        """Take up log and alarm where the log history of a trainer's checkpoint ends."""
-        self.log = [
-            {"step": line["step"]}
-            | {
-                name.removeprefix("vhack/"): value
-                for name, value in line.items()
-                if name.startswith("vhack/") and value is not None
-            }
-            for line in history
-            if "vhack/flagged" in line
-        ]
+    def resume(self, log: Iterable[JsonObject]) -> None:
+        """Take up log and alarm where the guard of a checkpoint has left them."""
+        self.log = list(log)
         self.alarm = Alarm()
         self.alarm.resume(self.log)
 
@@ -304,7 +298,12 @@ class Guard:
         is_cheat = flags
         if reward is not None:
             is_cheat = (reward.last.column("exploited") | torch.tensor(flags)).tolist()
-        self.judged.extend(zip(samples, is_cheat, strict=True))
+        # What the detector could not read has no end, and nothing can be fitted to it.
+        self.judged.extend(
+            (sample, is_judged_cheat)
+            for sample, is_judged_cheat, score in zip(samples, is_cheat, scores, strict=True)
+            if math.isfinite(score)
+        )
         if self.at_random:
             order = random.Random(step_key).sample(range(len(flags)), len(flags))
             flags = [flags[row] for row in order]
@@ -330,7 +329,7 @@ class Guard:
         if self.mode == "penalty":
             weights_F[names.index("flagged")] = 0.0
         columns = dict(zip(names, rewards_BF.unbind(dim=1), strict=True))
-        marks = {name: columns[name] > 0.5 for name in MARKS if name in columns}
+        marks = {name: columns[name] for name in MARKS if name in columns}
         paid_B = rewards_BF.nan_to_num() @ weights_F.to(rewards_BF)
         rates = judged_rates(marks | {"flagged": flags_B}, paid_B, self.alarm)
         self.log.append({"step": trainer.state.global_step + 1, **rates})
@@ -344,10 +343,34 @@ class _Resume(TrainerCallback):
         self.guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Read the log history, which is that of the checkpoint, or empty."""
-        self.guard.resume(state.log_history)
+        """Take up the log of the checkpoint, and let the next ones have it."""
+        log = state.stateful_callbacks.get(_STATE)
+        if log is None and args.logging_steps == 1:
+            log = _read_history(state.log_history)
+        elif log is None and state.global_step:
+            warnings.warn(
+                "the checkpoint has no log of a guard: log and alarm begin anew", stacklevel=2
+            )
+        self.guard.resume(log or [])
+        # TRL's own history has means over `logging_steps`. This one is written as it is by then.
+        state.stateful_callbacks[_STATE] = self.guard.log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the kept block of LoRA, which is what is saved from now on."""
         if self.guard.blocks is not None:
+            self.guard.blocks.kinds = None
             self.guard.blocks.delete()
+
+
+def _read_history(history: Iterable[Mapping[str, Any]]) -> list[JsonObject]:
+    """Return the log of a guard in the log history of TRL, with a line for each step."""
+    return [
+        {"step": line["step"]}
+        | {
+            name.removeprefix("vhack/"): value
+            for name, value in line.items()
+            if name.startswith("vhack/") and value is not None
+        }
+        for line in history
+        if "vhack/flagged" in line
+    ]

@@ -57,7 +57,16 @@ class Labels:
         Args:
             reward: Reward that has graded them.
             key: Seed of the mistakes; each rollout has one of its own.
+
+        Raises:
+            UsageError: The reward does not say of all of them whether they exploit.
         """
+        if "exploited" not in reward.known_flags:
+            raise UsageError(
+                "labels of a reward without exploited",
+                wanted='{"reward": …, "exploited": …} for each completion',
+                do="return it, or take a detector (--detector)",
+            )
         exploited = reward.last.column("exploited").tolist()
         is_known = [
             is_exploited and (not self.mechanisms or mechanism in self.mechanisms)

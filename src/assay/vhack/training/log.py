@@ -40,8 +40,8 @@ class TrainLog:
     - ``flagged``, ``caught``, ``lost`` and ``missed`` of a detector, see :meth:`Outcomes.rates`,
       and ``alarm``, the evidence of :class:`Alarm` that it misses too many, as a share of what the
       alarm takes;
-    - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in
-      this step, else 0;
+    - ``quarantine``, where there is one: 1 if the second δS wrote with the first in this step, else
+      0; it learns in both;
     - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the
       teacher's, along them.
 

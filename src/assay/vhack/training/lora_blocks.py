@@ -29,7 +29,8 @@ class LoraBlocks:
         model: Model with one LoRA of even rank, before training.
 
     Raises:
-        UsageError: The model has no LoRA, one of odd rank, or several, or trains other weights.
+        UsageError: The model has no LoRA, one of odd rank, or several, or trains other weights, or
+            the half that is deleted does not begin at zero.
 
     Attributes:
         kinds: Kind of each rollout of the next passes, [B]; None outside of training.
@@ -52,6 +53,13 @@ class LoraBlocks:
             for name, weight in model.named_parameters()
             if weight.requires_grad and weight not in of_blocks
         ]
+        # It would change the model when it is deleted.
+        if any(up.weight[:, up.in_features // 2 :].any() for _, up in self.pairs):
+            raise UsageError(
+                "LoRA whose second half does not begin at zero",
+                wanted="one that writes nothing before training",
+                do="leave init_lora_weights of LoraConfig at its default",
+            )
         if not ranks or others or any(rank % 2 for rank in ranks):
             raise UsageError(
                 f"LoRA of rank {sorted(ranks)}; trained beside it: {', '.join(others[:1]) or None}",
@@ -65,7 +73,8 @@ class LoraBlocks:
 
     def trained(self, rank: int) -> Tensor | None:
         """Return where a rollout trains a row of the blocks, [B, 1, R]; None stands for all."""
-        if self.kinds is None:
+        # Passes without gradients may be of other rollouts.
+        if self.kinds is None or not torch.is_grad_enabled():
             return None
         is_added_R = torch.arange(rank, device=self.kinds.device) >= rank // 2
         kinds_B11 = self.kinds[:, None, None]

@@ -121,13 +121,21 @@ def judged_rates(marks: Mapping[str, Tensor], paid_B: Tensor, alarm: Alarm) -> d
     """Return the rates and mean reward of a step's rollouts, and what the alarm says of them.
 
     Args:
-        marks: Which rollouts are flagged, and have each of ``MARKS`` that is known, [B] bool.
-        paid_B: What they are paid before a penalty.
+        marks: Which rollouts are ``flagged``, and have each of ``MARKS`` that is known, as 1 and 0,
+            [B]; NaN where it is not known of a rollout, which is in no rate of that mark then.
+        paid_B: What they are paid before a penalty; what is not finite is in no mean.
         alarm: Sees the step where exploits are known, and warns once.
     """
-    columns = [marks.get(name, torch.zeros_like(paid_B, dtype=torch.bool)) for name in FLAGS]
-    rates = Outcomes(torch.stack(columns, dim=1), paid_B).rates(marks)
-    rates["reward"] = float(paid_B.mean())
+    columns = [marks.get(name, torch.zeros_like(paid_B)) > 0.5 for name in FLAGS]
+    flags = torch.stack(columns, dim=1)
+    rates: dict[str, float] = {}
+    # Last, flags count all rollouts again.
+    for name in (*MARKS, "flagged"):
+        if name in marks:
+            is_known_B = ~marks[name].isnan()
+            rates |= Outcomes(flags[is_known_B], paid_B[is_known_B]).rates((name, "flagged"))
+    if len(finite := paid_B[paid_B.isfinite()]):
+        rates["reward"] = float(finite.mean())
     if "missed" in rates:
         rates["alarm"] = alarm.see(rates["missed"])
         if alarm.step == alarm.seen:

@@ -22,7 +22,7 @@ from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.guard import Guard, Mode
 from assay.vhack.training.judged import pair_judged
-from assay.vhack.training.labels import Labels
+from assay.vhack.training.labels import Labels, break_even
 from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.processes import Processes
 from assay.vhack.training.rewards import Reward
@@ -138,12 +138,17 @@ class PreparedRun:
         """
         if not self.settings.refresh or step % self.settings.refresh:
             return None
-        if self.guard is not None and self.judge is not None:
+        guard = self.guard
+        if guard is not None and self.judge is not None:
             groups = {pair.prompt: pair.group for pair in self.pairs}
             # Processes judge different rollouts, and must flag by one detector.
-            own_pairs = self.processes.broadcast(pair_judged(self.guard.judged, groups))
+            own_pairs = self.processes.broadcast(pair_judged(guard.judged, groups))
             with self.adapter.disabled():
-                self.guard.judge = self._fit_judge([*self.pairs, *own_pairs])
+                judge = self._fit_judge([*self.pairs, *own_pairs])
+            guard.judge = judge
+            if judge is not None and guard.mode == "penalty" and self.arm.penalty is None:
+                guard.penalty = break_even(judge.threshold)
+                trainer.reward_weights[-1] = -guard.penalty
         before = trainer.axes
         axes = self.processes.broadcast(self._extract_axes(may_load=False))
         trainer.use_axes(axes)

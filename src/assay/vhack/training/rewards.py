@@ -224,13 +224,15 @@ def read_grade(value: Any) -> Graded:
 
 
 def _read_mark(marks: Mapping[str, Any], name: str) -> bool | None:
-    if name not in marks:
+    value = marks.get(name)
+    if value is None:
         return None
     try:
-        if isinstance(marks[name], str | bytes):
+        # NaN is true to Python.
+        if isinstance(value, str | bytes) or math.isnan(value):
             raise TypeError
-        return bool(marks[name])
-    except (TypeError, ValueError, RuntimeError):
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise _bad_reward(f"a mark {name!r} that is neither true nor false") from None
 
 

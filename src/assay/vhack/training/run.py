@@ -6,13 +6,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any, cast
 
-from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
+import torch
+
+from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install, reason_of
 from assay.files.jsonl import JsonObject
-from assay.files.storage import storage_error
+from assay.files.storage import one_writer
 from assay.models.load import load_model
 from assay.models.model import Model
 from assay.models.precision import wide_products
@@ -36,6 +40,7 @@ from assay.vhack.training.tasks import (
     Task,
     import_function,
     load_tasks,
+    mechanism_of,
     read_prompt,
 )
 
@@ -45,6 +50,8 @@ BASIS = "basis.safetensors"
 PAGE = "page.html"
 
 LAST_STEPS = 10  # of which a result has the means
+_DAMAGE = (OSError, EOFError, UnpicklingError, RuntimeError, JSONDecodeError, DataError)
+"""What reading a damaged checkpoint raises."""
 
 
 @dataclass(frozen=True)
@@ -123,50 +130,48 @@ def train(
     from assay.vhack.training.grpo import last_checkpoint
 
     processes = join_processes(settings.device)
-    checkpoint, done = last_checkpoint(folder)
-    settings = _continue_settings(folder, settings, done, processes)
-    is_finished = _is_finished(folder, settings, done)
-    # Until every process has read what the first will write.
-    processes.wait()
-    say = console if console is not None and processes.is_first else silent
-    arm = settings.chosen
-    say(f"arm {settings.arm}: {arm.says} (docs/vhack-results.md has what was measured)")
-    if reward is None and settings.reward is not None:
-        reward = import_function(settings.reward, "--reward")
-    work, source = load_tasks(
-        settings, tasks, least=settings.prompts, why="those of a step", model=settings.model
-    )
-    paying = make_reward(
-        work,
-        reward,
-        arm,
-        source,
-        workers=max(1, (os.cpu_count() or 2) // processes.count),
-        allow_unsandboxed=allow_unsandboxed,
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    if is_finished:
-        return _result(folder, settings, done, processes)
-    if pairs is None:
-        # Those of the environment have the run's loopholes.
-        modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
-        pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    _check_inputs(settings, pairs, work, model)
-    if model is None:
-        model = load_model(
-            settings.model, dtype=settings.dtype, device=processes.device or settings.device
+    with one_writer(folder) if processes.is_first else nullcontext():
+        checkpoint, done = last_checkpoint(folder)
+        settings = _continue_settings(folder, settings, done, processes)
+        is_finished = _is_finished(folder, settings, done)
+        # Until every process has read what the first will write.
+        processes.wait()
+        say = console if console is not None and processes.is_first else silent
+        arm = settings.chosen
+        say(f"arm {settings.arm}: {arm.says} (docs/vhack-results.md has what was measured)")
+        if reward is None and settings.reward is not None:
+            reward = import_function(settings.reward, "--reward")
+        work, source = load_tasks(
+            settings, tasks, least=settings.prompts, why="those of a step", model=settings.model
         )
-    earlier = folder / BASIS if done else None
-    run = PreparedRun(settings, model, pairs, earlier, processes, say)
-    try:
-        _run_steps(run, paying, folder, trackers, checkpoint, done)
-    finally:
-        run.adapter.detach()
-    processes.wait()
-    return _result(folder, settings, done, processes)
+        _check_mechanisms(settings.flags_by.mechanisms, work)
+        paying = make_reward(
+            work,
+            reward,
+            arm,
+            source,
+            workers=max(1, (os.cpu_count() or 2) // processes.count),
+            allow_unsandboxed=allow_unsandboxed,
+        )
+        if is_finished:
+            return _result(folder, settings, done, processes)
+        if pairs is None:
+            # Those of the environment have the run's loopholes.
+            modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
+            pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
+        _check_inputs(settings, pairs, work, model)
+        if model is None:
+            model = load_model(
+                settings.model, dtype=settings.dtype, device=processes.device or settings.device
+            )
+        earlier = folder / BASIS if done else None
+        run = PreparedRun(settings, model, pairs, earlier, processes, say)
+        try:
+            _run_steps(run, paying, folder, trackers, checkpoint, done)
+        finally:
+            run.adapter.detach()
+        processes.wait()
+        return _result(folder, settings, done, processes)
 
 
 def _run_steps(
@@ -202,7 +207,16 @@ def _run_steps(
     products = nullcontext() if settings.checkpointing else wide_products(run.model)
     finite = finite_sampling("lower the learning rate; the last checkpoint is from before")
     with finite, products:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except _DAMAGE as error:
+            if checkpoint is None or steps.has_begun or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise DataError(
+                f"{checkpoint} is damaged: {reason_of(error)}",
+                wanted="a whole checkpoint",
+                do=f"remove {checkpoint}: the run goes on from the one before",
+            ) from error
     if log is not None:
         run.adapter.save(folder / DELTA)
         log.write("end", steps=settings.steps)
@@ -229,6 +243,17 @@ def _is_finished(folder: Path, settings: TrainSettings, done: int) -> bool:
     # A run that went on may have been interrupted beside its former δS.
     last = read_records(folder / LOG)[-1]
     return last.get("kind") == "end" and last.get("steps") == done
+
+
+def _check_mechanisms(named: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Refuse labels of mechanisms that no task has: they would never flag anything."""
+    known = {mechanism_of(task) for task in tasks} - {""}
+    if unknown := [name for name in named if name not in known]:
+        raise UsageError(
+            f"labels of {', '.join(unknown)}, which no task has",
+            wanted=f"some of {', '.join(sorted(known)) or 'the mechanisms of tasks'}",
+            do="correct --detector, or give tasks a 'mechanism'",
+        )
 
 
 def _check_inputs(

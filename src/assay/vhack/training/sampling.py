@@ -148,6 +148,17 @@ def sample_batches(
         )
 
 
+@contextmanager
+def _plain_generation(module: Any) -> Iterator[None]:
+    """Leave out a checkpoint's generation config, from which unset options would be taken."""
+    own = module.generation_config
+    module.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        module.generation_config = own
+
+
 @torch.no_grad()
 def _sample_batch(
     model: Model,
@@ -167,7 +178,8 @@ def _sample_batch(
     )
     devices = [model.device] if model.device.type == "cuda" else []
     finite = finite_sampling("take weights that compute finite numbers")
-    with torch.random.fork_rng(devices=devices), finite, own_precision(model):
+    plain = _plain_generation(module)
+    with torch.random.fork_rng(devices=devices), finite, plain, own_precision(model):
         torch.manual_seed(seed)
         generated = module.generate(
             ids_BT,

@@ -44,6 +44,7 @@ class StepLog(TrainerCallback):
     Attributes:
         alarm: Alarm that sees what the detector misses; a run that goes on shows it the steps of
             before.
+        has_begun: Whether a step has begun.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class StepLog(TrainerCallback):
         self.console = console
         self.refresh = refresh
         self.alarm = Alarm()
+        self.has_begun = False
         self._open = ExitStack()
         self._sources: dict[str, Tensor] = {}
         self._began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the gradient of every kind of rollouts from here on."""
+        self.has_begun = True
         self._began = time.perf_counter()
         trainer = self.trainer
         trainer.passes.clear()

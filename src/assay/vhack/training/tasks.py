@@ -53,6 +53,9 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
         # The module may have changed the path itself.
         with suppress(ValueError):
             sys.path.remove(folder)
+        # At its end, for what functions import when they are called.
+        if folder not in sys.path:
+            sys.path.append(folder)
     if not callable(function):
         raise UsageError(
             f"{flag} {where}, which is no function",

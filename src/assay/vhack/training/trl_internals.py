@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from assay.errors import UsageError
@@ -34,6 +35,7 @@ TRL_VERSIONS = "1.16"
 _REWARDS = "_calculate_rewards"
 _GENERATE = "_generate_and_score_completions"
 _KINDS = "vhack_kinds"
+_SCALE = "vhack_scale"
 
 Intercept = Callable[[Tensor, Any, Any, Any], Tensor]
 """Takes rewards of all processes, [B, F] by function, prompts, completions and the tokens of these;
@@ -101,10 +103,13 @@ def train_blocks(
             batch["advantages"] = advantages_B + shift_B.to(advantages_B)
             # TRL shuffles and splits tensors of a batch together.
             batch[_KINDS] = kinds_B.to(advantages_B.device)
+            # An evaluation may come before all of a batch is learnt from.
+            batch[_SCALE] = torch.full_like(advantages_B, blocks.scale)
         return batch
 
     def compute_loss(model: Any, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
         blocks.kinds = inputs.get(_KINDS)
+        blocks.scale = float(inputs[_SCALE][0]) if _SCALE in inputs else 0.0
         return plain_loss(model, inputs, *others, **options)
 
     setattr(trainer, _GENERATE, generate)

@@ -138,8 +138,11 @@ class JudgedLog:
 
         Args:
             step: Number of verl, from 1. The first one says where a continued run goes on.
-            rewards: What :func:`judge_score` returned. With ``exploited`` there is an alarm.
+            rewards: What :func:`judge_score` returned. With ``exploited`` there is an alarm; a mark
+                may be missing, or None, in some of them. Without any there is no line.
         """
+        if not rewards:
+            return {}
         if self._log is None:
             self._log = TrainLog(
                 self.path,
@@ -147,13 +150,13 @@ class JudgedLog:
                 step=step - 1 if self.path.exists() else 0,
             )
             self.alarm.resume(read_steps(self.path)[1])
-        marks = {
-            name: torch.tensor([reward[name] > 0.5 for reward in rewards])
-            for name in (*MARKS, "flagged")
-            if name in rewards[0]
+        columns = {
+            name: [reward.get(name) for reward in rewards] for name in ("paid", *MARKS, "flagged")
         }
-        rates = judged_rates(
-            marks, torch.tensor([reward["paid"] for reward in rewards]), self.alarm
-        )
+        marks = {
+            name: torch.tensor([math.nan if value is None else float(value) for value in values])
+            for name, values in columns.items()
+        }
+        rates = judged_rates(marks, marks.pop("paid"), self.alarm)
         self._log.write("step", step=step - 1, **rates)
         return {f"vhack/{name}": rate for name, rate in rates.items()}

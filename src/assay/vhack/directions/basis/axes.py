@@ -93,6 +93,15 @@ def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
     return axes_KR
 
 
+def draw_frames(*shape: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return orthonormal columns that are uniform among all (Haar), [..., R, K]."""
+    drawn = torch.randn(*shape, generator=generator, dtype=dtype)
+    frames, upper = torch.linalg.qr(drawn)
+    # The algorithm chooses signs by itself; with these a column and its negative are as likely.
+    uniform: Tensor = frames * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return uniform
+
+
 def _discriminants(
     rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ from assay.stats.ranks import auroc
 from assay.vhack.detectors.comparison import Comparison, compare_detectors
 from assay.vhack.detectors.detector import Detector
 from assay.vhack.detectors.evidence import LabelledEvidence, SampleEvidence, collect_evidence
+from assay.vhack.directions.basis.axes import draw_frames
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.directions.checks.check_report import (
@@ -320,9 +321,8 @@ def haar_scores(
     for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
         r = samples_SR.shape[1]
         for draws in torch.split(torch.arange(count), _DRAWS):
-            frames_BRK = torch.linalg.qr(
-                torch.randn(len(draws), r, min(k, r), generator=generator)
-            )[0]
+            shape = (len(draws), r, min(k, r))
+            frames_BRK = draw_frames(*shape, generator=generator, dtype=torch.float32)
             along_BSK = samples_SR.float() @ frames_BRK
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / lengths_S
