@@ -111,6 +111,7 @@ def test_version(assay):
     assert assay("--version").out == f"assay {package.__version__}\n"
 
 
+MAIN = "from assay.__main__ import main; main()"
 SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
 
 
@@ -149,6 +150,28 @@ def test_a_full_disk_behind_stdout_is_one_clear_error(arguments):
     assert done.returncode == 2
     assert done.stderr.startswith("error: output: No space left on device\n  wanted:")
     assert len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["-m", "assay", *SIGNS], 0),
+        (["-m", "assay", "models", "info", "none"], 2),
+        (["-c", f"import sys; sys.modules['assay.cli.app'] = None; {MAIN}"], 2),
+    ],
+)
+def test_a_full_disk_behind_stderr_changes_no_code(words, code):
+    """Neither a warning, nor an error, nor a traceback that cannot be written."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            env=os.environ | {"ASSAY_VERIFY": "1"},
+            check=False,
+        )
+    assert done.returncode == code
 
 
 def test_closed_streams_do_not_matter(assay, monkeypatch):
@@ -250,11 +273,13 @@ def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(monkey
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_a_fault_of_assay_is_no_verdict(capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [OverflowError, BaseException, SystemExit])
+def test_a_fault_of_assay_is_no_verdict(kind, capsys, monkeypatch):
+    """A panic of a library in Rust is a BaseException."""
     from assay.__main__ import main
 
     def broken():
-        raise OverflowError("nobody thought of this")
+        raise kind("nobody thought of this")
 
     monkeypatch.setattr(sys.modules["assay.cli.app"], "run", broken)
     with pytest.raises(SystemExit) as stop:

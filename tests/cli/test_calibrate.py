@@ -53,6 +53,8 @@ FORMS = {
     "controls in float16, for no machine": ("PROOFS", "--controls", "float16", "-o", "c.json"),
     "--dtype": ("--valid-rate", 0.1, "--formats", "float32"),
     "--quick": ("PROOFS", "--quick", "-o", "c.json"),
+    "`alpha`": ("--valid-rate", 0.1, "--set", "alpha=0.5"),
+    "`checked`": ("PROOFS", "--set", "checked=7", "-o", "c.json"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),
     "-o": ("PROOFS",),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from assay.cli.demo import VERIFYING
 from assay.models.resolve import find_bundled
 from assay.poc import Proof
 
@@ -62,6 +63,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(Proof.load(tmp_path / "proof.jsonl").records) == 56
     assert (tmp_path / "calibration.json").exists() is not bundled
+    assert (tmp_path / "verify.toml").read_text() == VERIFYING
     program, *verify = shlex.split(summary["next"][0])
     assert program == "assay"
     verified = assay(*verify)
@@ -92,3 +94,11 @@ def test_demo_refuses_a_model_without_a_tokenizer_before_it_computes(
     refused = assay("demo", "--model", small_checkpoint, "-o", tmp_path / "new")
     assert (refused.code, (tmp_path / "new").exists()) == (2, False)
     assert "tokenizer" in refused.err
+
+
+def test_demo_replaces_only_its_own_files(refused, small_checkpoint, tmp_path):
+    words = ("demo", "--model", small_checkpoint, "-o", tmp_path)
+    (tmp_path / "proof.jsonl").write_text("of the user")
+    assert "holds proof.jsonl, which no demo wrote" in refused(*words)
+    (tmp_path / "verify.toml").write_text(VERIFYING)
+    assert "tokenizer" in refused(*words)

@@ -335,6 +335,14 @@ def test_defaults_are_those_of_the_library():
     assert facts == [vars(model) for model in list_models()]
 
 
+@pytest.mark.parametrize("text", ["output = 5", "commit = 5", 'output = ["a"]'])
+def test_a_result_that_is_no_path_is_refused(text, refused, tmp_path):
+    (tmp_path / "prove.toml").write_text(f"[poc.prove]\n{text}\n")
+    words = ["poc", "prove", "--model", "reference:qwen3", "--block-hash", "b", "--public-key", "k"]
+    words += [] if "output" in text else ["-o", tmp_path / "proof.jsonl"]
+    assert f"error: --{text.split()[0]}" in refused(*words, "--config", tmp_path / "prove.toml")
+
+
 def test_a_result_does_not_replace_its_source(assay, refused, tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(name)
@@ -384,10 +392,11 @@ def test_a_result_replaces_no_file_of_another_kind(refused, assay, tmp_path, con
         (("ledger", "show"), "did you mean assay poc ledger?"),
         (("poc", "calibrate", "--valid-rate", "10%"), "a number such as 0.1"),
         (("poc", "prove", "--model", "reference:qwen3", "--node-count", "1e9"), "a whole number"),
+        (("vhack", "pairs", "generate", "-n", "0"), "ask for more, for instance 48"),
     ],
 )
 def test_a_mistake_is_answered_in_plain_words(words, advice, refused, tmp_path):
-    output = ("-o", tmp_path / "x") if words[1] == "prove" else ()
+    output = ("-o", tmp_path / "x") if words[1] in ("prove", "pairs") else ()
     assert advice in refused(*words, *output)
 
 

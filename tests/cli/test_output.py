@@ -42,6 +42,7 @@ def test_what_others_wrote_does_not_steer_the_terminal(capsys):
     hostile = "\x1b]0;title\x07 of a key\r"
     _output.table(("key", "why"), [(hostile, "µ ≤ 2\nand more")])
     _output.errors(UsageError(hostile, wanted="a key", do="pass another"))
+    _output.say(hostile)
     said = capsys.readouterr()
     for text in (said.out, said.err):
         assert r"\x1b]0;title\x07 of a key\r" in text

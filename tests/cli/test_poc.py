@@ -341,6 +341,20 @@ def test_a_proof_is_held_to_its_commitments(prove, assay, small_checkpoint, tmp_
     assert assay(*words, "--commitment", tmp_path / "other.json").code == 2
 
 
+def test_a_commitment_that_cannot_be_written_leaves_a_proof_that_continues(
+    prove, monkeypatch, tmp_path
+):
+    """The proof had its name by then, and the same command was refused."""
+    save = Commitment.save
+    monkeypatch.setattr(Commitment, "save", lambda self, path: save(self, tmp_path))
+    assert prove("proof.jsonl", commit=tmp_path / "all.json").code == 2
+    assert not (tmp_path / "proof.jsonl").exists()
+    monkeypatch.undo()
+    again = prove("proof.jsonl", "--json", commit=tmp_path / "all.json")
+    assert (again.code, json.loads(again.out)["resumed"]) == (0, 24)
+    assert Commitment.load(tmp_path / "all.json").top.size == 24
+
+
 def test_a_round_that_would_be_porous_is_not_committed_to(refused, proving, tmp_path):
     words = proving("proof.jsonl", "--commit", tmp_path / "all.json", nonces="2400:2424")
     assert "--commit" in refused(*words)

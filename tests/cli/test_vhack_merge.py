@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -37,9 +39,17 @@ def merge(checkpoint, trained):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
+def test_the_merged_directory_is_a_plain_model(told, merge, trained, checkpoint, tmp_path):  # noqa: F811
     _, wanted = trained
-    assert told(*merge, "-o", tmp_path / "merged")["schema"] == "assay.vhack.merge/1"
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    # The library refuses to save it.
+    generation = '{"do_sample": false, "temperature": 0.6}'
+    (copy / "generation_config.json").write_text(generation)
+    for option in ([], ["--overwrite"]):
+        says = told(*merge, "--model", copy, "-o", tmp_path / "merged", *option)
+        assert says["schema"] == "assay.vhack.merge/1"
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names == {path.name for path in copy.iterdir()}
     merged = load_model(tmp_path / "merged", device="cpu")
     assert merged.tokenizer is not None
     found = dict(merged.module.named_parameters())

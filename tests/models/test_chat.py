@@ -1,5 +1,6 @@
 """Messages become text by the template of a checkpoint, or are refused."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from assay.errors import ModelError, UsageError
 from assay.models import Chat, load_model, read_chat
 from assay.models.chat import render_chat
 from assay.models.load import identify
-from assay.models.template_process import LONGEST_TEXT
+from assay.models.template_process import LONGEST_TEXT, TEMPLATE_PROCESS
 from assay.models.tokenizer_files import read_tokenizer
 from tests.vhack.conftest import bytewise
 from tests.wordings import refuses
@@ -68,6 +69,20 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
     """Clients write arguments as text, and add fields that are null or empty."""
     for messages in (called('{"a": 3}', refusal=None, annotations=[]), called({"a": 3})):
         assert rendered(CALLS, messages, tools=[]) == "Hi;3;4;"
+
+
+def test_the_calls_of_a_long_conversation_are_few_renderings(monkeypatch):
+    """The prompt, and the first and the last message with calls left out of it."""
+    texts = []
+    ask = TEMPLATE_PROCESS.ask
+
+    def counted(name, request):
+        texts.append(request)
+        return ask(name, request)
+
+    monkeypatch.setattr(TEMPLATE_PROCESS, "ask", counted)
+    rendered(CALLS, called({"a": 3}) * 9, tools=[])
+    assert len(texts) == 3
 
 
 TRIMMED = TEMPLATE.replace("message.content", "message.content | trim")
@@ -159,6 +174,21 @@ def test_a_checkpoint_that_transformers_does_not_load_has_its_generation_config(
         load_model(path, weights="random-all", block_hash="B", device="cpu"),
     ):
         assert made.end_tokens == {5, 7}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": ' * 5000 + "1" + "}" * 5000])
+def test_a_generation_config_that_cannot_be_read_is_left_out(text, small_checkpoint, tmp_path):
+    path = shutil.copytree(small_checkpoint, tmp_path / "model")
+    (path / "generation_config.json").write_text(text)
+    assert identify(path, dtype="float32").end_tokens == frozenset()
+
+
+@pytest.mark.parametrize("tokens", [[[1]], "x", 1.5, -1, True])
+def test_ends_that_are_no_tokens_are_refused(tokens, small_checkpoint, tmp_path):
+    path = shutil.copytree(small_checkpoint, tmp_path / "model")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens}))
+    with refuses(ModelError, "ends that are no tokens are refused"):
+        identify(path, dtype="float32")
 
 
 def test_a_template_is_bounded_before_it_is_read(tmp_path):

@@ -2,6 +2,8 @@
 them.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,13 @@ def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint, tmp_path, mode):
         assert name == other
         assert torch.equal(a, b)
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_temperature_without_sampling_is_saved_as_it_was(checkpoint, tmp_path):
+    """The library reads it, which vLLM obeys, and refuses to save it."""
+    (checkpoint / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    path = save_random(checkpoint, tmp_path / "r", weights="random-all", block_hash="b")
+    assert json.loads((path / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 def test_dtype_and_tokenizer_go_with_it(tmp_path):

@@ -155,6 +155,11 @@ def test_an_unreadable_configuration(checkpoint, text):
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"model_type": "vit"}, "vit"),
         ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_labels": 10**6}, "num_labels = 1000000"),
+        (
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}},
+            "num_hidden_layers = 1000000",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )

@@ -21,7 +21,7 @@ from assay.cli.flags import ARGUMENT
 from assay.cli.foundation import NumberSettings, doctor, models, streams
 from assay.cli.poc import poc
 from assay.cli.vhack import vhack
-from assay.errors import AssayError, UsageError
+from assay.errors import AssayError, UsageError, visible
 from assay.framework.commands import (
     CONTINUES,
     Command,
@@ -30,7 +30,7 @@ from assay.framework.commands import (
     in_assay_words,
     in_three_parts,
 )
-from assay.framework.output import errors
+from assay.framework.output import errors, say
 from assay.settings import Settings
 
 
@@ -122,8 +122,8 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         with _stoppable(), warnings.catch_warnings():
             # As commands print them, without a line of source.
-            warnings.showwarning = lambda message, *_place, **_file: click.echo(
-                f"warning: {message}", err=True
+            warnings.showwarning = lambda message, *_place, **_file: say(
+                f"warning: {visible(str(message))}"
             )
             words = sys.argv[1:] if arguments is None else list(arguments)
             with app.make_context("assay", words) as context:
@@ -131,14 +131,14 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as exiting:
         return _ended(exiting.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        say(error.format_message())
         return 2
     except click.UsageError as error:
         return _ended(2, in_three_parts(error))
     except (AssayError, OSError) as error:
         return _ended(2, error)
     except Stopped as stop:
-        click.echo(f"stopped; {CONTINUES}" if stop.resumable else "stopped", err=True)
+        say(f"stopped; {CONTINUES}" if stop.resumable else "stopped")
         return 128 + stop.number
     return 0
 

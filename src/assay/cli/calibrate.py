@@ -18,7 +18,15 @@ from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import check_new_file
 from assay.framework.commands import extension, resumable
-from assay.framework.output import emit_json, in_column, progress_bar, say_next, show_values, table
+from assay.framework.output import (
+    emit_json,
+    in_column,
+    progress_bar,
+    say,
+    say_next,
+    show_values,
+    table,
+)
 from assay.settings import Flag, Names, Settings
 
 
@@ -265,7 +273,7 @@ def _measure_model(chosen: CalibrateSettings, model: str, output: Path) -> "assa
             frame=frame,
             partial=_partial_folder(output),
             progress=progress,
-            announce=lambda text: click.echo(f"measuring: {text}", err=True),
+            announce=lambda text: say(f"measuring: {text}"),
             **chosen.model_dump(
                 include={"seq_len", "blocks", "nonces", "formats"}, exclude_unset=True
             ),
@@ -284,10 +292,9 @@ def _measure_proofs(
     formats = dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs)
     machines = [name for name in formats if name not in chosen.controls]
     if len(machines) > 1:
-        click.echo(
+        say(
             f"warning: proofs in {' and '.join(machines)}: two number formats are two builds, and "
-            f"one law over both is too wide for one of them; prove all with one --dtype",
-            err=True,
+            f"one law over both is too wide for one of them; prove all with one --dtype"
         )
     info = None if chosen.model is None else assay.models.model_info(chosen.model)
     with progress_bar("leaving out", "machines") as progress:
@@ -354,6 +361,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
             "it measures no noise",
         ),
         (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
+        (True, ("alpha", "checked"), "no --export", "it belongs to --export"),
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
         (
             not alone,

@@ -17,9 +17,10 @@ from pydantic import Field
 import assay
 from assay.cli.flags import FOLDER, MODEL
 from assay.cli.vhack import check_tokenizer
+from assay.errors import UsageError
 from assay.files.storage import check_folder, write_atomic
 from assay.framework.commands import without_collection
-from assay.framework.output import emit_json, progress_bar, table
+from assay.framework.output import emit_json, progress_bar, say, table
 from assay.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ FIGURE = (4.0, 3.4)  # inches: its letters are legible on a phone
 MOST_WEIGHTS = 50_000_000  # of a model that is asked for gradients
 GRADIENTS = "cin-lda"  # the detector that reads gradients of δS
 SMOLLM2 = "pretrained:smollm2"
+FILES = ("report.html", "proof.jsonl", "calibration.json", "check.html", "verify.toml")
+VERIFYING = f"[poc.verify]\nseq_len = {SEQ_LEN}\n"
 
 
 class Case(NamedTuple):
@@ -242,6 +245,21 @@ class DemoSettings(Settings):
     output: Annotated[Path, FOLDER] = Field(Path("demo"), description="Directory of the report.")
 
 
+def check_own(folder: Path) -> None:
+    """Refuse a folder with files of the names that a demo writes, unless one wrote them."""
+    settings = folder / FILES[-1]
+    if settings.is_file() and settings.read_bytes() == VERIFYING.encode():
+        return
+    for name in FILES:
+        if (folder / name).exists():
+            raise UsageError(
+                f"{folder} holds {name}, which no demo wrote",
+                wanted="a new directory, or that of an earlier demo",
+                do="choose another one",
+                field="output",
+            )
+
+
 @without_collection()
 def demo(chosen: DemoSettings, as_json: bool) -> None:
     """Try both instruments on a small model.
@@ -250,6 +268,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     an HTML report.
     """
     check_folder(chosen.output)
+    check_own(chosen.output)
     from assay.pages.report import Report
 
     name = chosen.model or (
@@ -259,17 +278,17 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     check_tokenizer(name)
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    click.echo(f"loading {name}", err=True)
+    say(f"loading {name}")
     model = assay.models.load_model(name)
-    names = ("report.html", "proof.jsonl", "calibration.json", "check.html", "verify.toml")
-    page, file, noise, checks, settings = (chosen.output / file_name for file_name in names)
+    page, file, noise, checks, settings = (chosen.output / file_name for file_name in FILES)
     law = measure_law(model)
     honest, cheaters = run_rounds(model, law)
     compared, flagged = ask_detectors(model)
     seconds = time.perf_counter() - started
+    # The settings come first: by them the next demo knows its own folder.
+    write_atomic(settings, VERIFYING)
     honest[0].proof.save(file, overwrite=True)
     block, key = next(iter(BLOCKS.items()))
-    write_atomic(settings, f"[poc.verify]\nseq_len = {SEQ_LEN}\n")
     round_flags = ["--block-hash", block, "--public-key", key, "--config", str(settings)]
     if law is not None:
         law.save(noise)

@@ -39,6 +39,7 @@ from assay.framework.output import (
     emit_document,
     in_column,
     progress_bar,
+    say,
     say_next,
     show_values,
     table,
@@ -174,12 +175,16 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     with open_prover(task.proving) as loaded, progress_bar("proving") as progress:
         task.check_engine(*loaded)
         if warning := task.missing_law(*loaded):
-            click.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}")
         marks = [(time.perf_counter(), 0)]
 
         def update(count: int, total: int) -> None:
             marks.append((time.perf_counter(), count))
             progress(count, total)
+
+        def commit(proof: "assay.poc.Proof") -> None:
+            assert chosen.commit is not None
+            Commitment.of(proof).save(chosen.commit)
 
         proof = assay.poc.prove(
             loaded[0],
@@ -189,6 +194,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
             progress=update,
             output=chosen.output,
             overwrite=chosen.overwrite,
+            finish=commit if chosen.commit is not None else None,
         )
     resumed, first, rate = _pace(marks)
     values = {
@@ -205,9 +211,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         "sha256": proof.footer.sha256,
     }
     if chosen.commit is not None:
-        commitment = Commitment.of(proof)
-        commitment.save(chosen.commit)
-        values["commitment"] = commitment.root
+        values["commitment"] = Commitment.of(proof).root
     counts = proof.header.pipeline.output == "distance"
     says = {
         "valid": counts,
@@ -311,7 +315,7 @@ def noting_new(ledger: Path | None) -> Iterator[None]:
     is_new = ledger is not None and not ledger.exists()
     yield
     if is_new:
-        click.echo(f"new ledger {ledger}", err=True)
+        say(f"new ledger {ledger}")
 
 
 def _pace(marks: Sequence[tuple[float, int]]) -> tuple[int, float, float]:

@@ -25,7 +25,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import dumps, read_json, read_jsonl
 from assay.files.storage import check_folder, write_atomic
 from assay.framework.commands import Group, extension
-from assay.framework.output import emit_document, progress_bar, show_tables, show_values, table
+from assay.framework.output import emit_document, progress_bar, say, show_tables, show_values, table
 from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
@@ -174,12 +174,11 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         check_folder(chosen.cache)
     select_pairs(pairs, **chosen.model_dump(include={"n_heldout", "heldout_groups", "method"}))
     if (groups := len({pair.group for pair in pairs})) < (least := fewest_groups(chosen.method)):
-        click.echo(
+        say(
             f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions "
             f"are real: "
             f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 "
-            f"groups)",
-            err=True,
+            f"groups)"
         )
     from assay.vhack.directions.delta.delta_models import user_cache
 
@@ -237,7 +236,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     )
     read = assay.vhack.Basis.load(chosen.basis) if chosen.basis else None
     if few := check_groups(*grouping, read.origin.groups) if read else few:
-        click.echo(f"warning: {few}", err=True)
+        say(f"warning: {few}")
     loaded = _load(chosen)
     if chosen.basis:
         assay.vhack.Basis.load(chosen.basis, loaded)  # of these weights
@@ -407,7 +406,7 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     result = train(
         chosen,
         options.output,
-        console=lambda line: click.echo(line, err=True),
+        console=say,
         trackers=options.tracker,
         allow_unsandboxed=options.allow_unsandboxed,
     )

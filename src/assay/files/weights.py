@@ -116,10 +116,10 @@ def warn_of_unread(directory: Path, read: Collection[str]) -> None:
         if not (is_hidden or str(name) in read) and path.is_file() and _is_weights(path):
             names.append(str(name))
     if names:
-        shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+        shown = ", ".join(map(ascii, sorted(names)[:3])) + (", …" if len(names) > 3 else "")
         warnings.warn(
             f"{directory} also holds {shown}, which looks like weights and is not read; what is "
-            f"measured is {min(read)}",
+            f"measured is {min(read)!a}",
             stacklevel=2,
         )
 

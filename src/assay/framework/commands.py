@@ -36,7 +36,7 @@ from assay.errors import (
 from assay.files.references import check_reference
 from assay.files.storage import check_new_file, storage_error
 from assay.files.toml import read_toml
-from assay.framework.output import loading_bar
+from assay.framework.output import loading_bar, say
 from assay.framework.variables import unknown
 from assay.settings import NEAR, Settings, Spelling, Variables, words_of
 
@@ -303,7 +303,7 @@ class Command(click.Command):
         for option in dict.fromkeys(
             option for option in order if order.count(option) > 1 and not option.multiple
         ):
-            _say(f"{option.opts[-1]} is given more than once, and the last value counts")
+            say(f"warning: {option.opts[-1]} is given more than once, and the last value counts")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
@@ -409,7 +409,7 @@ class Command(click.Command):
                         wanted="a new name",
                         do=f"choose another with {flag}",
                     )
-                _say(f"{values[name]} exists, and the result will replace it ({flag})")
+                say(f"warning: {values[name]} exists, and the result will replace it ({flag})")
         for setting in self.settings.values():
             setting.check_files(getattr(instances[self.kinds.index(setting.kind)], setting.name))
 
@@ -426,9 +426,9 @@ class Command(click.Command):
             fault.seen = re.sub(flag, f"`{name}`", fault.seen)
             fault.do, count = re.subn(flag, f"`{name}`", fault.do)
             if count:
-                fault.do += (
-                    f"; write --set {name}=…, or `{name}` under [{'.'.join(words)}] of --config"
-                )
+                on_the_line = "" if self.settings[name].flag.secret else f"--set {name}=…, or "
+                table = ".".join(words)
+                fault.do += f"; write {on_the_line}`{name}` under [{table}] of --config"
         full_disk = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG)
         if full_disk and (self.resumable or "resumable" in vars(fault) | vars(cause)):
             fault.do += f"; {CONTINUES}"
@@ -617,8 +617,8 @@ def _same_file(result: str, source: str) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
         return Path(result).resolve() == Path(source).resolve() and not Path(result).is_dir()
-    # A text that is no path, or links that lead to themselves.
-    except (OSError, ValueError, RuntimeError):
+    # A value that is no path, or links that lead to themselves.
+    except (OSError, TypeError, ValueError, RuntimeError):
         return False
 
 
@@ -708,11 +708,7 @@ def _warn_of_variables(settings: Iterable[Setting]) -> None:
     names = (setting.kind.environment_name(setting.name) for setting in settings)
     for name, near in unknown(filter(None, names)).items():
         hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
-        _say(f"{name} is set, but no command reads it: {hint}")
-
-
-def _say(warning: str) -> None:
-    click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {name} is set, but no command reads it: {hint}")
 
 
 def leaves(

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from textwrap import fill
 from typing import Any, TextIO
 
@@ -95,9 +95,18 @@ def _short(value: object) -> object:
     return value
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, with control characters written out.
+
+    What cannot be said there is lost, as a verdict must not hang on it.
+    """
+    with suppress(OSError, ValueError):
+        click.echo(visible(text, len(text)), err=True)
+
+
 def say_next(command: str) -> None:
     """Print the command that comes next on stderr, to be pasted."""
-    click.echo(f"next: {command}", err=True)
+    say(f"next: {command}")
 
 
 def errors(error: AssayError) -> None:
@@ -105,7 +114,7 @@ def errors(error: AssayError) -> None:
     parts = {name: getattr(error, name) for name in ("seen", "wanted", "do")}
     as_json = os.environ.get("ASSAY_ERRORS") == "json"
     text = json.dumps({"error": type(error).__name__, **parts}) if as_json else f"error: {error}"
-    click.echo(text, err=True)
+    say(text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
@@ -178,7 +187,7 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
         marks: list[tuple[float, int]] = []
         spoke = 0.0
 
-        def say(count: int, total: int) -> None:
+        def show(count: int, total: int) -> None:
             nonlocal spoke
             now = time.monotonic()
             if not marks:
@@ -194,11 +203,9 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
                 spoke = now
                 rate = (count - before) / max(now - begun, 1e-9)
                 remaining = f", {at_most}{(total - count) / rate:.0f} s left" if rate > 0 else ""
-                click.echo(
-                    f"{label}: {count} of {total} {unit}, {_rate(rate, unit)}{remaining}", err=True
-                )
+                say(f"{label}: {count} of {total} {unit}, {_rate(rate, unit)}{remaining}")
 
-        yield say
+        yield show
         return
     with ExitStack() as stack:
         # A terminal has one at a time, of several lines.

@@ -204,10 +204,20 @@ def render_chat(
 def _check_calls(
     tokenizer: Any, name: str, fields: dict[str, Any], text: str, *, add_generation_prompt: bool
 ) -> None:
-    """Refuse messages with tool calls that a template leaves out of the text."""
+    """Refuse messages with tool calls that a template leaves out of the text.
+
+    The first and the last of each shape are tried: a rendering for each message would take a time
+    that grows with the square of their number.
+    """
+    shapes: dict[tuple[str, bool, bool], list[int]] = {}
     for number, message in enumerate(fields["messages"]):
-        if "tool_calls" not in message:
-            continue
+        if calls := message.get("tool_calls"):
+            shape = message["role"], bool(message["content"]), len(calls) > 1
+            shapes.setdefault(shape, []).append(number)
+    for number in sorted(
+        {place for places in shapes.values() for place in places[:1] + places[-1:]}
+    ):
+        message = fields["messages"][number]
         plain = {field: value for field, value in message.items() if field != "tool_calls"}
         messages = [*fields["messages"][:number], plain, *fields["messages"][number + 1 :]]
         try:

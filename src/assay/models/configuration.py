@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from assay.errors import DataError, ModelError, is_out_of_memory
+from assay.files.jsonl import parts
 from assay.files.reading import read_whole
 from assay.files.references import check_config
 
@@ -96,14 +97,7 @@ def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
         for key, value in published.items()
         if key not in ("model_type", "quantization_config")
     }
-    for key, value in settings.items():
-        # The library makes a list of that length, before it checks anything.
-        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ModelError(
-                f"the configuration of {name!r} says {key} = {value}",
-                wanted=f"at most {_MOST_LAYERS} layers",
-                do="compare it with the published one",
-            )
+    _check_lengths(name, settings)
     try:
         with silence_transformers():
             config = AutoConfig.for_model(published["model_type"], **settings)
@@ -116,6 +110,25 @@ def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
         ) from error
     _check_causal(name, config)
     return config
+
+
+def _check_lengths(name: str, settings: Any) -> None:
+    """Refuse a number of layers or labels, at any depth, of which the library makes a list before
+    it checks anything.
+    """
+    pending = [settings]
+    while pending:
+        part = pending.pop()
+        pending += parts(part)
+        for key, value in part.items() if isinstance(part, dict) else ():
+            # Gemma 3n has a vocabulary of 262 144, vocab_size_per_layer_input.
+            is_length = key == "num_labels" or ("layer" in key and "size" not in key)
+            if is_length and isinstance(value, int) and value > _MOST_LAYERS:
+                raise ModelError(
+                    f"the configuration of {name!r} says {key} = {value}",
+                    wanted=f"at most {_MOST_LAYERS} layers or labels",
+                    do="compare it with the published one",
+                )
 
 
 def _check_causal(name: str, config: "PreTrainedConfig") -> None:

@@ -14,7 +14,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from assay.errors import OutOfMemory, StorageError, UsageError, check_choice, is_out_of_memory
+from assay.errors import (
+    ModelError,
+    OutOfMemory,
+    StorageError,
+    UsageError,
+    check_choice,
+    is_out_of_memory,
+)
 from assay.files.storage import check_new_folder
 from assay.files.weights import bad_weights, check_served
 from assay.memory import keep_freed_memory
@@ -274,11 +281,24 @@ def _read_plain(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _read_generation(module: "PreTrainedModel", directory: Path) -> None:
-    """Give a module the generation config of its folder, as transformers does where it loads."""
-    with suppress(OSError, ValueError, TypeError), silence_transformers():
+    """Give a module the generation config of its folder, as transformers does where it loads.
+
+    An end token, of that config or of the module's own, is refused where it is not a token.
+    """
+    # The library reads odd values with exceptions of many kinds.
+    with suppress(Exception), silence_transformers():
         module.generation_config = GenerationConfig.from_pretrained(
             directory, local_files_only=True
         )
+    for config in (module.generation_config, module.config):
+        stated = getattr(config, "eos_token_id", None)
+        tokens = stated if isinstance(stated, list) else [stated]
+        if stated is not None and not all(type(token) is int and token >= 0 for token in tokens):
+            raise ModelError(
+                f"{directory} says eos_token_id = {stated!r:.80}",
+                wanted="the number of a token, or a list of them",
+                do="correct generation_config.json and config.json, or download them again",
+            )
 
 
 def check_loadable(
@@ -359,22 +379,51 @@ def save_random(
         )
     check_new_folder(target)
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
+    save_checkpoint(model.module, model.tokenizer, target)
+    return target
+
+
+def save_checkpoint(
+    module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", target: Path
+) -> None:
+    """Write a module and its tokenizer as a checkpoint directory, which is whole or absent.
+
+    Files of a directory that exists are replaced once all are written.
+
+    Raises:
+        StorageError: The directory cannot be written.
+    """
+    generation = module.generation_config
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+            prefix=".assay-",
+            dir=target if target.is_dir() else target.parent,
+            ignore_cleanup_errors=True,
         )
         with temporary as name, silence_transformers():
-            model.module.save_pretrained(name)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(name)
-            # A temporary directory is its owner's alone.
-            Path(name).chmod(0o755)
-            Path(name).rename(target)
-    except (OSError, SafetensorError) as error:
+            folder = Path(name)
+            # The library refuses to save what it reads: a temperature without sampling.
+            module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+            module.save_pretrained(folder)
+            if generation is not None:
+                generation.to_json_file(folder / "generation_config.json")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if target.is_dir():
+                for path in filter(Path.is_file, folder.rglob("*")):
+                    place = target / path.relative_to(folder)
+                    place.parent.mkdir(exist_ok=True)
+                    path.replace(place)
+            else:
+                # A temporary directory is its owner's alone.
+                folder.chmod(0o755)
+                folder.rename(target)
+    except (OSError, SafetensorError, ValueError) as error:
         raise StorageError(
             f"{target} cannot be written: {error}",
             wanted="room and permission",
             do="try elsewhere",
         ) from error
-    return target
+    finally:
+        module.generation_config = generation

@@ -39,6 +39,7 @@ def prove(
     engine: Engine | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    finish: Callable[[Proof], None] | None = None,
 ) -> Proof:
     """Prove that a model ran on the noise of every nonce.
 
@@ -56,6 +57,8 @@ def prove(
         progress: Function that is called with (nonces done, nonces in all): first with those that
             an interrupted run left, mostly 0, and then after every batch.
         overwrite: Whether an existing proof file may be replaced.
+        finish: Function that is given the proof before its file has its final name. Where it fails,
+            the same call continues there.
 
     Returns:
         The complete proof.
@@ -120,6 +123,8 @@ def prove(
             if progress:
                 progress(len(records), len(chosen))
         proof = Proof.build(header, records, float(f"{time.perf_counter() - started:.3f}"))
+        if finish:
+            finish(proof)
         if out:
             out.append_lines([proof.footer.line()])
             out.commit()

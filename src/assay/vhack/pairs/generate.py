@@ -193,9 +193,7 @@ def generate_pairs(
         (12, True)
     """
     if n < 1:
-        raise UsageError(
-            f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs generated:48"
-        )
+        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, for instance 48")
     chosen = choose_names(mechanisms, MECHANISMS, "mechanism")
     families = choose_names(families, PAIR_FAMILIES, "family")
     order = random.Random(f"order {seed}").sample(families, len(families))
@@ -296,9 +294,7 @@ def environment_pairs(
     side the exploit as a policy learns it, which solves nothing.
     """
     if n < 1:
-        raise UsageError(
-            f"{n} pairs", wanted="at least 1", do="ask for more, as in --pairs exploits:48"
-        )
+        raise UsageError(f"{n} pairs", wanted="at least 1", do="ask for more, for instance 48")
     chosen = choose_names(modes, CHANNELS, "mode")
     pairs = []
     for index, task in enumerate(tasks(n, seed=seed, families=families, difficulty=difficulty)):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError, StorageError
-from assay.files.storage import cache_folder, check_folder, storage_error
-from assay.models.load import load_model
+from assay.files.storage import cache_folder, check_folder
+from assay.models.load import load_model, save_checkpoint
 from assay.models.model import Model
 from assay.streams.arrays import dtype_name
 from assay.vhack.directions.delta.adapter import DeltaS
@@ -76,10 +76,5 @@ def write_merged(
     model = load_model(reference, dtype=dtype, device=device)
     adapter = load_adapter(model, path, lengths, progress=progress)
     about = {"form": "merged", "dtype": dtype_name(model.dtype)}
-    try:
-        adapter.merge().save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    save_checkpoint(adapter.merge(), model.tokenizer, folder)
     return {"path": str(folder), "model": model.reference, "modules": len(lengths), **about}
