@@ -197,7 +197,9 @@ def test_what_cannot_be_attacked_is_refused_first(attacked, tmp_path):
     with refuses(UsageError, "what cannot be attacked is refused first, 6"):
         CommandGrader("nonexistent_cmd {completion}", seconds=1.0)
     with (
-        closing(CommandGrader("echo {completion} nan", seconds=10.0)) as grader,
+        closing(
+            CommandGrader(f"{sys.executable} -c 'print(\"nan\")' {{completion}}", seconds=10.0)
+        ) as grader,
         refuses(DataError, "what cannot be attacked is refused first, 7"),
     ):
         attack_grader(grader, SUM)
