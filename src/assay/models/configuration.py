@@ -113,9 +113,7 @@ def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def _check_lengths(name: str, settings: Any) -> None:
-    """Refuse a number of layers or labels, at any depth, of which the library makes a list before
-    it checks anything.
-    """
+    """Refuse a number at any depth of which the library makes a list, unchecked."""
     pending = [settings]
     while pending:
         part = pending.pop()

@@ -301,6 +301,17 @@ def _read_generation(module: "PreTrainedModel", directory: Path) -> None:
             )
 
 
+@contextmanager
+def plain_generation(module: "PreTrainedModel") -> Iterator[None]:
+    """Leave out the generation config of a module, which holds what its checkpoint says."""
+    own = module.generation_config
+    module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        module.generation_config = own
+
+
 def check_loadable(
     reference: str | Path, *, device: str | None = None, dtype: str | None = None
 ) -> None:
@@ -404,8 +415,8 @@ def save_checkpoint(
         with temporary as name, silence_transformers():
             folder = Path(name)
             # The library refuses to save what it reads: a temperature without sampling.
-            module.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-            module.save_pretrained(folder)
+            with plain_generation(module):
+                module.save_pretrained(folder)
             if generation is not None:
                 generation.to_json_file(folder / "generation_config.json")
             if tokenizer is not None:
@@ -425,5 +436,3 @@ def save_checkpoint(
             wanted="room and permission",
             do="try elsewhere",
         ) from error
-    finally:
-        module.generation_config = generation

@@ -21,10 +21,7 @@ _SPACES = r"\s*"
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each text, none of them special ones that the tokenizer would add.
-
-    A fast tokenizer takes many texts on all cores.
-    """
+    """Return the tokens of each text, none of them special ones that the tokenizer would add."""
     # Not verbose: it would warn of long texts by itself.
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
         "input_ids"

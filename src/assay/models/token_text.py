@@ -22,8 +22,6 @@ def decode_tokens(
         tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
-        if ids
-        else ""
         for ids in (list(before), [*before, *tokens])
     )
     return added_text(head, whole)

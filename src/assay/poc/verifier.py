@@ -226,9 +226,7 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
 
 
 def _most_rows(model: Model, header: Header) -> int:
-    """Return the rows of a batch that this device has room for: a header may claim more, and a
-    prover must not keep its validator from a verdict.
-    """
+    """Return the rows that fit: no header may keep a validator from its verdict."""
     return max(1, fitting_batch(model, header.positions))
 
 

@@ -326,15 +326,20 @@ def ask_twice(service, monkeypatch):
 
     monkeypatch.setattr(receipts, "page", paged)
     monkeypatch.setattr(receipts, "lines", read)
-    with ThreadPoolExecutor(2) as pool:
-        sent = [pool.submit(service.client.get, f"{RECEIPTS}.jsonl") for _ in "ab"]
-        try:
-            until(lambda: any(one.done() for one in sent))
-        finally:
-            go.set()
-    answers = sorted((one.result() for one in sent), key=lambda answer: answer.status_code)
+    answers = answers_at_once(service, f"{RECEIPTS}.jsonl", go)
     assert [answer.status_code for answer in answers] == [200, 429]
     assert len(Receipts.parse("export", answers[0].content).receipts) == 1
+
+
+def answers_at_once(service, path, go):
+    """Ask twice, and let reading go on after the first answer; return both by their status."""
+    with ThreadPoolExecutor(2) as pool:
+        sent = [pool.submit(service.client.get, path) for _ in "ab"]
+        try:
+            until(lambda: any(answer.done() for answer in sent))
+        finally:
+            go.set()
+    return sorted((answer.result() for answer in sent), key=lambda answer: answer.status_code)
 
 
 def test_receipts_of_a_request_that_are_asked_for_at_once_are_counted(serving, monkeypatch):
@@ -351,13 +356,8 @@ def test_receipts_of_a_request_that_are_asked_for_at_once_are_counted(serving, m
             return of_request(*arguments)
 
         monkeypatch.setattr(receipts, "of_request", read)
-        with ThreadPoolExecutor(2) as pool:
-            sent = [pool.submit(service.client.get, f"{RECEIPTS}/a") for _ in "ab"]
-            try:
-                until(lambda: any(answer.done() for answer in sent))
-            finally:
-                go.set()
-        assert sorted(answer.result().status_code for answer in sent) == [200, 429]
+        answers = answers_at_once(service, f"{RECEIPTS}/a", go)
+        assert [answer.status_code for answer in answers] == [200, 429]
         assert len(get(service, "/a")["receipts"]) == 1
 
 

@@ -226,14 +226,19 @@ def test_an_entry_that_leaves_a_fault_out_is_found(tmp_path, field):
     assert [fault.entry for fault in audit_ledger(tmp_path / "changed.jsonl").faults] == [3]
 
 
+def imported(export: Path, folder: Path) -> Path:
+    """A ledger with the entries of an export."""
+    path = folder / "old.sqlite3"
+    database = open_database(path)
+    read_export(export, database)
+    database.close()
+    return path
+
+
 @pytest.fixture
 def old_ledger(tmp_path) -> Path:
     """A ledger that commit 0944c8c1 wrote: honest, then beside a fault, then honest again."""
-    path = tmp_path / "old.sqlite3"
-    database = open_database(path)
-    read_export(OLD_LEDGER, database)
-    database.close()
-    return path
+    return imported(OLD_LEDGER, tmp_path)
 
 
 def test_a_ledger_of_before_faults_had_an_end_comes_out_as_it_was(old_ledger, tmp_path):
@@ -265,10 +270,7 @@ def test_entries_of_before_tests_had_units_of_their_own_are_clean_until_one_has_
     """Commit 0944c8c1 wrote them, the last two at twice the size, which begin another test."""
     old = VECTORS / "sizes_ledger.jsonl"
     assert audit_ledger(old).clean
-    path = tmp_path / "old.sqlite3"
-    database = open_database(path)
-    read_export(old, database)
-    database.close()
+    path = imported(old, tmp_path)
     with Ledger(path) as ledger:
         for number in (6, 7):
             sizes = 2 * audit(number, range(0))[0]
@@ -293,10 +295,7 @@ def test_an_honest_entry_of_before_is_clean_and_the_next_one_opens_the_fault(tmp
     """Commit 0944c8c1 wrote it: honest at e^309, for the accusation rests on suspected places."""
     old = VECTORS / "suspected_ledger.jsonl"
     assert audit_ledger(old).clean
-    path = tmp_path / "old.sqlite3"
-    database = open_database(path)
-    read_export(old, database)
-    database.close()
+    path = imported(old, tmp_path)
     sizes, positions, _ = hide(5, 0.2)
     with Ledger(path) as ledger:
         (before,) = ledger.standings()

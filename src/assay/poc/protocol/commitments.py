@@ -474,8 +474,8 @@ def _rebuild(count: int, cuts: Sequence[int], labels: Sequence[Label]) -> Label:
 def _labels(path: bytes, round: Round) -> list[Label]:
     count, odd = divmod(len(path), PACKED.size)
     if odd or count > MOST_NODES:
-        wanted = f"{min(count, MOST_NODES)} nodes of {PACKED.size} bytes"
-        raise _broken(f"a path of {len(path)} bytes", wanted)
+        count = min(count, MOST_NODES)
+        raise _broken(f"a path of {len(path)} bytes", f"{count} nodes of {PACKED.size} bytes")
     labels = [Label(*fields) for fields in PACKED.iter_unpack(path)]
     for label in labels:
         if not has_room(label, round):

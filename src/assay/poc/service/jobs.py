@@ -306,8 +306,8 @@ class Jobs:
                     body = about | result
                     self._outbox.add(connection, None, kind, request["url"], body, row.client)
             # A request may be large, and no route reads that of an ended job.
-            ids = [row.id for row in rows]
-            connection.execute(self._table.update().where(self._c.id.in_(ids)).values(request="{}"))
+            ended = self._c.id.in_([row.id for row in rows])
+            connection.execute(self._table.update().where(ended).values(request="{}"))
         for row in rows:
             self._tell(row.id, _state(row))
 

@@ -255,9 +255,7 @@ class Outbox:
         self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 
     def counts(self) -> dict[str, int]:
-        """Return how many callbacks are pending (open ones included), and how many of the
-        operator's are dead: the receiver of a client is the client's to repair.
-        """
+        """Return how many callbacks are pending or open, and dead ones of no client."""
         count = sa.select(sa.func.count()).select_from(self._table)
         status = self._c.status
         owed = count.where(status.in_(OWED))
@@ -269,16 +267,17 @@ class Outbox:
 
     def owed(self, connection: sa.Connection, round_id: int, kind: Kind) -> int:
         """Return how many callbacks of one kind of a round are undelivered."""
-        of_round = (self._c.round_id == round_id) & (self._c.kind == kind)
-        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
-        return int(connection.execute(query).scalar_one())
+        return self._count_owed(connection, self._c.round_id == round_id, self._c.kind == kind)
 
     def owed_of_jobs(self, connection: sa.Connection, *, client: str | None = None) -> int:
         """Return how many callbacks of jobs are undelivered, of all or of those of a client."""
         of_jobs = self._c.round_id.is_(None) & (self._c.kind != RECEIPTS)
         if client is not None:
             of_jobs &= self._c.client == client
-        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_jobs)
+        return self._count_owed(connection, of_jobs)
+
+    def _count_owed(self, connection: sa.Connection, *where: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), *where)
         return int(connection.execute(query).scalar_one())
 
     def rows(self, statuses: Sequence[str], limit: int) -> Sequence[Callback]:
@@ -301,9 +300,7 @@ class Outbox:
         )
 
     def prune(self, keep: float) -> None:
-        """Delete callbacks that were delivered more than ``keep`` seconds ago, or are dead for so
-        long and a client's.
-        """
+        """Delete what was delivered, or is a client's and dead, for ``keep`` seconds."""
         is_over = (self._c.status == "delivered") | (
             (self._c.status == "dead") & self._c.client.is_not(None)
         )

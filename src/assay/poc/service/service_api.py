@@ -83,7 +83,7 @@ def create_app(controller: Controller) -> FastAPI:
         "assay: Proof of Compute",
         summary="The published API under /api/v1/pow, durable and bounded, and receipts.",
     )
-    attach(app, controller, operations=True)
+    _mount(app, controller, operations=True)
     app.include_router(dashboard_router())
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -107,6 +107,13 @@ def attach(
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and
     ``/metrics``, behind the path ``under`` where the application has its own.
     """
+    _mount(app, controller, operations=operations, under=under)
+    if not controller.settings.has_keys:
+        app.add_middleware(LocalOnly, prefix=PREFIXES)
+
+
+def _mount(app: FastAPI, controller: Controller, *, operations: bool, under: str = "") -> None:
+    """Do what :func:`attach` does, but for :class:`LocalOnly`."""
     feed = Feed(controller)
     settings = controller.settings
     keys = Keys(settings)
@@ -124,8 +131,6 @@ def attach(
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
-    if not settings.has_keys:
-        app.add_middleware(LocalOnly, prefix=PREFIXES)
     delivery = Delivery(controller.outbox, controller, settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
 

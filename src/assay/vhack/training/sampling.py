@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import ModelError, UsageError
 from assay.models.catalogue import ModelInfo, model_info
-from assay.models.load import load_tokenizer
+from assay.models.load import load_tokenizer, plain_generation
 from assay.models.model import Model, Tokenizer
 from assay.models.precision import own_precision
 from assay.models.shared_passes import check_one_kind
@@ -148,17 +148,6 @@ def sample_batches(
         )
 
 
-@contextmanager
-def _plain_generation(module: Any) -> Iterator[None]:
-    """Leave out a checkpoint's generation config, from which unset options would be taken."""
-    own = module.generation_config
-    module.generation_config = type(own)()
-    try:
-        yield
-    finally:
-        module.generation_config = own
-
-
 @torch.no_grad()
 def _sample_batch(
     model: Model,
@@ -178,7 +167,8 @@ def _sample_batch(
     )
     devices = [model.device] if model.device.type == "cuda" else []
     finite = finite_sampling("take weights that compute finite numbers")
-    plain = _plain_generation(module)
+    # Unset options would be taken from the checkpoint's own.
+    plain = plain_generation(module)
     with torch.random.fork_rng(devices=devices), finite, plain, own_precision(model):
         torch.manual_seed(seed)
         generated = module.generate(

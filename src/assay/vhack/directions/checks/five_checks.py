@@ -321,8 +321,9 @@ def haar_scores(
     for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
         r = samples_SR.shape[1]
         for draws in torch.split(torch.arange(count), _DRAWS):
-            shape = (len(draws), r, min(k, r))
-            frames_BRK = draw_frames(*shape, generator=generator, dtype=torch.float32)
+            frames_BRK = draw_frames(
+                len(draws), r, min(k, r), generator=generator, dtype=torch.float32
+            )
             along_BSK = samples_SR.float() @ frames_BRK
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / lengths_S
