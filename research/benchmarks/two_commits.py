@@ -2,8 +2,9 @@
 deterministic mode.
 
 Each way has a process that sees its assay first on the path, loads the model once and waits. They
-take turns task by task, so that a machine that slows down slows both. A ratio is that of the rates
-of one turn; published are the median over the turns and its 95 % interval by ranks.
+take turns task by task, so that a machine that slows down slows both. The first way begins in even
+turns; what runs first after another task can be 5 % slower, so a ratio is of two turns, one of each
+order. Published are the median of the ratios and its 95 % interval by ranks.
 
     git worktree add .bench/old COMMIT
     python research/benchmarks/two_commits.py --old .bench/old/src \
@@ -13,13 +14,14 @@ of one turn; published are the median over the turns and its 95 % interval by ra
       --nonces 3072 \
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
-Figures are nonces, samples, or factors of the whole model per second. The first way begins in even
-turns, and a turn before them, in which kernels are compiled, does not count. An interrupt ends the
-turns, and those that were whole are published.
+Figures are nonces, samples, or factors of the whole model per second. A turn before the others, in
+which kernels are compiled, does not count. An interrupt ends the turns, and those that were whole
+are published.
 """
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,6 +122,14 @@ class Worker:
         self._process.wait()
 
 
+def paired_ratios(olds, news):
+    """Return the ratio of every two turns one after the other; of an odd number the last is left
+    out.
+    """
+    ratios = [new / old for old, new in zip(olds, news, strict=True)]
+    return [math.sqrt(even * odd) for even, odd in zip(ratios[::2], ratios[1::2], strict=False)]
+
+
 def compare(sources, model, nonces, turns):
     """Return the rates of both ways, their ratios, and whether the distances are equal."""
     workers = {way: Worker(way, source, model, nonces) for way, source in sources.items()}
@@ -144,9 +154,7 @@ def compare(sources, model, nonces, turns):
     for worker in workers.values():
         worker.close()
     ratios = {
-        task: median_interval(
-            [new / old for old, new in zip(rates[first][task], rates[second][task], strict=True)]
-        )
+        task: median_interval(paired_ratios(rates[first][task], rates[second][task]))
         for task in rates[first]
     }
     return {
@@ -177,7 +185,7 @@ def main():
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--seq-len", type=int, default=256)
     options.add_argument("--samples", type=int, default=24)
-    options.add_argument("--turns", type=int, default=11)
+    options.add_argument("--turns", type=int, default=12, help="an even number")
     options.add_argument("--device", default="cpu")
     options.add_argument("--eager", action="store_true", help="without compiled kernels")
     options.add_argument("--worker", nargs=3, help="what this file starts by itself")

@@ -13,6 +13,8 @@ with an error that says so; started again, the engine proves the same nonces.
 - `bare` is the divided forward pass by itself: vLLM's own dummy passes over as many random tokens,
   in every worker, without sampling or scheduler. Stages compute at once and send nothing. `prefill`
   is what the same engine makes of the same prompts as requests for one token.
+- `between` is a round into which chat comes at random times, so that engines that step together go
+  from calls to steps and back many times.
 
 The large models have random weights, so their laws speak of rounding alone.
 
@@ -28,11 +30,12 @@ On two cores, one case after the other:
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -58,6 +61,7 @@ BLOCKS = ("law", "fresh")
 BATCH = 64
 CHAT = (8, 24)  # requests and tokens of each
 TURNS = 2
+QUIET = 0.05  # seconds after chat until calls begin again, in a round with chat between
 IDLE_SECONDS = 5  # for which devices do nothing before turns begin
 MIXTURE = {
     "hidden_size": 2048,
@@ -133,7 +137,31 @@ def bare_passes(worker, tokens, passes):
     Products of zeros need less power, so that a GPU is faster with vLLM's usual dummies. They write
     no keys and values, so attention reads random ones.
     """
-    runner = worker.model_runner
+    with routed_dummies():
+        return timed_passes(worker.model_runner, tokens, passes)
+
+
+@contextmanager
+def routed_dummies():
+    """Let the V2 runner's dummy passes compute experts: it marks their tokens as padding, which no
+    router gives to an expert.
+    """
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    make_dummy = InputBatch.make_dummy
+
+    def make_routed(*arguments, **options):
+        return make_dummy(*arguments, **options | {"is_padding": False})
+
+    InputBatch.make_dummy = make_routed
+    try:
+        yield
+    finally:
+        InputBatch.make_dummy = make_dummy
+
+
+def timed_passes(runner, tokens, passes):
+    """Run dummy passes, and return the seconds of all but a first one."""
     on_cuda = runner.device.type == "cuda"
     for cache in runner.kv_caches:
         if cache.is_floating_point():
@@ -222,6 +250,7 @@ class Measured:
                 self.write(chat=self.chat(engine), ready=True)
                 self.wait_for_turn()
                 self.write(speed=self.speed(engine))
+                self.write(between=self.between(engine))
         if self.case.killed:
             self.write(started_again=self.again())
         self.write(ready=True, done=True)
@@ -250,6 +279,33 @@ class Measured:
             "requests": requests,
             "equal": sum(map(list.__eq__, alone, beside)),
             "nonces_beside": len(proof.records),
+        }
+
+    def between(self, engine):
+        """Return what ran of a round into which chat came every now and then."""
+        client = engine.client
+        client.throttle.settings = client.throttle.settings.model_copy(update={"quiet": QUIET})
+        calls = client.direct.calls
+        answers = []
+        draw = random.Random(1)
+
+        async def ask():
+            while True:
+                await asyncio.sleep(draw.uniform(0.0, 0.6))
+                tokens = await answer(engine, [7, *range(20, 50)], draw.randint(1, 24))
+                answers.append(len(tokens[0]))
+
+        asking = asyncio.run_coroutine_threadsafe(ask(), client.loop)
+        began = time.monotonic()
+        try:
+            proof = self.prove(engine, "between", 3 * self.chosen.speed)
+        finally:
+            asking.cancel()
+        return {
+            "nonces": len(proof.records),
+            "seconds": round_to(time.monotonic() - began, 3),
+            "calls": client.direct.calls - calls,
+            "answers": len(answers),
         }
 
     def speed(self, engine):
@@ -293,6 +349,7 @@ class Measured:
                 if turn:
                     rates[name].append(rate)
         seen = {name: round_to(median(values), 4) for name, values in rates.items()}
+        seen["nonces_of_a_pass"] = engine.client.direct.sizers[chosen.seq_len].batch
         of_turns = {
             f"over_{other}": [
                 round_to(mine / theirs, 4)
@@ -417,10 +474,12 @@ def run_cases(chosen):
     groups = [[name] for name in chosen.cases] if one_by_one else [chosen.cases]
     for names in groups:
         processes = {name: start(name, chosen) for name in names}
+        # One that hangs must leave time for the turns of the others.
+        ready_by = min(deadline, time.monotonic() + chosen.limit / 2)
         ready = [
             name
             for name, process in processes.items()
-            if wait_until(name, process, chosen, "ready", deadline)
+            if wait_until(name, process, chosen, "ready", ready_by)
         ]
         note(f"ready: {ready}")
         with suppress(Exception):  # NVML, where it is missing

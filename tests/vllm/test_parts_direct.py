@@ -28,7 +28,9 @@ SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-
 class Workers:
     """An engine whose one worker returns the nonce itself, by either path."""
 
-    def __init__(self, *, batch: int = 4, engines: int = 1, **settings) -> None:
+    def __init__(
+        self, *, batch: int = 4, engines: int = 1, together: bool = False, **settings
+    ) -> None:
         self.batch = batch
         self.chat = 0
         self.broken = False
@@ -42,18 +44,24 @@ class Workers:
         self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
         self.flushed = 0
         self.turn = asyncio.Lock()
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+        self.vllm_config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(policy="priority"),
+            model_config=SimpleNamespace(is_moe=together),
+        )
+        self.together = together
+        self.engines_running = False
         self.throttle = Throttle(
             ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
         )
-        self.client = Client(self, self.throttle, engines)
         self.engine_core = self
+        self.client = Client(self, self.throttle, engines)
 
     async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
         if method == "assay_batch":
             return [{"batch": self.batch, "reason": None if self.batch else "a reason"}]
         if method == "assay_pass":
             call, _, shares, _, wait = args
+            assert not (self.together and self.engines_running), "a call beside a step"
             self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
@@ -101,9 +109,19 @@ class Workers:
         }
 
     async def generate(self, prompt, sampling, name, priority):
+        if self.together:
+            await self.engine_core.add_request_async(name)
         self.requested.append(split_id(name)[1])
         await asyncio.sleep(0)
         yield None
+
+    async def add_request_async(self, request) -> None:
+        """Step for a while, together, of which word comes late."""
+        assert not self.running, "a step beside a call"
+        await asyncio.sleep(0.01)
+        self.engines_running = True
+        await asyncio.sleep(0.03)
+        self.engines_running = False
 
 
 async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
@@ -130,7 +148,8 @@ def config(**changed):
     }
     values |= {"model.dtype": torch.float32, "model.get_hidden_size": lambda: 16}
     values |= dict.fromkeys(("model.enable_sleep_mode", "model.uses_mrope"), False)
-    values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
+    divisions = ("pipeline", "tensor", "data")
+    values |= dict.fromkeys((f"parallel.{name}_parallel_size" for name in divisions), 1)
     values |= {"parallel.distributed_executor_backend": "mp"}
     values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
     values |= {
@@ -244,6 +263,28 @@ def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+async def test_engines_that_step_together_have_no_call_beside_a_step(broken: bool):
+    workers = Workers(engines=2, together=True, quiet=0.01)
+    workers.broken = broken  # so that every nonce is a request in the end
+
+    async def chat() -> None:
+        for _ in range(8):
+            workers.chat += 1
+            await workers.engine_core.add_request_async("chat")
+            workers.chat -= 1
+            await asyncio.sleep(0.05)
+
+    chatting = asyncio.ensure_future(chat())
+    assert await values_of(workers, 403) == list(range(403))
+    await chatting
+    assert sorted(chain(*workers.called)) != []
+    assert workers.client.direct.in_flight == 0
+    if not broken:
+        assert await values_of(workers, 203) == list(range(203))
+        assert len(workers.requested) < 403
+
+
 @pytest.mark.parametrize("engines", [1, 2, 3])
 async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(
     engines: int,
@@ -266,6 +307,36 @@ async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an
     )
 
 
+@pytest.mark.parametrize(("key", "ready"), [("key", True), ("key", False), ("gone", True)])
+def test_engines_that_step_together_run_a_call_only_where_all_are_ready(
+    monkeypatch: pytest.MonkeyPatch, key: str, ready: bool
+):
+    votes = []
+    begun = []
+
+    def vote(own: bool) -> bool:
+        votes.append(own)
+        return own and ready
+
+    monkeypatch.setattr("assay.poc.vllm.worker.all_ready", vote)
+    worker = WorkerExtension()
+    worker.vllm_config = config(**{"parallel.data_parallel_index": 1})
+    worker.model_runner = SimpleNamespace(device=CPU)
+    worker.assay_hooks = SimpleNamespace(rows=Rows())
+    worker.assay_passes = SimpleNamespace(
+        begin=lambda *arguments: begun.append(arguments[1:]), together=True, ready=True
+    )
+    worker.assay_hooks.rows.open("key", SPEC)
+    (reply,) = worker.assay_pass("1", key, [[1, 2], []], 4, True)
+    assert votes == [key == "key"]
+    if ready and key == "key":
+        assert begun == [([], 4, [1, 2])]
+        assert reply == {"call": "1"}
+    else:
+        assert begun == []
+        assert reply == {"call": "1", "error": "an engine is not ready for the call"}
+
+
 def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
     happened = []
 
@@ -279,7 +350,7 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
                 raise RuntimeError("an error of the device")
             return np.array(self.nonces, np.float32)
 
-    def begin(spec, nonces, batch):
+    def begin(spec, nonces, batch, longest):
         happened.append(("queued", nonces))
         if nonces == [3]:
             raise RuntimeError("no memory")
@@ -290,7 +361,7 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
     worker.vllm_config = config()
     worker.model_runner = SimpleNamespace(device=CPU)
     worker.assay_hooks = SimpleNamespace(rows=rows)
-    worker.assay_passes = SimpleNamespace(begin=begin)
+    worker.assay_passes = SimpleNamespace(begin=begin, together=False)
     rows.open("key", SPEC)
     replies = [worker.assay_pass(str(nonce), "key", [[nonce]], 1, False) for nonce in (1, 2, 3)]
     assert replies[0] == []
@@ -364,7 +435,8 @@ async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another
             STAGES | {"kind": V2_RUNNER, "parallel.distributed_executor_backend": "ray"},
             "stages over Ray",
         ),
-        ({"parallel.data_parallel_size": 2}, "data parallel"),
+        ({"parallel.data_parallel_size": 2}, None),
+        ({"parallel.data_parallel_size": 2, "parallel.tensor_parallel_size": 2}, "together"),
         ({"parallel.enable_eplb": True}, "eplb"),
         ({"parallel.use_ubatching": True}, "dbo"),
         ({"scheduler.max_num_batched_tokens": 7}, "longer than a step"),

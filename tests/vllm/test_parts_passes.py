@@ -111,13 +111,19 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def passes_of(
-    model: Any, stages: int = 1, *, activations: int = 0, seq_len: int = SPEC.round.seq_len
+    model: Any,
+    stages: int = 1,
+    *,
+    activations: int = 0,
+    seq_len: int = SPEC.round.seq_len,
+    engines: int = 1,
 ) -> tuple[DirectPasses, int]:
     """The passes of a worker that has these layers, prepared, and the nonces of a whole one."""
     settings = config(
         **{
             "parallel.pipeline_parallel_size": stages,
             "parallel.tensor_parallel_size": 1,
+            "parallel.data_parallel_size": engines,
             "model.is_moe": False,
         }
     )
@@ -144,7 +150,7 @@ def run_stages(vllm: SimpleNamespace, models: list[Layers]) -> list[Any]:
 
     def call(passes: DirectPasses) -> Any:
         try:
-            return passes.begin(SPEC, NONCES, BATCH)
+            return passes.begin(SPEC, NONCES, BATCH, NONCES)
         except Exception as error:
             return error
 
@@ -155,12 +161,42 @@ def run_stages(vllm: SimpleNamespace, models: list[Layers]) -> list[Any]:
 
 
 def test_two_stages_have_the_values_of_one(vllm: SimpleNamespace) -> None:
-    whole = passes_of(Layers())[0].begin(SPEC, NONCES, BATCH)
+    whole = passes_of(Layers())[0].begin(SPEC, NONCES, BATCH, NONCES)
     models = [Layers(first=True, last=False), Layers(first=False, last=True)]
     first, last = run_stages(vllm, models)
     assert first is None
     assert (last.numpy() == whole.numpy()).all()
     assert [model.passes for model in models] == [PASSES] * 2
+
+
+@pytest.mark.parametrize("count", [0, 3, 2 * BATCH + 1])
+def test_engines_that_step_together_run_as_many_passes_whatever_their_shares(
+    vllm: SimpleNamespace, count: int
+) -> None:
+    share = [100 + place for place in range(count)]
+    alone = passes_of(Layers())[0].begin(SPEC, share, BATCH, share) if share else None
+    model = Layers()
+    together = passes_of(model, engines=2)[0].begin(SPEC, share, BATCH, NONCES)
+    assert model.passes == PASSES
+    assert (together is None) == (alone is None)
+    if alone is not None and together is not None:
+        assert (together.numpy() == alone.numpy()).all()
+
+
+def test_an_engine_that_fails_in_a_pass_still_runs_those_that_others_wait_for(
+    vllm: SimpleNamespace,
+) -> None:
+    class Failing(Layers):
+        tried = 0
+
+        def __call__(self, **inputs: Any) -> Any:
+            self.tried += 1
+            return super().__call__(**inputs)
+
+    model = Failing(fails_at=0)
+    with pytest.raises(RuntimeError, match="no memory"):
+        passes_of(model, engines=2)[0].begin(SPEC, NONCES, BATCH, NONCES)
+    assert model.tried == PASSES
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -215,7 +251,7 @@ def test_whole_passes_are_recorded_where_that_works(
     passes, batch = passes_of(model, activations=64 * PER_TOKEN)
     # Two whole passes and a rest, then a whole one: the first of all is recorded.
     for nonces in (NONCES[: 2 * batch + 3], NONCES[:batch]):
-        passes.begin(SPEC, nonces, batch)
+        passes.begin(SPEC, nonces, batch, nonces)
     assert model.passes == 4
     assert passes.replayed == (2 if on_gpu and works and free > 100 else 0)
 
@@ -227,7 +263,7 @@ def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed(
     passes, _ = passes_of(model)
     own_caches = [layer.kv_cache for layer in model.layers]
     with pytest.raises(RuntimeError, match="no memory"):
-        passes.begin(SPEC, NONCES, BATCH)
+        passes.begin(SPEC, NONCES, BATCH, NONCES)
     private_cache = model.caches[0]
     assert all(cache is private_cache for cache in model.caches)
     assert all(layer.kv_cache is own for layer, own in zip(model.layers, own_caches, strict=True))
@@ -254,5 +290,6 @@ def test_a_cache_begins_with_zeros_where_a_block_is_not_filled(
     model = Spoiling()
     passes, batch = passes_of(model, seq_len=seq_len)
     spec = SPEC._replace(round=replace(SPEC.round, seq_len=seq_len))
-    passes.begin(spec, NONCES[: 2 * batch], batch)
+    nonces = NONCES[: 2 * batch]
+    passes.begin(spec, nonces, batch, nonces)
     assert model.met == (False, met)

@@ -30,6 +30,7 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
+from assay.poc.vllm.lockstep import Lockstep
 from assay.poc.vllm.rows import CLAIMED, Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 
@@ -72,6 +73,9 @@ class Client:
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
+        # Those of a dense model step each by itself.
+        if engines > 1 and llm.vllm_config.model_config.is_moe:
+            self.direct.lockstep = Lockstep(llm.engine_core, self.direct.ended)
         self._counting: asyncio.Task[list[Any]] | None = None
         self._counted_at = 0.0
 

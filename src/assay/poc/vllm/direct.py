@@ -28,9 +28,10 @@ from assay.models.device import free_bytes
 from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.compatibility import runner_kind
+from assay.poc.vllm.lockstep import Lockstep
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.stages import FAILED, StageLink
-from assay.poc.vllm.throttle import Throttle
+from assay.poc.vllm.throttle import TICK, Throttle
 from assay.streams.arrays import dtype_name, torch_dtype
 
 log = logging.getLogger("assay.vllm")
@@ -115,6 +116,8 @@ class DirectPath:
         self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
         self._asked: set[asyncio.Future[list[Any]]] = set()
         self._left = asyncio.Event()
+        self.lockstep: Lockstep | None = None
+        """Of engines that step together; None where each steps by itself."""
 
     async def open(self, key: str, seq_len: int) -> CallSizer:
         """Prepare the workers for the calls of a stream; return the sizer of nonces of its
@@ -136,10 +139,15 @@ class DirectPath:
 
         The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
         """
-        while self._may_call(sizer) and self._running >= CALLS:
-            self._left.clear()
-            await self._left.wait()
-        if not self._may_call(sizer):
+        while self._may_call(sizer):
+            if self.lockstep is not None and not self.lockstep.rested:
+                await self._look_for_rest(self.lockstep)
+            elif self._running >= CALLS:
+                self._left.clear()
+                await self._left.wait()
+            else:
+                break
+        else:
             return 0
         settings = self._throttle.settings
         most = (
@@ -156,6 +164,21 @@ class DirectPath:
         self.in_flight -= count
         self._throttle.look()
         self._left.set()
+
+    async def _look_for_rest(self, lockstep: Lockstep) -> None:
+        """Look once whether engines that step together have stopped, and wait for the next look."""
+        if lockstep.steps or self._throttle.in_flight:
+            lockstep.looks_at_rest = 0
+        else:
+            lockstep.looks_at_rest += 1
+        if not lockstep.rested:
+            await asyncio.sleep(TICK)
+
+    async def ended(self) -> None:
+        """Wait until no call runs or is about to."""
+        while self._running or self._asked:
+            self._left.clear()
+            await self._left.wait()
 
     async def run(
         self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int
@@ -215,6 +238,7 @@ class DirectPath:
 
     def _settle(self, call: "asyncio.Future[list[Any]]") -> None:
         self._asked.discard(call)
+        self._left.set()
         if call.cancelled() or call.exception() is not None:
             return
         replies_by_call: dict[str, list[dict[str, Any]]] = {}
@@ -234,7 +258,8 @@ class DirectPath:
     def _may_call(self, sizer: CallSizer) -> bool:
         self._throttle.look()
         allowed = self._throttle.settings.path == "auto" and self._failures < FAILURES
-        return sizer.batch > 0 and allowed and self._quiet()
+        waiting = self.lockstep is not None and self.lockstep.waiting
+        return sizer.batch > 0 and allowed and not waiting and self._quiet()
 
     def _quiet(self) -> bool:
         """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one
@@ -383,7 +408,11 @@ def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
             and (parallel.distributed_executor_backend == "ray" or runner_kind(runner) == "v1"),
             "stages over Ray or with the V1 runner, which were not tried",
         ),
-        (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
+        (
+            parallel.data_parallel_size > 1
+            and parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1,
+            "engines that step together on several devices each, which were not tried",
+        ),
         (parallel.enable_eplb, "--enable-eplb"),
         (parallel.use_ubatching, "--enable-dbo"),
         (getattr(compilation.pass_config, "enable_sp", False), "sequence parallelism"),
@@ -415,6 +444,10 @@ class DirectPasses:
         self._activations = activations
         stages = int(config.parallel_config.pipeline_parallel_size)
         self._link = StageLink(stages, runner.device)
+        self.together = int(config.parallel_config.data_parallel_size) > 1
+        """Whether this engine steps together with others; of a dense model each is told to be
+        alone.
+        """
         # Embeddings; with stages the states and residuals that are received, or sent twice.
         self._handed = 1 if stages == 1 else 4
         self._cache: Tensor | None = None
@@ -465,28 +498,39 @@ class DirectPasses:
             )
         return max(1, min(most, int(scheduler.max_num_seqs)))
 
+    @property
+    def ready(self) -> bool:
+        """Whether passes may begin: no step of vLLM is unfinished."""
+        return self._runner.execute_model_state is None
+
     @torch.inference_mode()
-    def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
+    def begin(
+        self, spec: Spec, nonces: list[int], batch: int, longest: list[int]
+    ) -> HostCopy | None:
         """Queue passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
         the rest. A pass that fails is the last one that computes; the next stage hears of all.
 
+        ``longest`` is the longest share of the engines that step together, and ``nonces`` itself
+        where there are no others: every engine runs as many passes, without nonces of its own over
+        one of those.
+
         Raises:
             RuntimeError: A step of vLLM is not finished, or an earlier stage failed.
         """
         failure: Exception | None = None
-        if self._runner.execute_model_state is not None:
+        if not self.ready:
             failure = RuntimeError("a step of vLLM is not finished")
         rows = []
-        for start in range(0, len(nonces), batch):
+        for start in range(0, len(longest), batch):
             part = nonces[start : start + batch]
             received = self._link.receive()
             states = None
-            if failure is None:
+            if failure is None or self.together:
                 try:
-                    states = self._forward(spec, part, received)
-                    if self._link.is_last:
+                    states = self._forward(spec, part or longest[:1], received)
+                    if part and self._link.is_last:
                         rows.append(self._rows(spec, part, states))
                 except Exception as error:
                     failure = error
@@ -495,7 +539,7 @@ class DirectPasses:
             raise failure
         return (
             HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
-            if self._link.is_last and is_first_of_group()
+            if rows and is_first_of_group()
             else None
         )
 

@@ -41,6 +41,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.direct import DeviceTimer, DirectPasses, direct_path_blocker
+from assay.poc.vllm.lockstep import all_ready
 from assay.poc.vllm.points import Chains
 from assay.poc.vllm.rows import (
     CLAIMED,
@@ -187,16 +188,20 @@ class WorkerExtension:
         """Queue this engine's share of a call; return what waits for the values and makes the
         reply.
         """
+        passes = self.assay_passes
         # An engine that steps by itself keeps its rank under this name only.
         nonces = shares[
             self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
         ]
+        longest = max(shares, key=len) if passes.together else nonces
         stream = self.assay_hooks.rows.get(key)
+        if passes.together and not all_ready(stream is not None and passes.ready):
+            return partial(dict, call=call, error="an engine is not ready for the call")
         if stream is None:
             return partial(dict, call=call, error="the stream has ended")
         try:
             timer = DeviceTimer(self.model_runner.device)
-            values = self.assay_passes.begin(stream.spec, nonces, batch) if nonces else None
+            values = passes.begin(stream.spec, nonces, batch, longest) if longest else None
             timer.stop()
         except Exception as error:
             return partial(dict, call=call, error=_describe_failure(error))
