@@ -4,6 +4,7 @@ where it comes from.
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -55,6 +56,15 @@ def note(text: str) -> None:
 def round_to(value, digits=5):
     """Return a number with so many significant digits."""
     return float(f"{value:.{digits}g}")
+
+
+def paired_ratios(olds, news):
+    """Return the new over the old of every two turns one after the other, which have both orders.
+
+    What runs first in a turn can be 5 % slower. Of an odd number the last turn is left out.
+    """
+    ratios = [new / old for old, new in zip(olds, news, strict=True)]
+    return [math.sqrt(even * odd) for even, odd in zip(ratios[::2], ratios[1::2], strict=False)]
 
 
 def median_interval(ratios):

@@ -4,8 +4,8 @@ Each commit has two processes that see its assay first on the path: one proves, 
 poc serve`. In each turn both commits prove as many nonces, compute a job of the chain's client, and
 generate a round of vectors for a receiver, each while everything else waits. What counts is the
 processor time of the process for each nonce, because the machine may be shared. Turns are short,
-so that what else runs is the same for both; ratios are those of a turn, and their median is given
-with its 95 % interval, by ranks. All numbers of both commits must be equal.
+so that what else runs is the same for both; ratios are of two turns, one of each order, and their
+median is given with its 95 % interval, by ranks. All numbers of both commits must be equal.
 
 Pass: the new commit takes at most 2 % more, for each of the three.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from _common import ROOT, median_interval, note, parser, publish, round_to
+from _common import ROOT, median_interval, note, paired_ratios, parser, publish, round_to
 
 from tests.end_to_end.receiver import Answering
 
@@ -205,7 +205,9 @@ def main():
                 name: round_to(statistics.median(seen[name][0] for seen in turns), 4)
                 for name in sources
             },
-            "new_over_old": median_interval([seen["new"][0] / seen["old"][0] for seen in turns]),
+            "new_over_old": median_interval(
+                paired_ratios(*([seen[name][0] for seen in turns] for name in sources))
+            ),
             "same_numbers": all(seen["new"][1] == seen["old"][1] for seen in turns),
         }
         for task, turns in figures.items()

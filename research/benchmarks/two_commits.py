@@ -21,14 +21,13 @@ are published.
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from _common import ROOT, median_interval, note, parser, publish, wall_seconds
+from _common import ROOT, median_interval, note, paired_ratios, parser, publish, wall_seconds
 
 
 def prove_task(chosen, loaded, nonces, folder):
@@ -120,14 +119,6 @@ class Worker:
         """End the process."""
         self._process.stdin.close()
         self._process.wait()
-
-
-def paired_ratios(olds, news):
-    """Return the ratio of every two turns one after the other; of an odd number the last is left
-    out.
-    """
-    ratios = [new / old for old, new in zip(olds, news, strict=True)]
-    return [math.sqrt(even * odd) for even, odd in zip(ratios[::2], ratios[1::2], strict=False)]
 
 
 def compare(sources, model, nonces, turns):

@@ -50,6 +50,7 @@ class Workers:
         )
         self.together = together
         self.engines_running = False
+        self.pause_scheduler_async = self.resume_scheduler_async = self.step_unseen
         self.throttle = Throttle(
             ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
         )
@@ -115,13 +116,23 @@ class Workers:
         await asyncio.sleep(0)
         yield None
 
+    async def step_unseen(self) -> None:
+        """Step, of which no word comes."""
+        assert not self.running, "a pause beside a call"
+        await asyncio.sleep(0.03)
+        assert not self.running, "a call beside a pause"
+
     async def add_request_async(self, request) -> None:
         """Step for a while, together, of which word comes late."""
         assert not self.running, "a step beside a call"
-        await asyncio.sleep(0.01)
-        self.engines_running = True
-        await asyncio.sleep(0.03)
-        self.engines_running = False
+
+        async def step() -> None:
+            await asyncio.sleep(0.01)
+            self.engines_running = True
+            await asyncio.sleep(0.1)
+            self.engines_running = False
+
+        self.stepping = asyncio.ensure_future(step())
 
 
 async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
@@ -269,20 +280,21 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
     workers.broken = broken  # so that every nonce is a request in the end
 
     async def chat() -> None:
-        for _ in range(8):
+        for _ in range(4):
             workers.chat += 1
             await workers.engine_core.add_request_async("chat")
             workers.chat -= 1
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.25)
+            await workers.pause_scheduler_async()
 
     chatting = asyncio.ensure_future(chat())
-    assert await values_of(workers, 403) == list(range(403))
+    assert await values_of(workers, 1203) == list(range(1203))
     await chatting
     assert sorted(chain(*workers.called)) != []
     assert workers.client.direct.in_flight == 0
     if not broken:
         assert await values_of(workers, 203) == list(range(203))
-        assert len(workers.requested) < 403
+        assert len(workers.requested) < 1203
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])

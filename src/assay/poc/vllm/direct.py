@@ -141,7 +141,8 @@ class DirectPath:
         """
         while self._may_call(sizer):
             if self.lockstep is not None and not self.lockstep.rested:
-                await self._look_for_rest(self.lockstep)
+                self.lockstep.look(self._throttle.in_flight)
+                await asyncio.sleep(TICK)
             elif self._running >= CALLS:
                 self._left.clear()
                 await self._left.wait()
@@ -165,16 +166,7 @@ class DirectPath:
         self._throttle.look()
         self._left.set()
 
-    async def _look_for_rest(self, lockstep: Lockstep) -> None:
-        """Look once whether engines that step together have stopped, and wait for the next look."""
-        if lockstep.steps or self._throttle.in_flight:
-            lockstep.looks_at_rest = 0
-        else:
-            lockstep.looks_at_rest += 1
-        if not lockstep.rested:
-            await asyncio.sleep(TICK)
-
-    async def ended(self) -> None:
+    async def wait_for_calls(self) -> None:
         """Wait until no call runs or is about to."""
         while self._running or self._asked:
             self._left.clear()
@@ -258,8 +250,7 @@ class DirectPath:
     def _may_call(self, sizer: CallSizer) -> bool:
         self._throttle.look()
         allowed = self._throttle.settings.path == "auto" and self._failures < FAILURES
-        waiting = self.lockstep is not None and self.lockstep.waiting
-        return sizer.batch > 0 and allowed and not waiting and self._quiet()
+        return sizer.batch > 0 and allowed and self._quiet()
 
     def _quiet(self) -> bool:
         """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one

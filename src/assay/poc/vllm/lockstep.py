@@ -7,6 +7,7 @@ other for good. So no call begins while engines step, and a request waits until 
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,43 +15,46 @@ import torch
 # Looks, a TICK apart, at which engines must be at rest: a message that they step may come later
 # than the answer of the request that they step for.
 LOOKS = 3
+# What makes engines step; a pause lets them step until all of them have heard of it.
+STEPPING = ("add_request_async", "pause_scheduler_async", "resume_scheduler_async")
 
 
 class Lockstep:
     """Holds requests back from engines that step together while calls run.
 
     ``core`` is vLLM's client of the engines (``DPAsyncMPClient`` in ``v1/engine/core_client.py``),
-    through which every request goes, of chat and of nonces. ``calls_end`` waits until no call runs.
+    through which every request goes, of chat and of nonces. ``wait_for_calls`` waits until no call
+    runs.
     """
 
-    def __init__(self, core: Any, calls_end: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, core: Any, wait_for_calls: Callable[[], Awaitable[None]]) -> None:
         self._core = core
-        self._send = core.add_request_async
-        self._calls_end = calls_end
-        self.waiting = 0
-        """Requests that wait until no call runs; no new call may begin before them."""
-        self.looks_at_rest = 0
-        """Looks one after the other, since the last request, at which the engines were at rest."""
-        core.add_request_async = self._add
-
-    @property
-    def steps(self) -> bool:
-        """Whether the engines step, as far as vLLM's coordinator has said."""
-        return bool(self._core.engines_running)
+        self._wait_for_calls = wait_for_calls
+        # Requests and pauses that wait until no call runs; no call may begin before they have.
+        self._waiting = 0
+        # One after the other, since the last of them.
+        self._looks_at_rest = 0
+        for name in STEPPING:
+            setattr(core, name, partial(self._hold, getattr(core, name)))
 
     @property
     def rested(self) -> bool:
         """Whether the engines have stopped since the last request, so that a call may begin."""
-        return self.looks_at_rest >= LOOKS
+        return not self._waiting and self._looks_at_rest >= LOOKS
 
-    async def _add(self, request: Any) -> None:
-        self.waiting += 1
+    def look(self, nonces: int) -> None:
+        """Look whether engines that have so many nonces as requests, and no chat, are at rest."""
+        at_rest = not (self._core.engines_running or self._waiting or nonces)
+        self._looks_at_rest = self._looks_at_rest + 1 if at_rest else 0
+
+    async def _hold(self, begin: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
+        self._waiting += 1
         try:
-            await self._calls_end()
-            self.looks_at_rest = 0
+            await self._wait_for_calls()
+            return await begin(*args, **options)
         finally:
-            self.waiting -= 1
-        await self._send(request)
+            self._waiting -= 1
+            self._looks_at_rest = 0
 
 
 def all_ready(ready: bool) -> bool:
