@@ -162,11 +162,13 @@ def routed_dummies():
 
 def timed_passes(runner, tokens, passes):
     """Run dummy passes, and return the seconds of all but a first one."""
+    from vllm.distributed import get_pp_group
+
     on_cuda = runner.device.type == "cuda"
     for cache in runner.kv_caches:
         if cache.is_floating_point():
             cache.normal_()
-    if not runner.is_first_pp_rank:
+    if not get_pp_group().is_first_rank:
         for tensor in runner.intermediate_tensors.tensors.values():
             tensor.normal_()
     seconds = 0.0
@@ -319,7 +321,9 @@ class Measured:
         passes = max(1, chosen.speed // BATCH // engines)
         run = engine.client.loop
         prompts = [
-            np.random.default_rng(nonce).integers(5, 4000, chosen.seq_len).tolist()
+            np.random.default_rng(nonce)
+            .integers(5, engine.model.vocab_size, chosen.seq_len)
+            .tolist()
             for nonce in range(chosen.speed)
         ]
 
