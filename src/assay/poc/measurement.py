@@ -207,6 +207,12 @@ def compare_r_target(
             do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
         )
     ordered_N = np.sort(np.concatenate(distances))
+    if missing := np.count_nonzero(np.isnan(ordered_N)):
+        raise UsageError(
+            f"{missing} of {n} nonces without a distance to the target",
+            wanted="distances, or vectors that are not zero",
+            do="pass honest proofs of a preset that publishes one of the two",
+        )
     tail = (1 - CONFIDENCE) / 2
     ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
     low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
@@ -238,7 +244,9 @@ def distances_to_target(values: npt.NDArray[np.floating[Any]], round: Round) -> 
     if values.ndim == 1:
         return values.astype(np.float64)
     unit_NK = values.astype(np.float64)
-    unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
+    # A vector of zeros has no direction, and NaN for its distance.
+    with np.errstate(invalid="ignore"):
+        unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
     target_K = block_target(round, values.shape[1]).numpy().astype(np.float64)
     return np.asarray(np.linalg.norm(unit_NK - target_K, axis=1))
 

@@ -213,3 +213,12 @@ def test_a_trained_head_needs_its_dimension(small_model):
 def test_too_little_is_refused(n: int, rate: float):
     with refuses(UsageError, "too little is refused"):
         compare_r_target([np.full(n, 1.4)], rate, 8192, None)
+
+
+def test_nonces_without_a_distance_are_refused():
+    vectors = random_directions(40, 12)
+    vectors[3] = 0
+    distances = distances_to_target(vectors, Round(block_hash="b", public_key="k"))
+    for of_block in (distances, np.full(40, np.nan)):  # NaN: a proof of tokens or points
+        with refuses(UsageError, "nonces without a distance are refused"):
+            compare_r_target([of_block], 0.5, 12, None)
