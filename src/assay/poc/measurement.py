@@ -194,9 +194,10 @@ def compare_r_target(
     """Compare the quantile of the distances of blocks with the closed form.
 
     The interval has two parts. That of the nonces runs between the order statistics whose ranks are
-    quantiles of the binomial count of N at the rate. That of the blocks runs between the quantiles
-    of their mean factor, whose relative variance is Σ w²/(2ν) for weights w and the effective
-    dimension ν. At each end, the squares of the two lengths are added (Zou and Donner 2008).
+    quantiles of the binomial count of N at the rate, the upper one plus one; before the first and
+    behind the last nonce it ends at 0 and 2. That of the blocks runs between the quantiles of their
+    mean factor, whose relative variance is Σ w²/(2ν) for weights w and the effective dimension ν.
+    At each end, the squares of the two lengths are added (Zou and Donner 2008).
     """
     counts = np.array([len(of_block) for of_block in distances], dtype=np.float64)
     n = int(counts.sum())
@@ -214,8 +215,11 @@ def compare_r_target(
             do="pass honest proofs of a preset that publishes one of the two",
         )
     tail = (1 - CONFIDENCE) / 2
-    ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
-    low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
+    ranks = np.array([0, 1]) + np.asarray(
+        scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int
+    )
+    # With so many nonces below the target, the next one is the first above it.
+    low, high = np.array([0.0, *ordered_N, 2.0])[ranks].tolist()
     closed = stats.r_target_for(valid_rate, dimension)
     measured = float(np.quantile(ordered_N, valid_rate))
     freedom = (
