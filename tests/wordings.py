@@ -254,6 +254,7 @@ WORDINGS: dict[str, str] = {
     "nodes are a list of those who may prove, 4": "public_key",
     "nodes that publish vectors are not polled": "url",
     "nonces of another node are refused": "nonce",
+    "nonces without a distance are refused": "nonces without a distance",
     "nothing is written for pairs that could not be read": "pair 1 ",
     "numbers from 1 mean the residue and the same inputs": "nonce",
     "one group is too few": "1 group of pairs to check lda with",

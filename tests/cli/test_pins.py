@@ -198,6 +198,14 @@ def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest, 
         assert not (tmp_path / "pins.toml").exists()
 
 
+def test_pins_that_would_not_be_read_are_not_written(refused, new, honest, pins, tmp_path):
+    before = pins.read_text()
+    words = (*new, "--from-proof", tmp_path / "honest.jsonl", "--overwrite", "--public-key", "k")
+    assert "node 'k' with 0, 2 times" in refused(*words, "--public-key", "k")
+    assert "4194304 at most" in refused(*words, "--node-count", 2**52)
+    assert pins.read_text() == before
+
+
 @pytest.mark.slow
 def test_alpha_of_an_account_is_that_of_the_network(
     assay, told, refused, verify, new, honest, pins, small_checkpoint

@@ -23,7 +23,8 @@ from assay.poc.protocol.records import (
     unpack_or_nan,
 )
 from assay.poc.prover import compute
-from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.proof_judge import judge
+from assay.poc.verdict.residuals import DIST_THRESHOLD, residuals
 from tests.wordings import refuses
 
 STEPS = 24
@@ -111,6 +112,15 @@ def test_the_residual_is_the_root_of_the_mean_margin(proof: Proof):
     record = proof.records[0]
     apart = residuals([record], [replace(record, margins=margins)])[0]
     assert apart == pytest.approx(np.sqrt((5 * 0.09 + 2 * 2) / (STEPS + 1)))
+
+
+def test_the_published_count_takes_the_largest_margin_of_a_nonce(proof: Proof):
+    """The residual is above the threshold of the count, and no margin is."""
+    margins = np.array([0.015] + [0.0] * STEPS, np.float32)
+    replays = [replace(record, margins=margins) for record in proof.records]
+    found = judge(proof, proof.records, replays, None)
+    assert (found.count.n, found.count.mismatches) == (20, 0)
+    assert min(found.residuals) > DIST_THRESHOLD
 
 
 @pytest.mark.parametrize("batch_size", [16, 3])

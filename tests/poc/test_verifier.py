@@ -29,7 +29,8 @@ from assay.poc import (
 from assay.poc.engines.hf.shapes import peak_bytes
 from assay.poc.verdict import judge
 from assay.poc.verdict.residuals import count_mismatches, published_rule, residuals
-from assay.stats import LogNoise, ScaleNoise
+from assay.poc.verdict.sample_plan import plan_sample
+from assay.stats import LogNoise, ScaleNoise, SequentialTest
 from tests.laws import QWEN3
 from tests.wordings import refuses
 
@@ -128,6 +129,21 @@ def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: P
         judging_batch(
             replace(node, fingerprint=replace(node.fingerprint, device="another")), calibration=law
         )
+
+
+def test_the_power_of_a_large_sample_is_not_simulated_nonce_by_nonce(monkeypatch):
+    """A sample of 4096 took a core 19 seconds before anything was recomputed."""
+    simulated = []
+    accusations = SequentialTest.accusations
+
+    def counted(test, values_RC):
+        simulated.append(values_RC.shape[1])
+        return accusations(test, values_RC)
+
+    monkeypatch.setattr(SequentialTest, "accusations", counted)
+    noise = Noise(ScaleNoise(1e-4, 4.0))
+    assert plan_sample(noise, 4096, 4096, 1e-3, 1e-2) == (4096, 1.0)
+    assert simulated == [1024]
 
 
 def test_an_engine_for_another_length_is_refused_and_no_fraud_is_found(proof: Proof, small_model):

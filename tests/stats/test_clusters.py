@@ -96,6 +96,16 @@ def test_a_long_response_is_summed_in_parts_that_bound_memory():
     assert peak < 24 * 2**20
 
 
+def test_a_test_has_no_more_in_memory_after_a_long_response_than_after_a_short_one():
+    test = ClusterTest(LogNoise(-3.0, 0.5), between=0.1)
+    short = test.paths([0.05], [1]).nbytes
+    tracemalloc.start()
+    test.take(np.full(ENDS, 0.05), range(1, ENDS + 1))
+    in_memory = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert in_memory < 8 * short
+
+
 def test_responses_of_one_node_may_come_in_any_order():
     pool = drawn(6, TOKENS, LAW, multiple=3)
     one = ClusterTest(LAW, between=0.3)

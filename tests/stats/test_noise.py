@@ -49,6 +49,10 @@ def test_gross_threshold_is_the_stated_quantile(law):
     )
 
 
+def test_the_widest_law_of_a_file_has_a_gross_threshold():
+    assert math.isfinite(LogNoise(-3.0, 100.0, tail=1e-3).gross_threshold)
+
+
 def test_non_finite_values_become_the_largest_residual():
     bad = [math.nan, math.inf, -math.inf, -5.0]
     assert SCALE.magnitudes(bad).tolist() == [2.0] * 4

@@ -4,6 +4,7 @@ same.
 
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -251,6 +252,16 @@ def test_the_end_does_not_depend_on_order_and_not_on_how_values_arrive(values, c
     shuffled = SequentialTest(SCALE, effect=4.0).update(values).result
     assert shuffled.log_e_value == pytest.approx(whole.log_e_value, abs=1e-8)
     assert shuffled.log_evidence_honest == pytest.approx(whole.log_evidence_honest, abs=1e-8)
+
+
+def test_a_test_has_no_more_in_memory_after_many_values_than_after_one():
+    """A ledger has a thousand lives in memory, with a test for each 1024 nonces."""
+    test = SequentialTest(SCALE, spread=Spread(0.05), effect=4.0).update([1e-4])
+    tracemalloc.start()
+    test.update(np.full(256, 1e-4))
+    in_memory = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert in_memory < 4 * test.prior.nbytes
 
 
 def test_fraud_stays_fraud_whatever_follows():

@@ -194,9 +194,10 @@ def compare_r_target(
     """Compare the quantile of the distances of blocks with the closed form.
 
     The interval has two parts. That of the nonces runs between the order statistics whose ranks are
-    quantiles of the binomial count of N at the rate. That of the blocks runs between the quantiles
-    of their mean factor, whose relative variance is Σ w²/(2ν) for weights w and the effective
-    dimension ν. At each end, the squares of the two lengths are added (Zou and Donner 2008).
+    quantiles of the binomial count of N at the rate, the upper one plus one; before the first and
+    behind the last nonce it ends at 0 and 2. That of the blocks runs between the quantiles of their
+    mean factor, whose relative variance is Σ w²/(2ν) for weights w and the effective dimension ν.
+    At each end, the squares of the two lengths are added (Zou and Donner 2008).
     """
     counts = np.array([len(of_block) for of_block in distances], dtype=np.float64)
     n = int(counts.sum())
@@ -207,9 +208,18 @@ def compare_r_target(
             do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
         )
     ordered_N = np.sort(np.concatenate(distances))
+    if missing := np.count_nonzero(np.isnan(ordered_N)):
+        raise UsageError(
+            f"{missing} of {n} nonces without a distance to the target",
+            wanted="distances, or vectors that are not zero",
+            do="pass honest proofs of a preset that publishes one of the two",
+        )
     tail = (1 - CONFIDENCE) / 2
-    ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
-    low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
+    ranks = np.array([0, 1]) + np.asarray(
+        scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int
+    )
+    # With so many nonces below the target, the next one is the first above it.
+    low, high = np.array([0.0, *ordered_N, 2.0])[ranks].tolist()
     closed = stats.r_target_for(valid_rate, dimension)
     measured = float(np.quantile(ordered_N, valid_rate))
     freedom = (
@@ -238,7 +248,9 @@ def distances_to_target(values: npt.NDArray[np.floating[Any]], round: Round) -> 
     if values.ndim == 1:
         return values.astype(np.float64)
     unit_NK = values.astype(np.float64)
-    unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
+    # A vector of zeros has no direction, and NaN for its distance.
+    with np.errstate(invalid="ignore"):
+        unit_NK /= np.linalg.norm(unit_NK, axis=1, keepdims=True)
     target_K = block_target(round, values.shape[1]).numpy().astype(np.float64)
     return np.asarray(np.linalg.norm(unit_NK - target_K, axis=1))
 

@@ -6,12 +6,14 @@ Values that are given beside a file, by options or a configuration file, must ag
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.references import CATALOGUE
 from assay.files.storage import write_atomic
+from assay.files.toml import LONGEST_TOML, parse_toml
 from assay.poc.launch import Proving
 from assay.poc.protocol.checks import check_name, check_positions
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -292,7 +294,11 @@ def write_pins(
                 wanted=f"one of {model} (trained, {digest[:12]})",
                 do="pass the proof of a node that ran this checkpoint",
             )
-    shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
+    # At 42 bytes each, more of them are longer than any file that is read.
+    shares = islice(
+        ((key, share) for key in public_keys for share in range(round["node_count"])),
+        LONGEST_TOML // 32,
+    )
     files = [PinnedFile.of(path, output.parent) for path in calibrations]
     tables: list[tuple[str, Mapping[str, object]]] = [
         *([("[network]", accepted.model_dump())] if accepted else []),
@@ -303,13 +309,20 @@ def write_pins(
         *(("[[models.builds]]", build) for build in builds),
         *(("[[models.calibrations]]", file.model_dump()) for file in files),
     ]
-    write_atomic(output, pins_text(tables))
+    text = pins_text(tables)
+    if (size := len(text.encode())) > LONGEST_TOML:
+        raise UsageError(
+            f"a pins file of {size} bytes",
+            wanted=f"{LONGEST_TOML} at most, the longest that is read",
+            do="pass fewer --public-key, or a smaller node_count",
+        )
     unfilled = [
         f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED
     ]
     if not unfilled:
-        # A file that this version writes is one that it reads.
-        NetworkPins.load(output)
+        # A file that this version writes is one that it reads; an older one stays until then.
+        NetworkPins.of(parse_toml(text), output)
+    write_atomic(output, text)
     return {
         "path": str(output),
         "model": model,

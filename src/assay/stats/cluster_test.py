@@ -206,7 +206,8 @@ class ClusterTest:
         for added_BK in self._parts(values, ends):
             paths_BK = before_K + added_BK
             logs.append(self.log_e(paths_BK))
-            self._path_K = paths_BK[-1]
+            # A view would keep the paths of all ends in memory.
+            self._path_K = paths_BK[-1].copy()
         logs_B = np.concatenate(logs)
         self._log_e_max = max(self._log_e_max, float(logs_B.max()))
         self.n += ends[-1]

@@ -206,7 +206,8 @@ class LogNoise(StrictLaw):
     @property
     def gross_threshold(self) -> float:
         """The L2 distance that honest noise exceeds with probability `GROSS_PROBABILITY`."""
-        return math.exp(self.mu + self.sd * self.standard_quantile(GROSS_PROBABILITY))
+        log = self.mu + self.sd * self.standard_quantile(GROSS_PROBABILITY)
+        return math.exp(min(log, LARGEST_LOG))
 
     @property
     def standard_mass(self) -> float:

@@ -166,7 +166,8 @@ class SequentialTest:
             # The sum starts from the state, so that the result does not depend on how the values
             # were split into updates.
             path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
-            self._log_path = path[-1]
+            # A view would keep the paths of all values in memory.
+            self._log_path = path[-1].copy()
             self._log_e_max = max(self._log_e_max, float(self.log_e(path).max()))
             self._n += size_N.size
             self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))

@@ -73,6 +73,7 @@ def test_noise_comes_back_from_its_text():
         {"sketches": NOISE.tokens.as_dict()},
         {"tokens": NOISE.tokens.as_dict() | {"between": "wide"}},
         {"tokens": NOISE.tokens.as_dict() | {"effect": 0.5}},
+        {"sketches": NOISE.sketches.as_dict() | {"between": 1.9, "effect": 1e307}},
         {"tokens": NOISE.tokens.as_dict() | {"law": {"weights": [True] * COLUMNS}}},
         {"more": 1},
     ],

@@ -169,6 +169,17 @@ def test_the_interval_of_one_block_without_a_factor_covers_as_often_as_it_says()
     assert high >= 0.95
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_the_interval_of_few_nonces_covers_as_often_as_it_says(rate: float):
+    """The fault that this mends: at 30 nonces and a rate of .05 it missed in a quarter of cases."""
+    rng = np.random.default_rng(3)
+    inside = sum(
+        compare_r_target([2 * np.sqrt(rng.beta(31.5, 31.5, size=30))], rate, 64, None).agrees
+        for _ in range(400)
+    )
+    assert stats.proportion_interval(inside, 400, 0.8)[1] >= 0.95
+
+
 def test_the_target_is_the_one_of_the_transform():
     round = Round(block_hash="b", public_key="k", seq_len=8)
     values = np.asarray(
@@ -213,3 +224,12 @@ def test_a_trained_head_needs_its_dimension(small_model):
 def test_too_little_is_refused(n: int, rate: float):
     with refuses(UsageError, "too little is refused"):
         compare_r_target([np.full(n, 1.4)], rate, 8192, None)
+
+
+def test_nonces_without_a_distance_are_refused():
+    vectors = random_directions(40, 12)
+    vectors[3] = 0
+    distances = distances_to_target(vectors, Round(block_hash="b", public_key="k"))
+    for of_block in (distances, np.full(40, np.nan)):  # NaN: a proof of tokens or points
+        with refuses(UsageError, "nonces without a distance are refused"):
+            compare_r_target([of_block], 0.5, 12, None)

@@ -15,7 +15,12 @@ from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.records import Record
 from assay.poc.verdict.honest_noise import Noise, missing_law
-from assay.poc.verdict.residuals import count_mismatches, published_rule, residuals
+from assay.poc.verdict.residuals import (
+    count_mismatches,
+    counted_distances,
+    published_rule,
+    residuals,
+)
 from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.e_values import Outcome
 
@@ -154,7 +159,7 @@ def judge(
             header.round.r_target,
         )
     else:
-        count = count_mismatches(residuals_N)
+        count = count_mismatches(counted_distances(received, recomputed))
     outcome: Outcome = "undecided"
     reason = missing_law(YOUR_MODEL, header.digest, header.round)
     result = None

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PlainValidator, TypeAdapter
+from pydantic import Field, PlainValidator, TypeAdapter
 
 from assay import stats
 from assay.errors import UsageError
@@ -127,7 +127,7 @@ class PartNoise(StrictLaw):
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
     between: float = 0.0
-    effect: float = 2.0
+    effect: Annotated[float, Field(lt=100)] = 2.0  # of far larger ones, scales overflow
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
