@@ -53,7 +53,8 @@ class Workers:
         self.throttle = Throttle(
             ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
         )
-        self.engine_core = self
+        self.engine_core = self.output_processor = self
+        self.given_up: list[str] = []
         self.client = Client(self, self.throttle, engines)
 
     async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
@@ -114,6 +115,10 @@ class Workers:
         self.requested.append(split_id(name)[1])
         await asyncio.sleep(0)
         yield None
+
+    def abort_requests(self, names: list[str], internal: bool) -> None:
+        assert internal
+        self.given_up += names
 
     async def add_request_async(self, request) -> None:
         """Step for a while, together, of which word comes late."""
@@ -283,6 +288,22 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
     if not broken:
         assert await values_of(workers, 203) == list(range(203))
         assert len(workers.requested) < 403
+
+
+async def test_a_request_whose_client_leaves_while_it_waits_for_a_call_is_given_up():
+    workers = Workers(engines=2, together=True)
+    direct = workers.client.direct
+    admitted = await direct.admit(CallSizer(batch=4))
+    adding = asyncio.ensure_future(
+        workers.engine_core.add_request_async(SimpleNamespace(request_id="chat"))
+    )
+    await asyncio.sleep(0)
+    adding.cancel()
+    await asyncio.wait({adding})
+    assert adding.cancelled()
+    assert workers.given_up == ["chat"]
+    direct.leave(admitted)
+    assert await direct.admit(CallSizer(batch=4)) > 0
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])

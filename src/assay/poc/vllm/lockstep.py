@@ -6,6 +6,7 @@ between two calls would meet a pass of the next call instead, and the engines wo
 other for good. So no call begins while engines step, and a request waits until no call runs.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,13 +20,14 @@ LOOKS = 3
 class Lockstep:
     """Holds requests back from engines that step together while calls run.
 
-    ``core`` is vLLM's client of the engines (``DPAsyncMPClient`` in ``v1/engine/core_client.py``),
-    through which every request goes, of chat and of nonces. ``calls_end`` waits until no call runs.
+    Every request of an ``AsyncLLM``, of chat and of nonces, goes through its ``engine_core``
+    (``DPAsyncMPClient`` in ``v1/engine/core_client.py``). ``calls_end`` waits until no call runs.
     """
 
-    def __init__(self, core: Any, calls_end: Callable[[], Awaitable[None]]) -> None:
-        self._core = core
+    def __init__(self, llm: Any, calls_end: Callable[[], Awaitable[None]]) -> None:
+        core = self._core = llm.engine_core
         self._send = core.add_request_async
+        self._give_up = llm.output_processor.abort_requests
         self._calls_end = calls_end
         self.waiting = 0
         """Requests that wait until no call runs; no new call may begin before them."""
@@ -48,6 +50,11 @@ class Lockstep:
         try:
             await self._calls_end()
             self.looks_at_rest = 0
+        except asyncio.CancelledError:
+            # Its client has left. vLLM counts it since before it was sent, and gives up by itself
+            # only what was: it would count it, as chat, for good.
+            self._give_up([request.request_id], internal=True)
+            raise
         finally:
             self.waiting -= 1
         await self._send(request)
