@@ -50,6 +50,7 @@ class Workers:
         )
         self.together = together
         self.engines_running = False
+        self.reqs_in_flight: dict[str, bytes] = {}
         self.throttle = Throttle(
             ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
         )
@@ -288,6 +289,20 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
     if not broken:
         assert await values_of(workers, 203) == list(range(203))
         assert len(workers.requested) < 403
+
+
+async def test_no_call_runs_before_a_request_that_was_given_up_in_its_first_step_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("assay.poc.vllm.direct.TICK", 0)
+    workers = Workers(engines=2, together=True)
+    workers.reqs_in_flight["chat"] = b"engine"
+    admitting = asyncio.ensure_future(workers.client.direct.admit(CallSizer(batch=4)))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not admitting.done()
+    workers.reqs_in_flight.clear()
+    assert await admitting > 0
 
 
 async def test_a_request_whose_client_leaves_while_it_waits_for_a_call_is_given_up():

@@ -21,7 +21,7 @@ class Lockstep:
     """Holds requests back from engines that step together while calls run.
 
     Every request of an ``AsyncLLM``, of chat and of nonces, goes through its ``engine_core``
-    (``DPAsyncMPClient`` in ``v1/engine/core_client.py``). ``calls_end`` waits until no call runs.
+    (``DPLBAsyncMPClient`` in ``v1/engine/core_client.py``). ``calls_end`` waits until no call runs.
     """
 
     def __init__(self, llm: Any, calls_end: Callable[[], Awaitable[None]]) -> None:
@@ -37,8 +37,12 @@ class Lockstep:
 
     @property
     def steps(self) -> bool:
-        """Whether the engines step, as far as vLLM's coordinator has said."""
-        return bool(self._core.engines_running)
+        """Whether the engines step, as far as vLLM's coordinator has said.
+
+        It says so after their first step. What is given up in that one nothing else counts any
+        more, but an engine has it until it says that it has ended.
+        """
+        return bool(self._core.engines_running or self._core.reqs_in_flight)
 
     @property
     def rested(self) -> bool:
