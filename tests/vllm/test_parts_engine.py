@@ -15,6 +15,7 @@ from anyio.from_thread import start_blocking_portal
 
 from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
+from assay.poc.responses.prefill import PromptAndOutput
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import vllm_engine as _engine
@@ -322,6 +323,24 @@ def test_an_engine_whose_workers_do_not_answer_is_ended(started: dict[str, Any])
     with refuses(ModelError, "an engine whose workers do not answer is ended"):
         VLLMPrefill("reference:qwen3", dtype="float32")
     assert started["engine"].ended == 1
+
+
+def test_a_response_that_fills_the_positions_of_an_engine_is_refused_before_any_runs(
+    started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    started["engine"] = Engine([[]])
+    sizes = SimpleNamespace(max_model_len=8, enable_chunked_prefill=True)
+    config = SimpleNamespace(model_config=sizes, scheduler_config=sizes)
+    monkeypatch.setattr(started["engine"].llm_engine, "vllm_config", config)
+    monkeypatch.setattr(_engine, "check_numbers", lambda config: None)
+    monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", dict, raising=False)
+    responses = [PromptAndOutput((1,), (2,)), PromptAndOutput((1,), (2,) * 7)]
+    with (
+        VLLMPrefill("reference:qwen3", dtype="float32") as engine,
+        pytest.raises(UsageError, match="a response of 8 tokens") as refusal,
+    ):
+        next(engine.run(responses))
+    assert refusal.value.wanted.startswith("at most 7")
 
 
 @pytest.mark.parametrize("chosen", [None, "fork"])

@@ -443,6 +443,14 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
         if adapter is not None:
             raise refuse_adapter()
+        most = most_positions(self._engine.llm_engine.vllm_config)
+        longest = max(len(response.prompt) + len(response.output) for response in responses)
+        if longest > most:
+            raise UsageError(
+                f"a response of {longest} tokens with its prompt on this vLLM engine",
+                wanted=f"at most {most}: its --max-model-len, less the token that it generates",
+                do="replay it with --engine hf, which runs the last token of no response",
+            )
         for start in range(0, len(responses), self.batch_size):
             batch = responses[start : start + self.batch_size]
             prompts = [
