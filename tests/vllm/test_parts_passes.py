@@ -183,6 +183,22 @@ def test_engines_that_step_together_run_as_many_passes_whatever_their_shares(
         assert (together.numpy() == alone.numpy()).all()
 
 
+def test_an_engine_without_room_for_its_cache_is_not_ready(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave engines that step with it waiting in the layers that it cannot run."""
+    passes = passes_of(Layers(), engines=2)[0]
+    assert passes.ready
+
+    def make_none(*shape: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty_permuted", make_none)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes.prepare(SPEC._replace(round=replace(SPEC.round, seq_len=9)))
+    assert not passes.ready
+
+
 def test_an_engine_that_fails_in_a_pass_still_runs_those_that_others_wait_for(
     vllm: SimpleNamespace,
 ) -> None:

@@ -500,8 +500,10 @@ class DirectPasses:
 
     @property
     def ready(self) -> bool:
-        """Whether passes may begin: no step of vLLM is unfinished."""
-        return self._runner.execute_model_state is None
+        """Whether passes may begin: no step of vLLM is unfinished, and there was room for the
+        cache.
+        """
+        return self._runner.execute_model_state is None and self._cache is not None
 
     @torch.inference_mode()
     def begin(
@@ -517,11 +519,12 @@ class DirectPasses:
         one of those.
 
         Raises:
-            RuntimeError: A step of vLLM is not finished, or an earlier stage failed.
+            RuntimeError: A step of vLLM is not finished, there is no cache, or an earlier stage
+                failed.
         """
         failure: Exception | None = None
         if not self.ready:
-            failure = RuntimeError("a step of vLLM is not finished")
+            failure = RuntimeError("a step of vLLM is not finished, or there is no cache")
         rows = []
         for start in range(0, len(longest), batch):
             part = nonces[start : start + batch]
