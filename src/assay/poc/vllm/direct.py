@@ -451,6 +451,7 @@ class DirectPasses:
         # Embeddings; with stages the states and residuals that are received, or sent twice.
         self._handed = 1 if stages == 1 else 4
         self._cache: Tensor | None = None
+        self._blocks = 0  # of the largest cache so far, which open streams may need
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
         self._recorded: tuple[Any, PassGraph | None] | None = (
             None  # which passes, and their graph if they have one
@@ -468,13 +469,16 @@ class DirectPasses:
         blocks = 1 + batch * -(-spec.round.seq_len // int(layer_cache.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
-            # Freed before the larger one is made.
+            # Freed before the larger one is made. If there is no room, the next is no smaller than
+            # this one: kernels would write behind it.
             self._cache = None
+            blocks = max(blocks, self._blocks)
             shape = (blocks, *layer_cache.shape[1:])
             order = _axis_order(layer_cache)
             self._cache = torch.empty_permuted(
                 shape, order, dtype=layer_cache.dtype, device=layer_cache.device
             ).zero_()
+            self._blocks = blocks
         return batch
 
     def _batch(self, seq_len: int) -> int:
