@@ -366,9 +366,10 @@ def test_a_response_that_fills_the_positions_of_an_engine_is_refused_before_any_
     started: dict[str, Any], replaying: VLLMPrefill
 ):
     responses = [PromptAndOutput((1,), (2,)), PromptAndOutput((1,) * 8191, (2,))]
-    with pytest.raises(UsageError, match="a response of 8192 tokens") as refusal:
+    with refuses(
+        UsageError, "a response that fills the positions of an engine is refused before any runs"
+    ):
         next(replaying.run(responses))
-    assert refusal.value.wanted.startswith("at most 8191")
     assert started["sizes"] == []
 
 
