@@ -51,10 +51,12 @@ class Workers:
         self.together = together
         self.engines_running = False
         self.pause_scheduler_async = self.resume_scheduler_async = self.step_unseen
+        self.reqs_in_flight: dict[str, bytes] = {}
         self.throttle = Throttle(
             ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
         )
-        self.engine_core = self
+        self.engine_core = self.output_processor = self
+        self.given_up: list[str] = []
         self.client = Client(self, self.throttle, engines)
 
     async def collective_rpc(self, method: str, args: tuple, engine: int = 0):
@@ -121,6 +123,10 @@ class Workers:
         assert not self.running, "a pause beside a call"
         await asyncio.sleep(0.03)
         assert not self.running, "a call beside a pause"
+
+    def abort_requests(self, names: list[str], internal: bool) -> None:
+        assert internal
+        self.given_up += names
 
     async def add_request_async(self, request) -> None:
         """Step for a while, together, of which word comes late."""
@@ -295,6 +301,47 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
     if not broken:
         assert await values_of(workers, 203) == list(range(203))
         assert len(workers.requested) < 1203
+
+
+async def test_no_call_runs_before_a_request_that_was_given_up_in_its_first_step_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("assay.poc.vllm.direct.TICK", 0)
+    workers = Workers(engines=2, together=True)
+    workers.reqs_in_flight["chat"] = b"engine"
+    admitting = asyncio.ensure_future(workers.client.direct.admit(CallSizer(batch=4)))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not admitting.done()
+    workers.reqs_in_flight.clear()
+    assert await admitting > 0
+
+
+async def test_nonces_are_requests_where_engines_do_not_come_to_rest(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("assay.poc.vllm.direct.TICK", 0)
+    workers = Workers(engines=2, together=True)
+    workers.reqs_in_flight["of a dead engine"] = b"engine"
+    assert await values_of(workers, 3) == [0, 1, 2]
+    assert workers.requested == [0, 1, 2]
+    assert "do not come to rest" in workers.client.direct.reason
+
+
+async def test_a_request_whose_client_leaves_while_it_waits_for_a_call_is_given_up():
+    workers = Workers(engines=2, together=True)
+    direct = workers.client.direct
+    admitted = await direct.admit(CallSizer(batch=4))
+    adding = asyncio.ensure_future(
+        workers.engine_core.add_request_async(SimpleNamespace(request_id="chat"))
+    )
+    await asyncio.sleep(0)
+    adding.cancel()
+    await asyncio.wait({adding})
+    assert adding.cancelled()
+    assert workers.given_up == ["chat"]
+    direct.leave(admitted)
+    assert await direct.admit(CallSizer(batch=4)) > 0
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])

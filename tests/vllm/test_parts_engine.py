@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from anyio.from_thread import start_blocking_portal
 
 from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
+from assay.poc.responses.prefill import PromptAndOutput
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import vllm_engine as _engine
@@ -245,7 +247,7 @@ class Engine:
             engine_core=self, vllm_config=SimpleNamespace(model_config=None)
         )
 
-    def collective_rpc(self, name: str, args: tuple) -> Any:
+    def collective_rpc(self, name: str, args: tuple = ()) -> Any:
         if isinstance(self.reply, Exception):
             raise self.reply
         return self.reply
@@ -322,6 +324,53 @@ def test_an_engine_whose_workers_do_not_answer_is_ended(started: dict[str, Any])
     with refuses(ModelError, "an engine whose workers do not answer is ended"):
         VLLMPrefill("reference:qwen3", dtype="float32")
     assert started["engine"].ended == 1
+
+
+@pytest.fixture
+def replaying(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMPrefill]:
+    """An engine of 8192 positions that knows one token at each, and of a response its first
+    state.
+    """
+    engine = started["engine"] = Engine([])
+    sizes = SimpleNamespace(max_model_len=8192, enable_chunked_prefill=True)
+    config = SimpleNamespace(model_config=sizes, scheduler_config=sizes)
+    monkeypatch.setattr(engine.llm_engine, "vllm_config", config)
+    monkeypatch.setattr(_engine, "check_numbers", lambda config: None)
+    monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", dict, raising=False)
+    with VLLMPrefill("reference:qwen3", dtype="float32") as opened:
+        state = bytes(4 * opened.model.hidden_size)
+
+        def generate(prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[Any]:
+            names = [str(place) for place in range(len(prompts))]
+            started["sizes"].append(len(names))
+            engine.reply = [{f"{name}-ab": state for name in names}]
+            row = {0: SimpleNamespace(logprob=0.0)}
+            return [SimpleNamespace(request_id=name, prompt_logprobs=[row]) for name in names]
+
+        started["sizes"] = []
+        monkeypatch.setattr(engine, "generate", generate, raising=False)
+        yield opened
+
+
+def test_long_responses_are_handed_to_an_engine_a_few_at_a_time(
+    started: dict[str, Any], replaying: VLLMPrefill
+):
+    """VLLM describes a thousand tokens at every position, in 240 kB of objects."""
+    responses = [PromptAndOutput((1,) * length, (2,)) for length in (4000, 4000, 4000, 8190, 9)]
+    places = [place for place, _ in replaying.run(responses)]
+    assert places == list(range(5))
+    assert started["sizes"] == [2, 1, 1, 1]
+
+
+def test_a_response_that_fills_the_positions_of_an_engine_is_refused_before_any_runs(
+    started: dict[str, Any], replaying: VLLMPrefill
+):
+    responses = [PromptAndOutput((1,), (2,)), PromptAndOutput((1,) * 8191, (2,))]
+    with refuses(
+        UsageError, "a response that fills the positions of an engine is refused before any runs"
+    ):
+        next(replaying.run(responses))
+    assert started["sizes"] == []
 
 
 @pytest.mark.parametrize("chosen", [None, "fork"])

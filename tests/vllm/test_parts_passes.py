@@ -183,6 +183,39 @@ def test_engines_that_step_together_run_as_many_passes_whatever_their_shares(
         assert (together.numpy() == alone.numpy()).all()
 
 
+def test_an_engine_without_room_for_its_cache_is_not_ready(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave engines that step with it waiting in the layers that it cannot run."""
+    passes = passes_of(Layers(), engines=2)[0]
+    assert passes.ready
+
+    def make_none(*shape: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty_permuted", make_none)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes.prepare(SPEC._replace(round=replace(SPEC.round, seq_len=9)))
+    assert not passes.ready
+
+
+def test_a_cache_is_never_smaller_than_streams_need_that_began_before_there_was_no_room(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Layers()
+    passes, batch = passes_of(model, seq_len=9)
+    long = SPEC._replace(round=replace(SPEC.round, seq_len=9))
+    passes.begin(long, NONCES, batch, NONCES)
+    blocks = len(model.caches[0])
+    with monkeypatch.context() as full:
+        full.setattr(torch, "empty_permuted", lambda *shape, **settings: torch.empty(-1))
+        with pytest.raises(RuntimeError):
+            passes.prepare(SPEC._replace(round=replace(SPEC.round, seq_len=5)))
+    passes.prepare(SPEC)
+    passes.begin(long, NONCES, batch, NONCES)
+    assert len(model.caches[0]) == blocks
+
+
 def test_an_engine_that_fails_in_a_pass_still_runs_those_that_others_wait_for(
     vllm: SimpleNamespace,
 ) -> None:

@@ -72,6 +72,7 @@ class LLM:
         self.turns = turns
         self.pause = pause
         self.late = late
+        self.surplus = 0  # tokens behind a stop text, made in its step, which are trimmed
         self.sent = []
         self.calls = []
         self.reply = None
@@ -97,8 +98,16 @@ class LLM:
             finish = "stop" if turn == self.turns - 1 else None
             mine = [one for one in self.sent if one.external_req_id == request_id]
             self.output_processor.process_outputs(
-                [SimpleNamespace(request_id=one.request_id, new_token_ids=[0]) for one in mine]
+                [
+                    SimpleNamespace(
+                        request_id=one.request_id,
+                        new_token_ids=[0] * (1 + self.surplus * (finish is not None)),
+                    )
+                    for one in mine
+                ]
             )
+            while self.surplus and finish and not self.calls:
+                await asyncio.sleep(0.001)
             await asyncio.sleep(self.pause)
             yield SimpleNamespace(
                 outputs=[
@@ -227,6 +236,20 @@ async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_whe
     await ask(llm, AcceptedRequest("r", "block"))
     assert asked in (None, [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()])
     assert sink.receipts[0].sketches[:, 0].tolist() == list(range(3 if turns == 70 else 2))
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+async def test_tokens_behind_a_stop_text_are_not_of_the_response(surplus: int):
+    llm, sink, _ = recorded(LLM(turns=32, late=0.05))
+    llm.surplus = surplus
+    asking = asyncio.ensure_future(ask(llm, AcceptedRequest("r", "block")))
+    while not llm.calls:
+        await asyncio.sleep(0.001)
+    if not surplus:  # it comes while the response waits for its sketch
+        late = SimpleNamespace(request_id=llm.sent[0].request_id, new_token_ids=[0])
+        llm.output_processor.process_outputs([late])
+    await asyncio.wait_for(asking, 5)
+    assert [one.sketches.shape for one in sink.receipts] == [(1, 12)]
 
 
 def lora_request(path: Path) -> SimpleNamespace:

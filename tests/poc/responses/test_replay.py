@@ -258,6 +258,20 @@ def test_an_answer_to_another_request_fails_by_name(
         pins.check(rebuilt(responses, replace(first, **change)))
 
 
+def test_filters_that_a_server_sets_back_at_temperature_0_make_no_other_request(
+    responses: Receipts,
+):
+    filtered = Sampling(temperature=0, top_k=20, top_p=0.9, min_p=0.1)
+    requests = [replace(one, sampling=filtered) if one.sampling.greedy else one for one in REQUESTS]
+    ReceiptPins(known=KNOWN, requests=requests).check(responses)
+    drawn = replace(requests[-1], sampling=replace(filtered, temperature=1.0))
+    pins = ReceiptPins(known=KNOWN, requests=[*requests[:-1], drawn])
+    with refuses(
+        ProofMismatch, "filters that a server sets back at temperature 0 make no other request"
+    ):
+        pins.check(responses)
+
+
 @pytest.mark.parametrize(
     "pins", [{"public_key": "node_B"}, {"digest": "0" * 64}, {"prover_dtype": "bfloat16"}]
 )

@@ -2,15 +2,20 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from os.path import commonprefix
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from assay.errors import ProofMismatch
 from assay.poc.responses import Request
+from assay.poc.responses.replaying import check_ends
 from assay.poc.responses.stop_search import StopSearch
 from tests.models.tokenizer_families import CODE, FAMILIES, WORDS, family
 from tests.usual import usual
+from tests.wordings import refuses
 
 
 def answer_text(tokenizer: Any, prompt: Sequence[int], output: Sequence[int], skip: bool) -> str:
@@ -74,6 +79,24 @@ def test_a_stop_is_found_in_a_growing_answer_where_it_is_found_in_the_whole(name
         assert request.is_ended(output, (), tokenizer) == (end is not None)
         ends += end is not None
     assert ends > 30
+
+
+def test_an_answer_ran_past_its_end_where_every_server_would_have_stopped():
+    """vLLM looks for stop texts without special tokens unless a client asks for them."""
+    tokenizer = family("sentencepiece with a prefix and bytes")
+    special = tokenizer.all_special_tokens[0]
+    letters = tokenizer("a" * 40, add_special_tokens=False)["input_ids"]
+    output = (tokenizer.convert_tokens_to_ids(special), *letters * 20)
+    model = SimpleNamespace(tokenizer=tokenizer, end_tokens=frozenset(), reference="m")
+    for stop, goes_on in ((special, True), ("a", False)):
+        request = Request(prompt=(letters[0],), request_id="r", stop=(stop,))
+        receipt = SimpleNamespace(name=request.name, request_id="r", output=output, finish="length")
+        receipts = SimpleNamespace(receipts=[receipt])
+        refused = refuses(
+            ProofMismatch, "an answer ran past its end where every server would have stopped"
+        )
+        with nullcontext() if goes_on else refused:
+            check_ends(receipts, model, [request])
 
 
 @pytest.mark.parametrize("letter", usual(["漢", "é", "🛑", "e\u0301", "\U00020000"], "漢", "🛑"))

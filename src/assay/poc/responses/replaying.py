@@ -46,6 +46,7 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
+from assay.poc.responses.stop_search import VIEWS
 from assay.poc.verdict.response_noise import ResponseBlocks
 from assay.stats.token_law import COLUMNS, SCALES, round_profiles
 from assay.streams.arrays import as_tensor
@@ -387,7 +388,10 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
         if request is None or not output:
             continue
         early = output[:-_BESIDE]
-        past = bool(early) and request.is_ended(early, ends, model.tokenizer)
+        # In both texts: which of them a server looks at, no receipt says.
+        past = bool(early) and all(
+            request.is_ended(early, ends, model.tokenizer, views=(view,)) for view in VIEWS
+        )
         if past or not {*ends, *request.stop_token_ids}.isdisjoint(early):
             raise ProofMismatch(
                 (

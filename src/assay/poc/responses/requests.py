@@ -12,7 +12,7 @@ from assay.models.template_process import LONGEST_TEXT
 from assay.poc.protocol.checks import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
-from assay.poc.responses.stop_search import StopSearch
+from assay.poc.responses.stop_search import VIEWS, StopSearch
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
 MOST_STOPS = 64
@@ -84,9 +84,18 @@ class Request(ResponseName):
             )
         return self.prompt
 
-    def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
-        """Whether an output has come to an end of its own: by its last token, or by a stop text."""
-        search = StopSearch(self.stop, self.ids, tokenizer)
+    def is_ended(
+        self,
+        output: Sequence[int],
+        end_tokens: Collection[int],
+        tokenizer: Any,
+        *,
+        views: Sequence[bool] = VIEWS,
+    ) -> bool:
+        """Whether an output has come to an end of its own: by its last token, or by a stop text in
+        one of the ``views`` of :class:`StopSearch`.
+        """
+        search = StopSearch(self.stop, self.ids, tokenizer, views=views)
         return output[-1] in {*end_tokens, *self.stop_token_ids} or any(map(search.add, output))
 
 

@@ -135,8 +135,12 @@ def _check_request(
         pairs["chosen_by"] = receipt.chosen_by, "client"
     if receipt.sampling is not None:
         requested = request.sampling.as_dict()
+        # The likeliest token passes every filter, so vLLM sets them back where it is taken.
+        unused = ("top_k", "top_p", "min_p") if receipt.sampling.greedy else ()
         pairs |= {
-            name: (value, requested[name]) for name, value in receipt.sampling.as_dict().items()
+            name: (value, requested[name])
+            for name, value in receipt.sampling.as_dict().items()
+            if name not in unused
         }
     if receipt.chat_template is not None and request.chat_template is not None:
         # First, as it explains another prompt.

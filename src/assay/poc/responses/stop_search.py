@@ -18,6 +18,7 @@ from assay.models.token_text import added_text, decode_tokens
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _LETTER = 4  # bytes of the longest letter
+VIEWS = False, True  # whether special tokens are left out of the text of an answer
 # Tokens of a window, and characters of its text, beside those of the longest stop.
 _MORE = 8
 
@@ -26,12 +27,19 @@ class StopSearch:
     """Looks for stop texts in an answer as it grows.
 
     A text may be looked for by a server that leaves special tokens out, or by one that does not: it
-    is found in either.
+    is found in either, or with ``views`` in the text that leaves them out (True) or has them.
     """
 
-    def __init__(self, stops: Sequence[str], prompt: Sequence[int], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        stops: Sequence[str],
+        prompt: Sequence[int],
+        tokenizer: Any,
+        *,
+        views: Sequence[bool] = VIEWS,
+    ) -> None:
         self._views = [
-            _GrowingText(stops, prompt, tokenizer, skips=skips) for skips in (False, True) if stops
+            _GrowingText(stops, prompt, tokenizer, skips=skips) for skips in views if stops
         ]
 
     def add(self, token: int) -> bool:

@@ -75,7 +75,7 @@ class Client:
         self.direct = DirectPath(throttle, self.call, engines)
         # Those of a dense model step each by itself.
         if engines > 1 and llm.vllm_config.model_config.is_moe:
-            self.direct.lockstep = Lockstep(llm.engine_core, self.direct.wait_for_calls)
+            self.direct.lockstep = Lockstep(llm, self.direct.wait_for_calls)
         self._counting: asyncio.Task[list[Any]] | None = None
         self._counted_at = 0.0
 

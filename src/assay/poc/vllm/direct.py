@@ -46,6 +46,9 @@ FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
 # Calls that fail one after the other until all nonces are requests.
 FAILURES = 3
+# Looks at engines that step though they have no nonces and no chat, until all nonces are requests:
+# those of one that has died would step for good.
+MOST_LOOKS = 500
 BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
 """Kernels of attention whose cache has the block as its first axis and needs no workspace of the
 runner.
@@ -139,9 +142,15 @@ class DirectPath:
 
         The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
         """
+        looks = 0
         while self._may_call(sizer):
             if self.lockstep is not None and not self.lockstep.rested:
-                self.lockstep.look(self._throttle.in_flight)
+                nonces = self._throttle.in_flight
+                looks = 0 if nonces else looks + 1
+                if looks > MOST_LOOKS:
+                    self.reason = "engines that step together do not come to rest"
+                    self._failures = FAILURES
+                self.lockstep.look(nonces)
                 await asyncio.sleep(TICK)
             elif self._running >= CALLS:
                 self._left.clear()
@@ -442,6 +451,7 @@ class DirectPasses:
         # Embeddings; with stages the states and residuals that are received, or sent twice.
         self._handed = 1 if stages == 1 else 4
         self._cache: Tensor | None = None
+        self._blocks = 0  # of the largest cache so far, which open streams may need
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
         self._recorded: tuple[Any, PassGraph | None] | None = (
             None  # which passes, and their graph if they have one
@@ -459,13 +469,16 @@ class DirectPasses:
         blocks = 1 + batch * -(-spec.round.seq_len // int(layer_cache.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
-            # Freed before the larger one is made.
+            # Freed before the larger one is made. If there is no room, the next is no smaller than
+            # this one: kernels would write behind it.
             self._cache = None
+            blocks = max(blocks, self._blocks)
             shape = (blocks, *layer_cache.shape[1:])
             order = _axis_order(layer_cache)
             self._cache = torch.empty_permuted(
                 shape, order, dtype=layer_cache.dtype, device=layer_cache.device
             ).zero_()
+            self._blocks = blocks
         return batch
 
     def _batch(self, seq_len: int) -> int:
@@ -491,8 +504,10 @@ class DirectPasses:
 
     @property
     def ready(self) -> bool:
-        """Whether passes may begin: no step of vLLM is unfinished."""
-        return self._runner.execute_model_state is None
+        """Whether passes may begin: no step of vLLM is unfinished, and there was room for the
+        cache.
+        """
+        return self._runner.execute_model_state is None and self._cache is not None
 
     @torch.inference_mode()
     def begin(
@@ -508,11 +523,12 @@ class DirectPasses:
         one of those.
 
         Raises:
-            RuntimeError: A step of vLLM is not finished, or an earlier stage failed.
+            RuntimeError: A step of vLLM is not finished, there is no cache, or an earlier stage
+                failed.
         """
         failure: Exception | None = None
         if not self.ready:
-            failure = RuntimeError("a step of vLLM is not finished")
+            failure = RuntimeError("a step of vLLM is not finished, or there is no cache")
         rows = []
         for start in range(0, len(longest), batch):
             part = nonces[start : start + batch]

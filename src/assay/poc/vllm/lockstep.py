@@ -6,6 +6,7 @@ between two calls would meet a pass of the next call instead, and the engines wo
 other for good. So no call begins while engines step, and a request waits until no call runs.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -15,26 +16,29 @@ import torch
 # Looks, a TICK apart, at which engines must be at rest: a message that they step may come later
 # than the answer of the request that they step for.
 LOOKS = 3
-# What makes engines step; a pause lets them step until all of them have heard of it.
-STEPPING = ("add_request_async", "pause_scheduler_async", "resume_scheduler_async")
+# They let engines step until all of them have heard of it.
+PAUSES = ("pause_scheduler_async", "resume_scheduler_async")
 
 
 class Lockstep:
     """Holds requests back from engines that step together while calls run.
 
-    ``core`` is vLLM's client of the engines (``DPAsyncMPClient`` in ``v1/engine/core_client.py``),
-    through which every request goes, of chat and of nonces. ``wait_for_calls`` waits until no call
+    Every request of an ``AsyncLLM``, of chat and of nonces, goes through its ``engine_core``
+    (``DPLBAsyncMPClient`` in ``v1/engine/core_client.py``). ``wait_for_calls`` waits until no call
     runs.
     """
 
-    def __init__(self, core: Any, wait_for_calls: Callable[[], Awaitable[None]]) -> None:
-        self._core = core
+    def __init__(self, llm: Any, wait_for_calls: Callable[[], Awaitable[None]]) -> None:
+        core = self._core = llm.engine_core
+        self._send = core.add_request_async
+        self._give_up = llm.output_processor.abort_requests
         self._wait_for_calls = wait_for_calls
         # Requests and pauses that wait until no call runs; no call may begin before they have.
         self._waiting = 0
         # One after the other, since the last of them.
         self._looks_at_rest = 0
-        for name in STEPPING:
+        core.add_request_async = self._add
+        for name in PAUSES:
             setattr(core, name, partial(self._hold, getattr(core, name)))
 
     @property
@@ -43,9 +47,23 @@ class Lockstep:
         return not self._waiting and self._looks_at_rest >= LOOKS
 
     def look(self, nonces: int) -> None:
-        """Look whether engines that have so many nonces as requests, and no chat, are at rest."""
-        at_rest = not (self._core.engines_running or self._waiting or nonces)
+        """Look whether engines that have so many nonces as requests, and no chat, are at rest.
+
+        vLLM's coordinator says that they step after their first step. What is given up in that one
+        nothing else counts any more, but an engine has it until it says that it has ended.
+        """
+        steps = self._core.engines_running or self._core.reqs_in_flight
+        at_rest = not (steps or self._waiting or nonces)
         self._looks_at_rest = self._looks_at_rest + 1 if at_rest else 0
+
+    async def _add(self, request: Any) -> None:
+        try:
+            await self._hold(self._send, request)
+        except asyncio.CancelledError:
+            # Its client has left. vLLM counts it since before it was sent, and gives up by itself
+            # only what was: it would count it, as chat, for good.
+            self._give_up([request.request_id], internal=True)
+            raise
 
     async def _hold(self, begin: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
         self._waiting += 1

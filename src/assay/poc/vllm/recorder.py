@@ -185,7 +185,9 @@ class Collector:
     def _wrapped_process(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Count the tokens of a step before the server sees them."""
         for output in outputs:
-            if (choice := self._open.get(output.request_id)) is not None:
+            choice = self._open.get(output.request_id)
+            # Until it hears of a stop text, the engine goes on behind it.
+            if choice is not None and not choice.finish:
                 choice.tokens += len(output.new_token_ids)
                 # More are due, without a range for every token.
                 if choice.tokens > SKETCH_EVERY * choice.asked:
@@ -220,7 +222,7 @@ class Collector:
                     self._called[name].found += data
                 for name, choice in self._called.items():
                     # One that ended since waits for the next call.
-                    if ranges[name][1] == choice.due:
+                    if ranges[name][1] >= choice.due:
                         choice.wake()
             except Exception as error:
                 reason = reason_of(error)[:300]

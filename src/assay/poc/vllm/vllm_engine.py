@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +33,13 @@ from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import Pipeline, check_frame, runs_on_vllm, sketch_steps
 from assay.poc.protocol.round import Input, Round, RoundInputs
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
+from assay.poc.responses.prefill import (
+    MOST_POSITIONS,
+    Prefill,
+    Prefilled,
+    PromptAndOutput,
+    check_finite,
+)
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replaying import check_model
 from assay.poc.vllm.client import (
@@ -360,7 +367,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
     Args:
         reference: Checkpoint directory, hub id or ``reference:NAME``.
         dtype: Dtype of the weights.
-        batch_size: Number of sequences that are handed in at once.
+        batch_size: Number of sequences that are handed in at once, fewer of long ones.
         receipts: Headers of the receipts that it will read: those of another checkpoint are refused
             before it starts.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
@@ -443,8 +450,16 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
         if adapter is not None:
             raise refuse_adapter()
-        for start in range(0, len(responses), self.batch_size):
-            batch = responses[start : start + self.batch_size]
+        most = most_positions(self._engine.llm_engine.vllm_config)
+        longest = max(len(response.prompt) + len(response.output) for response in responses)
+        if longest > most:
+            raise UsageError(
+                f"a response of {longest} tokens with its prompt on this vLLM engine",
+                wanted=f"at most {most}: its --max-model-len, less the token that it generates",
+                do="replay it with --engine hf, which runs the last token of no response",
+            )
+        start = 0
+        while batch := _fitting(responses[start : start + self.batch_size]):
             prompts = [
                 {"prompt_token_ids": [*response_of_batch.prompt, *response_of_batch.output]}
                 for response_of_batch in batch
@@ -472,6 +487,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
                     start + place,
                     Prefilled(logits_NV, None, sketched, self._likeliest == self.model.vocab_size),
                 )
+            start += len(batch)
 
     def _states(self, response: PromptAndOutput, data: bytes) -> torch.Tensor:
         """Return the states [S, D] behind the sketched tokens of a response; there may be one of
@@ -507,6 +523,14 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _fitting(responses: Sequence[PromptAndOutput]) -> Sequence[PromptAndOutput]:
+    """Return the first of some responses, one at least, that have no more than
+    :data:`MOST_POSITIONS`: vLLM's objects for the likeliest tokens of 8192 take two gigabytes.
+    """
+    totals = accumulate(len(response.prompt) + len(response.output) for response in responses)
+    return responses[: max(1, sum(total <= MOST_POSITIONS for total in totals))]
 
 
 def refuse_adapter() -> UsageError:
