@@ -48,6 +48,16 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
     assert "multiples of 48" in refused.value.wanted
 
 
+def test_a_decoder_whose_layers_would_stay_unrounded_is_refused(tmp_path):
+    """A proof of GPT-2 said float8, whose law is wider, and its numbers were those of float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with refuses(ModelError, "a decoder whose layers would stay unrounded is refused"):
+        load_model(tmp_path / "gpt2", device="cpu", dtype="float8")
+
+
 @pytest.fixture
 def pair(small_checkpoint):
     """The small checkpoint as it is and rounded."""

@@ -367,6 +367,12 @@ def round_linears(owner: nn.Module) -> None:
             gate_up = round_rows(stacks["gate_up_proj"].detach())
             down = round_rows(stacks["down_proj"].detach())
             setattr(owner, name, EightBitExperts(part, gate_up, down))
+        elif type(part).__name__ == "Conv1D":  # of transformers: the weight stands turned in GPT-2
+            raise ModelError(
+                f"{name} is a Conv1D, and float8 was asked for",
+                wanted="linear layers, as those of Llama",
+                do="use another --dtype",
+            )
         else:
             round_linears(part)
 
