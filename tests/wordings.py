@@ -44,6 +44,7 @@ WORDINGS: dict[str, str] = {
     "a calibration of other engines is refused, 3": "another output than the proof's: vector",
     "a callback url that cannot be called is refused at the start": r"169\.254",
     "a compiler that fails is answered with the other kernels": r"no C\+\+ compiler",
+    "a checkpoint that could not be loaded again is not written": "dtype='float8'",
     "a completion that a template changes is refused": "chat template changes",
     "a control of another checkpoint or in another format is refused": "a control with",
     "a control of another checkpoint or in another format is refused, 2": "again in float32",
