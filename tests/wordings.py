@@ -54,7 +54,7 @@ WORDINGS: dict[str, str] = {
     "a damaged database is an error in three parts": r"service\.sqlite3",
     "a damaged schema whose error is no text is refused in words": "codec",
     "a database of a newer version is refused": "schema 99",
-    "a decoder whose layers would stay unrounded is refused": "c_attn is a Conv1D",
+    "a decoder whose layers would stay unrounded is refused": "is a (Conv1D|DbrxExpertGLU)",
     "a device for vllm is refused": "--device",
     "a directory has one writer": "new is being written by another process",
     "a failed write leaves nothing": "No space left",
