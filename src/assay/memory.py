@@ -1,6 +1,11 @@
-"""The heap of a process that runs a model on the CPU, where the C library is glibc."""
+"""The memory of a process that runs a model on the CPU: its container's, and its heap in glibc."""
 
 import ctypes
+import math
+from pathlib import Path
+
+GROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own control group, of version 2."""
 
 _LIBC = ctypes.CDLL(None)
 # Options of mallopt(3), by their numbers in malloc.h: never trim the heap (M_TRIM_THRESHOLD), no
@@ -30,3 +35,17 @@ def kept_bytes() -> int:
         return 0
     _LIBC.mallinfo2.restype = _HeapInfo
     return int(_LIBC.mallinfo2().free)
+
+
+def group_bytes() -> float:
+    """Return the bytes that the container of this process has left; infinite without a limit.
+
+    Pages of files count as left: they are given back before a process is killed.
+    """
+    try:
+        most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        words = (GROUP / "memory.stat").read_text().split()
+    except (OSError, ValueError):  # no such group, or "max"
+        return math.inf
+    counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    return most - used + counts["active_file"] + counts["inactive_file"]

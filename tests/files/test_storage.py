@@ -80,6 +80,22 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
         assert file.recover() == ['{"nonce":0}']
 
 
+def test_lines_that_are_used_again_never_leave_the_file(tmp_path, monkeypatch):
+    """A run that died before its rename left a footer; the next wrote all lines a second time."""
+    path = tmp_path / "proof.jsonl"
+    lines = [dumps({"nonce": nonce}) for nonce in range(3)]
+    with PartialFile(path) as file:
+        file.append_lines(["{}", *lines, '{"footer":"é"}'])
+
+    def killed(*arguments):
+        raise AssertionError
+
+    with PartialFile(path) as file:
+        monkeypatch.setattr(file, "append_lines", killed)
+        assert file.resume("{}", 3, lambda number, line: line.decode()) == [f"{n}\n" for n in lines]
+    assert path.with_name("proof.jsonl.partial").read_text().split() == ["{}", *lines]
+
+
 def test_what_is_no_partial_file_is_left_as_it_is(tmp_path):
     other = tmp_path / "proof.jsonl.partial"
     other.write_text("my notes\nand more\n")

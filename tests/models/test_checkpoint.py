@@ -244,7 +244,16 @@ def test_a_file_cut_short(checkpoint, keep):
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+    "index",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        json.dumps({"weight_map": {"a": "b" * 300}}),
+        "[" * 100_000,
+    ],
 )
 def test_an_unreadable_index(write_checkpoint, index):
     directory = write_checkpoint(shard="10KB")

@@ -223,6 +223,18 @@ def test_a_limit_of_the_process_counts_as_the_end_of_a_gpu(monkeypatch):
     assert free_bytes(torch.device("cuda")) == 40 - 10
 
 
+def test_the_limit_of_a_container_counts_as_the_end_of_memory(tmp_path, monkeypatch):
+    """A header could claim a batch for which a container has no room, and the kernel killed it."""
+    monkeypatch.setattr("assay.memory.GROUP", tmp_path)
+    monkeypatch.setattr("assay.models.device.kept_bytes", lambda: 7)
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 600000\nactive_file 100\ninactive_file 2000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert free_bytes(torch.device("cpu")) == 100_000 + 2100 + 7
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 1_000_000
+
+
 def test_the_limit_of_a_gpu_without_a_number_is_asked_for_as_torch_wants_it(monkeypatch):
     for name in ("mem_get_info", "memory_allocated", "memory_reserved"):
         value = (60, 100) if name == "mem_get_info" else 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from assay.errors import BackendUnavailable, ModelError
 from assay.models import eight_bits, load_model
@@ -46,6 +47,23 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
     with refuses(ModelError, "a width that float8 cannot multiply on cuda is refused") as refused:
         eight_bits.round_linears(backbone(model.module))
     assert "multiples of 48" in refused.value.wanted
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "dbrx"])
+def test_a_decoder_whose_layers_would_stay_unrounded_is_refused(tmp_path, architecture):
+    """A proof of GPT-2 said float8, whose law is wider, and its numbers were those of float32."""
+    experts = {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
+    heads = {"kv_n_heads": 2, "rope_theta": 10000}
+    sizes = {
+        "gpt2": {"n_embd": 64, "n_layer": 1, "n_head": 4},
+        "dbrx": {"d_model": 64, "n_layers": 1, "n_heads": 4, "ffn_config": experts},
+    }
+    config = AutoConfig.for_model(
+        architecture, vocab_size=300, attn_config=heads, **sizes[architecture]
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with refuses(ModelError, "a decoder whose layers would stay unrounded is refused"):
+        load_model(tmp_path / "model", device="cpu", dtype="float8")
 
 
 @pytest.fixture

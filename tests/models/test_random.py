@@ -169,6 +169,14 @@ def test_trained_weights_and_existing_paths_are_usage_errors(checkpoint, tmp_pat
         save_random(checkpoint, checkpoint, weights="random-all", block_hash="b")
 
 
+def test_a_checkpoint_that_could_not_be_loaded_again_is_not_written(checkpoint, tmp_path):
+    with refuses(UsageError, "a checkpoint that could not be loaded again is not written"):
+        save_random(
+            checkpoint, tmp_path / "r", weights="random-all", block_hash="b", dtype="float8"
+        )
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_failed_write_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -160,6 +160,8 @@ def test_an_unreadable_configuration(checkpoint, text):
             {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}},
             "num_hidden_layers = 1000000",
         ),
+        ({"model_type": "qwen3_vl", "vision_config": {"depth": 5000}}, "depth = 5000"),
+        ({"model_type": "xlstm", "num_blocks": 5000}, "num_blocks = 5000"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )

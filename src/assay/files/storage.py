@@ -326,8 +326,9 @@ class PartialFile(AbstractContextManager["PartialFile"]):
             read(number, f"{line}\n".encode()) for number, line in enumerate(usable[1:], start=2)
         ]
         if len(lines) > len(usable):
-            self.restart()
-            self.append_lines(usable)
+            # What is usable is never off the disk.
+            with _storing(self.partial):
+                self._file.truncate(len("\n".join([*usable, ""]).encode()))
         return values
 
     def restart(self) -> None:

@@ -92,14 +92,23 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     try:
         names = set(files_by_tensor(directory).values())
         files = tuple(directory / name for name in sorted(names))
-    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        absent = [file for file in files if file.parent != directory or not file.is_file()]
+    # Of names that are longer than a file system takes, too.
+    except (
+        DataError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise bad_weights(f"{index} is unreadable: {error}", "JSON with a weight_map") from error
-    for file in files:
-        if file.parent != directory or not file.is_file():
-            raise bad_weights(
-                f"{index} names {file.name!a}, which is not there",
-                "every file beside it, spelt to the letter as the index does",
-            )
+    if absent:
+        raise bad_weights(
+            f"{index} names {absent[0].name!a}, which is not there",
+            "every file beside it, spelt to the letter as the index does",
+        )
     # Loaders that follow no index take every file whose name begins so.
     others = [name for name in written if name not in names and name.lower().startswith("model")]
     if others:

@@ -36,6 +36,9 @@ _SIZES = (
 )
 _LONGEST_CONFIG = 2**22  # bytes
 _MOST_LAYERS = 2**12
+# Words in the names of numbers of which the library makes a list: of a decoder, or beside it, where
+# towers of pictures have a depth and those of sounds have blocks.
+_LISTS = ("layer", "depth", "block")
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
     "use_bidirectional_attention": (True, "all"),
@@ -120,11 +123,13 @@ def _check_lengths(name: str, settings: Any) -> None:
         pending += parts(part)
         for key, value in part.items() if isinstance(part, dict) else ():
             # Gemma 3n has a vocabulary of 262 144, vocab_size_per_layer_input.
-            is_length = key == "num_labels" or ("layer" in key and "size" not in key)
+            is_length = key == "num_labels" or (
+                any(word in key for word in _LISTS) and "size" not in key
+            )
             if is_length and isinstance(value, int) and value > _MOST_LAYERS:
                 raise ModelError(
                     f"the configuration of {name!r} says {key} = {value}",
-                    wanted=f"at most {_MOST_LAYERS} layers or labels",
+                    wanted=f"at most {_MOST_LAYERS} layers, blocks or labels",
                     do="compare it with the published one",
                 )
 

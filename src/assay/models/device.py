@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assay.devices import DEVICE_NAME, check_device
 from assay.errors import UsageError
-from assay.memory import kept_bytes
+from assay.memory import group_bytes, kept_bytes
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:
@@ -42,14 +42,15 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 def free_bytes(device: torch.device) -> int:
     """Return the memory in bytes that this process may still take of a device.
 
-    What torch's allocator reserves counts, and so does a limit that the process has set itself.
+    What torch's allocator reserves counts, and so does a limit that the process has set itself, or
+    on a CPU its container.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
         limit = int(total * torch.cuda.get_per_process_memory_fraction(device.index))
         return min(free + torch.cuda.memory_reserved(device), limit) - allocated
-    return int(psutil.virtual_memory().available) + kept_bytes()
+    return int(min(psutil.virtual_memory().available, group_bytes())) + kept_bytes()
 
 
 def processor(device: torch.device) -> str:

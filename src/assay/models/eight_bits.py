@@ -42,6 +42,9 @@ SMALLEST = 1e-12
 WIDTHS = 16
 """What rows and columns of a weight must be multiples of on CUDA."""
 
+# Modules of transformers that multiply by matrices of their own: of GPT-2, and experts of DBRX.
+_PLAIN_MATRICES = ("Conv1D", "DbrxExpertGLU")
+
 _INT8_LARGEST = 127
 
 INT8_STEP = 1 / _INT8_LARGEST
@@ -367,6 +370,12 @@ def round_linears(owner: nn.Module) -> None:
             gate_up = round_rows(stacks["gate_up_proj"].detach())
             down = round_rows(stacks["down_proj"].detach())
             setattr(owner, name, EightBitExperts(part, gate_up, down))
+        elif type(part).__name__ in _PLAIN_MATRICES:
+            raise ModelError(
+                f"{name} is a {type(part).__name__}, and float8 was asked for",
+                wanted="linear layers, as those of Llama",
+                do="use another --dtype",
+            )
         else:
             round_linears(part)
 

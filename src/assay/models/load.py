@@ -376,7 +376,7 @@ def save_random(
         dtype: Dtype to store; None as for :func:`load_model`.
 
     Raises:
-        UsageError: ``weights`` is not a random mode, or ``path`` exists.
+        UsageError: ``weights`` is not a random mode, ``dtype`` no dtype, or ``path`` exists.
         StorageError: The directory cannot be written.
         ModelError: The model cannot be loaded; :func:`load_model` lists the kinds.
     """
@@ -388,6 +388,8 @@ def save_random(
             do="copy the directory instead",
             field="weights",
         )
+    # A rounded model has no form in which a checkpoint could be loaded again.
+    check_choice("dtype", dtype, (None, *DTYPES), "dtype")
     check_new_folder(target)
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
     save_checkpoint(model.module, model.tokenizer, target)
