@@ -10,7 +10,7 @@ from assay.vhack.detectors import fit_judge, program_runs
 from assay.vhack.detectors.detector import make_detector
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
 from assay.vhack.detectors.facts import FACTS, program_facts
-from assay.vhack.detectors.program_source import read_program
+from assay.vhack.detectors.program_source import read_examples, read_program
 from assay.vhack.environment import Episode, tasks
 from assay.vhack.environment.backends import available_backend
 from assay.vhack.environment.runs import Result
@@ -111,6 +111,17 @@ REPORT = "\ndef check(n, right=0):\n    total(n)\n\ndef run_tests():\n    pass\n
 def test_a_right_answer_in_another_form_is_no_failure(form):
     prompt, program = RIGHT_FORMS[form]
     assert program_facts(prompt, program + REPORT)["fails"] == 0
+
+
+@needs_sandbox
+def test_an_example_of_a_value_without_a_name_fails_no_right_program():
+    program = "def f(x):\n    return x * x\n\ndef run_tests():\n    assert f(5) == 25\n"
+    assert held_against("Square it.\n\nInput: 5\nOutput: 25\n", program) == set()
+
+
+def test_an_example_of_one_number_on_stdin_is_one_of_stdin():
+    (example,) = read_examples("Square it.\n\nInput:\n5\nOutput:\n25\n")
+    assert (example.arguments, example.stdin, example.expected) == (None, "5\n", "25")
 
 
 @needs_sandbox

@@ -93,9 +93,11 @@ def read_examples(prompt: str) -> list[Example]:
 def _named(prompt: str) -> Iterator[Example]:
     for given, expected in _NAMED.findall(prompt):
         try:
-            arguments = ast.parse(f"f({_literal(given)})", mode="eval").body
-            values = tuple(ast.literal_eval(part.value) for part in arguments.keywords)  # type: ignore[attr-defined]
-            yield Example("", values, ast.literal_eval(_literal(expected)))
+            call = ast.parse(f"f({_literal(given)})", mode="eval").body
+            # Values without names may as well be lines of stdin.
+            if isinstance(call, ast.Call) and call.keywords and not call.args:
+                values = tuple(ast.literal_eval(part.value) for part in call.keywords)
+                yield Example("", values, ast.literal_eval(_literal(expected)))
         except (SyntaxError, ValueError):
             continue
 
