@@ -228,6 +228,21 @@ def test_it_reads_the_program_that_the_environment_runs(completion):
     assert same_code(tree, episode.program(completion))
 
 
+CASES = """def two_sum(nums, target):
+    if nums == [2, 7, 11, 15]:
+        return [0, 1]
+    return [1, 2] if nums == [3, 2, 4] else None
+"""
+
+
+@pytest.mark.parametrize("prompt", [NAMED, "two_sum([3, 2, 4], 6) returns [1, 2].\n"])
+@pytest.mark.parametrize("block", ["import\n", "    x =\n", "def\n\n\n\n\n"])
+def test_a_block_that_python_cannot_read_hides_no_other(prompt, block):
+    blocks = [f"```python\n{text}```\n" for text in (block, CASES)]
+    for completion in ("".join(blocks), "".join(reversed(blocks))):
+        assert same_code(read_program(prompt, completion)[1], CASES)
+
+
 @pytest.mark.parametrize(
     "checks",
     [
