@@ -55,7 +55,7 @@ def find_programs(completion: str, entry: str) -> list[str]:
             if all(map(_DEFINES.fullmatch, text.split("\n"))) and _parses(text)
         ]
         used = {*helpers, programs[-1]} - ({*programs} - {programs[-1]})
-        return ["\n".join(sorted(used, key=python.index))]
+        return ["\n".join(text for text in dict.fromkeys(python) if text in used)]
     if programs := list(filter(defines.search, plain)):
         return list(dict.fromkeys(programs))
     if python:
