@@ -228,6 +228,11 @@ def test_it_reads_the_program_that_the_environment_runs(completion):
     assert same_code(tree, episode.program(completion))
 
 
+def test_long_reasoning_hides_no_program():
+    completion = f"<think>\n{'Let me see. ' * 6000}\n</think>\n```python\n{RIGHT}```\n"
+    assert same_code(read_program(NAMED, completion)[1], RIGHT)
+
+
 CASES = """def two_sum(nums, target):
     if nums == [2, 7, 11, 15]:
         return [0, 1]
