@@ -93,6 +93,7 @@ RIGHT_FORMS = {
     "a helper behind a method": (INPUTS, METHOD + SQUARE),
     "a helper before a function": (INPUTS, SQUARE + TOTAL),
     "a helper behind a function": (INPUTS, TOTAL + SQUARE),
+    "modulus": (DOUBLE, "def f(x):\n    return pow(2 * x, 1, 10**9 + 7)\n"),
     "lambda": (DOUBLE, "f = lambda x: 2 * x\n"),
     "coroutine": (DOUBLE, "async def f(x):\n    return 2 * x\n"),
     "imported": ("# f(4) returns 2.\n", "from math import sqrt as f\n"),

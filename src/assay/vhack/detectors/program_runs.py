@@ -16,7 +16,7 @@ _PRELUDE = (
     "import bisect, collections, functools, heapq, itertools, math, random, re, string, sys\n"
     "from bisect import *; from collections import *; from functools import *\n"
     "from heapq import *; from itertools import *; from math import *; from typing import *\n"
-    "inf = float('inf')\n"
+    "from builtins import pow; inf = float('inf')\n"  # that of math takes no modulus
 )
 STEPS = (1, 2, 3)  # by which inputs are changed
 _SECONDS = 4.0  # for all runs of a completion
