@@ -134,6 +134,17 @@ def test_a_wrong_answer_of_any_kind_is_one(answer):
     assert facts["swallowed"] == 0
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    "form",
+    ["from __future__ import annotations\n{}", "{}#" + "-" * 65_300, "{}#" + "\U000e0001" * 65_000],
+    ids=["future", "long", "escaped"],
+)
+def test_nothing_around_a_program_keeps_it_from_being_run(form):
+    program = form.format(f"def f(x):\n    return 7\n{REPORT}")
+    assert program_facts(DOUBLE, program)["fails"] == 1
+
+
 @pytest.mark.parametrize(
     "line",
     ["assert " + "+".join("1" * 4000) + " < 7", "Y = 0x" + "f" * 3600, "Y = " + "-" * 9000 + "1"],
