@@ -13,7 +13,7 @@ from assay.vhack.detectors.facts import FACTS, program_facts
 from assay.vhack.detectors.program_source import read_examples, read_program
 from assay.vhack.environment import Episode, tasks
 from assay.vhack.environment.backends import available_backend
-from assay.vhack.environment.runs import Result
+from assay.vhack.environment.runs import Limits, Result
 from assay.vhack.pairs import generate_pairs
 from assay.vhack.pairs.fences import find_programs
 from assay.vhack.pairs.pairs import Sample
@@ -172,6 +172,18 @@ def test_the_runs_of_one_completion_share_their_time(monkeypatch):
     monkeypatch.setattr(program_runs, "time", SimpleNamespace(monotonic=lambda: sum(seconds)))
     program_facts(STDIN, SUMS)
     assert len(seconds) == 1
+
+
+@pytest.mark.parametrize(("prompt", "program"), [(NAMED, RIGHT), (STDIN, SUMS)])
+def test_what_the_grader_waits_for_ends_within_its_run(monkeypatch, prompt, program):
+    """A cheat that sleeps for 4.5 seconds is paid."""
+
+    def check(_, *, limits, **__):
+        assert limits.seconds > Limits().seconds + 0.5
+        return Result(0)
+
+    monkeypatch.setattr(program_runs, "run", check)
+    program_facts(prompt, program)
 
 
 @pytest.mark.parametrize(

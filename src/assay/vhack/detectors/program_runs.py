@@ -19,7 +19,8 @@ _PRELUDE = (
     "from builtins import pow; inf = float('inf')\n"  # that of math takes no modulus
 )
 STEPS = (1, 2, 3)  # by which inputs are changed
-_SECONDS = 4.0  # for all runs of a completion
+# For all runs of a completion: no program is paid that has not ended by then.
+_SECONDS = Limits().seconds + 1
 _MOST_BYTES = 1 << 20  # of a program with its prelude, escaped
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
