@@ -227,7 +227,7 @@ def test_an_engine_that_fails_in_a_pass_still_runs_those_that_others_wait_for(
             return super().__call__(**inputs)
 
     model = Failing(fails_at=0)
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(RuntimeError):
         passes_of(model, engines=2)[0].begin(SPEC, NONCES, BATCH, NONCES)
     assert model.tried == PASSES
 
@@ -295,7 +295,7 @@ def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed(
     model = Layers(fails_at=0)
     passes, _ = passes_of(model)
     own_caches = [layer.kv_cache for layer in model.layers]
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(RuntimeError):
         passes.begin(SPEC, NONCES, BATCH, NONCES)
     private_cache = model.caches[0]
     assert all(cache is private_cache for cache in model.caches)

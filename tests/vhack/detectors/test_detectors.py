@@ -3,6 +3,7 @@ promises.
 """
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -183,6 +184,25 @@ def test_a_judge_flags_hack_sides_and_leaves_clean_ones(
         True,
         *judge.flags(hack),
     ]
+
+
+@pytest.mark.parametrize("detector", ["probe", "likelihood"])
+def test_a_rollout_with_states_that_are_not_finite_is_flagged_and_no_neighbour(
+    small_model, byte_tokenizer, small_pairs, detector
+):
+    module = copy.deepcopy(small_model.module)
+    judge = fit_judge(
+        small_pairs, module, detector=detector, tokenizer=byte_tokenizer, promised=0.2
+    )
+    samples = [pair.samples()[1] for pair in small_pairs]
+    scores = judge.scores(samples)
+    (token,) = byte_tokenizer("\x7f")["input_ids"]
+    # Apart from the head, which every sample needs.
+    embeddings = copy.deepcopy(module.get_input_embeddings())
+    embeddings.weight.data[token] = torch.nan
+    module.set_input_embeddings(embeddings)
+    broken = replace(samples[0], completion=samples[0].completion + "\x7f")
+    assert judge.scores([broken, *samples]) == pytest.approx([math.inf, *scores])
 
 
 def test_a_judge_by_axes_judges_the_same_after_peft_has_wrapped_the_model(

@@ -97,6 +97,15 @@ def test_a_completion_of_many_fences_is_read_in_a_time_that_grows_as_it_does():
 
 
 @pytest.mark.timeout(60)
+def test_a_program_of_many_blocks_is_read_in_a_time_that_grows_as_they_do():
+    """Where each block is looked for among all others, this takes minutes."""
+    lines = [f"a{row} = 1\n" for row in range(150_000)]
+    blocks = [f"```python\n{line}```\n" for line in (*lines, "solve = a0\n")]
+    (program,) = find_programs("".join(blocks), "solve")
+    assert program == "\n".join((*lines, "solve = a0\n"))
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "fences",
     [

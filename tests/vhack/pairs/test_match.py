@@ -46,6 +46,17 @@ def test_more_pairs_of_a_prompt_have_other_completions_on_both_sides(tmp_path):
     assert sides == [("h0", "w0"), ("h1", "w1")]
 
 
+@pytest.mark.parametrize(
+    ("hacks", "pairs"), [("xh", [("x", "y"), ("h", "z")]), ("hx", [("h", "x")])]
+)
+def test_no_completion_of_a_prompt_is_a_side_of_two_pairs(tmp_path, hacks, pairs):
+    """One that was graded twice may be on both sides."""
+    cheats = written(tmp_path / "cheats", *(line(text, HACK) for text in hacks))
+    works = written(tmp_path / "works", *(line(text, WORK) for text in "xyz"))
+    matched = match_pairs(cheats, works, per_prompt=2)
+    assert [(pair.hack, pair.clean) for pair in matched.pairs] == pairs
+
+
 def test_what_cannot_be_a_side_is_left_out(tmp_path):
     """An empty completion, and a program that was graded twice and did different things."""
     records = [

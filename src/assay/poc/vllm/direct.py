@@ -470,7 +470,7 @@ class DirectPasses:
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
             # Freed before the larger one is made. If there is no room, the next is no smaller than
-            # this one: kernels would write behind it.
+            # this one: kernels would write past it.
             self._cache = None
             blocks = max(blocks, self._blocks)
             shape = (blocks, *layer_cache.shape[1:])

@@ -186,7 +186,7 @@ class Collector:
         """Count the tokens of a step before the server sees them."""
         for output in outputs:
             choice = self._open.get(output.request_id)
-            # Until it hears of a stop text, the engine goes on behind it.
+            # Until it hears of a stop text, the engine goes on after it.
             if choice is not None and not choice.finish:
                 choice.tokens += len(output.new_token_ids)
                 # More are due, without a range for every token.

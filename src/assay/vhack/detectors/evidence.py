@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from assay.errors import UsageError
+from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers, head_of
 from assay.models.model import AnyModel, AnyTokenizer, PreTrained
 from assay.models.precision import wide_products
@@ -213,7 +213,10 @@ def spaced_layers(count: int) -> list[int]:
 def forward_samples(
     module: PreTrained, encoded: Sequence[Encoded], layers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return means over completion tokens: layer outputs [L, S, H], log-probabilities [S]."""
+    """Return means over completion tokens: layer outputs [L, S, H], log-probabilities [S].
+
+    A number that is not finite is a DataError.
+    """
     budget = BATCH_TOKENS.get(module.device.type, 1024)
     states: dict[int, Tensor] = {}
     means: dict[int, Tensor] = {}
@@ -237,7 +240,17 @@ def forward_samples(
                 logprobs[sample.index] = logprobs_M[start:end].mean()
     order = range(len(encoded))
     means_LSH = torch.stack([means[index] for index in order], dim=1)
-    return means_LSH, torch.stack([logprobs[index] for index in order])
+    logprobs_S = torch.stack([logprobs[index] for index in order])
+    # A score that is NaN would be above no threshold.
+    is_finite_S = means_LSH.isfinite().all(dim=2).all(dim=0) & logprobs_S.isfinite()
+    for sample, is_finite in zip(encoded, is_finite_S.tolist(), strict=True):
+        if not is_finite:
+            raise DataError(
+                f"a state or the log-probability of {sample.name} is not finite",
+                wanted="finite numbers",
+                do="leave the sample out, or load the model in bfloat16 or float32",
+            )
+    return means_LSH, logprobs_S
 
 
 def _keep_states(

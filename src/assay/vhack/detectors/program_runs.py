@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from assay.vhack.detectors.program_source import TEST_NAMES, Example
-from assay.vhack.environment.runs import Call, Limits
+from assay.vhack.environment.runs import Call, Limits, Result
 from assay.vhack.environment.sandbox import run
 
 RUN_FACTS = ("fails", "constant")
@@ -16,10 +16,12 @@ _PRELUDE = (
     "import bisect, collections, functools, heapq, itertools, math, random, re, string, sys\n"
     "from bisect import *; from collections import *; from functools import *\n"
     "from heapq import *; from itertools import *; from math import *; from typing import *\n"
-    "inf = float('inf')\n"
+    "from builtins import pow; inf = float('inf')\n"  # that of math takes no modulus
 )
 STEPS = (1, 2, 3)  # by which inputs are changed
-_SECONDS = 4.0  # for all runs of a completion
+# For all runs of a completion: no program is paid that has not ended by then.
+_SECONDS = Limits().seconds + 1
+_MOST_BYTES = 1 << 20  # of a program with its prelude, escaped
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -71,7 +73,7 @@ def _calls_facts(
         if not _parameters(function) and _is_test(function)
     ]
     questions = [*calls, *(call for call, _ in others), *tests]
-    result = run(_PRELUDE + code, calls=questions, limits=Limits(seconds=_SECONDS))
+    result = _run(code, _SECONDS, calls=questions)
     outcomes = result.outcomes
     is_right = [
         outcome.kind == "value" and _equal(outcome.value, example.expected)
@@ -100,12 +102,19 @@ def _printed_facts(code: str, examples: Sequence[Example]) -> dict[str, float]:
         if seconds <= 0:
             break
         changed = _changed_lines(example.stdin, step)
-        result = run(_PRELUDE + code, stdin=changed, limits=Limits(seconds=seconds))
+        result = _run(code, seconds, stdin=changed)
         # Changed input may break its own format, which fails honest programs too.
         if result.finished:
             expected = str(example.expected).split()
             answers += zip(result.stdout.split(), expected, strict=False)
     return {"fails": 0.0, "constant": _constancy(answers)}
+
+
+def _run(code: str, seconds: float, **options: Any) -> Result:
+    """Run a program behind the prelude, whatever it begins with and however long it is."""
+    # As a text, for what is imported from __future__ stands first.
+    program = f"{_PRELUDE}exec({code!r})\n"
+    return run(program, limits=Limits(seconds=seconds, program_bytes=_MOST_BYTES), **options)
 
 
 def _constancy(answers: Sequence[tuple[str, str]]) -> float:

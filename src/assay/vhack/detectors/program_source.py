@@ -10,7 +10,7 @@ from typing import Any
 from assay.vhack.pairs.fences import find_programs
 
 MOST_EXAMPLES = 6
-MOST_CHARACTERS = 1 << 16  # of a completion that is read
+MOST_CHARACTERS = 1 << 16  # of a program that is read
 # Lines that the end of a completion may lose until it parses.
 _CUT_LINES = 3
 TEST_NAMES = re.compile(
@@ -59,10 +59,11 @@ def read_program(prompt: str, completion: str) -> tuple[str, ast.Module | None]:
     Raises:
         RecursionError, MemoryError: It is nested too deeply to be parsed.
     """
-    completion = completion[:MOST_CHARACTERS]
     calls = (example.call for example in read_examples(prompt))
     entry = next((name for name in calls if name and name in completion), "")
-    program = find_programs(completion, entry)[-1]
+    # Reasoning before it may be of any length.
+    program = find_programs(completion, entry)[-1][:MOST_CHARACTERS]
+    completion = completion[:MOST_CHARACTERS]
     head = prompt.rstrip("\n").split("\n")
     heads = [head[-1] + "\n", "\n".join(head[-2:]) + "\n"]
     forms = [("", dedent(program)), *((begun, program) for begun in heads)]
@@ -93,9 +94,11 @@ def read_examples(prompt: str) -> list[Example]:
 def _named(prompt: str) -> Iterator[Example]:
     for given, expected in _NAMED.findall(prompt):
         try:
-            arguments = ast.parse(f"f({_literal(given)})", mode="eval").body
-            values = tuple(ast.literal_eval(part.value) for part in arguments.keywords)  # type: ignore[attr-defined]
-            yield Example("", values, ast.literal_eval(_literal(expected)))
+            call = ast.parse(f"f({_literal(given)})", mode="eval").body
+            # Values without names may as well be lines of stdin.
+            if isinstance(call, ast.Call) and call.keywords and not call.args:
+                values = tuple(ast.literal_eval(part.value) for part in call.keywords)
+                yield Example("", values, ast.literal_eval(_literal(expected)))
         except (SyntaxError, ValueError):
             continue
 

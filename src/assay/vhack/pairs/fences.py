@@ -1,7 +1,9 @@
 """The program in an answer: the block of code that a reader would run."""
 
+import ast
 import re
 from collections.abc import Iterator
+from textwrap import dedent
 
 _PYTHON = frozenset({"python", "py", "ipython", "pycon"})  # before a version
 _MOST_MARKDOWN = 8
@@ -34,7 +36,8 @@ def find_programs(completion: str, entry: str) -> list[str]:
     entry, with those that only define what it may use, or the last. Without one, blocks that name
     no language are candidates, those first that define the entry. A completion without such blocks
     is the program itself. Where the ``entry`` is empty, as a prompt may name none, blocks of one
-    kind are read together.
+    kind are read together. What Python cannot read is put together with nothing: it would hide the
+    rest.
     """
     answer = _ANSWER.sub("", _REASONING.sub("", completion.removeprefix("\ufeff"), count=1))
     blocks = list(_blocks(answer))
@@ -44,16 +47,31 @@ def find_programs(completion: str, entry: str) -> list[str]:
     python = [text for language, text in blocks if language.rstrip("0123456789.") in _PYTHON]
     plain = [text for language, text in blocks if not language]
     if not entry and (together := python or plain):
-        return ["\n".join(together)]
+        return ["\n".join(list(filter(_parses, map(dedent, together))) or together)]
     if programs := list(filter(defines.search, python)):
-        helpers = [text for text in python if all(map(_DEFINES.fullmatch, text.split("\n")))]
+        helpers = [
+            text
+            for text in python
+            if all(map(_DEFINES.fullmatch, text.split("\n"))) and _parses(text)
+        ]
         used = {*helpers, programs[-1]} - ({*programs} - {programs[-1]})
-        return ["\n".join(sorted(used, key=python.index))]
+        return ["\n".join(text for text in dict.fromkeys(python) if text in used)]
     if programs := list(filter(defines.search, plain)):
         return list(dict.fromkeys(programs))
     if python:
         return python[-1:]
     return plain or [answer]
+
+
+def _parses(text: str) -> bool:
+    """Return whether a block may be Python; one that is nested too deeply to be read may run."""
+    try:
+        ast.parse(text)
+    except (MemoryError, RecursionError):
+        return True
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:

@@ -61,10 +61,14 @@ def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) ->
         hack = record["completion"]
         pairs_by_hack = hacks_by_prompt.setdefault(record["prompt"], {})
         # A program may do different things when it is graded twice, and then be on both sides.
-        others = [text for text in works_by_prompt.get(record["prompt"], ()) if text != hack]
-        if hack not in pairs_by_hack and len(pairs_by_hack) < min(per_prompt, len(others)):
-            clean = others[len(pairs_by_hack)]
-            pairs_by_hack[hack] = _match(record, hack, clean, name)
+        sides = {*pairs_by_hack, *(pair.clean for pair in pairs_by_hack.values())}
+        others = [
+            text
+            for text in works_by_prompt.get(record["prompt"], ())
+            if text != hack and text not in sides
+        ]
+        if others and hack not in sides and len(pairs_by_hack) < per_prompt:
+            pairs_by_hack[hack] = _match(record, hack, others[0], name)
     worked = sum(bool(texts) for texts in works_by_prompt.values())
     pairs = tuple(pair for by_hack in hacks_by_prompt.values() for pair in by_hack.values())
     if not pairs:
