@@ -127,7 +127,8 @@ class PartNoise(StrictLaw):
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
     between: float = 0.0
-    effect: Annotated[float, Field(lt=100)] = 2.0  # of far larger ones, scales overflow
+    # No calibration states more, and scales of far larger ones overflow.
+    effect: Annotated[float, Field(le=2**24)] = 2.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
