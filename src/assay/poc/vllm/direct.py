@@ -546,7 +546,7 @@ class DirectPasses:
             raise failure
         return (
             HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
-            if rows and is_first_of_group()
+            if nonces and self._link.is_last and is_first_of_group()
             else None
         )
 
