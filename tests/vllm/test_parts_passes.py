@@ -295,7 +295,7 @@ def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed(
     model = Layers(fails_at=0)
     passes, _ = passes_of(model)
     own_caches = [layer.kv_cache for layer in model.layers]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="no memory"):
         passes.begin(SPEC, NONCES, BATCH, NONCES)
     private_cache = model.caches[0]
     assert all(cache is private_cache for cache in model.caches)

@@ -35,7 +35,7 @@ from assay.poc.responses.token_fit import (
 )
 from assay.poc.verdict.honest_noise import is_bundled
 from assay.poc.verdict.machine_fit import spread_of_new
-from assay.poc.verdict.response_noise import PartNoise, ResponseNoise
+from assay.poc.verdict.response_noise import EFFECTS, PartNoise, ResponseNoise
 from assay.stats.noise_laws import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ Chosen after one of eight pairs of formats and models accused more honest audits
 
 # Tokens from which the smallest effect is told apart from honest noise.
 TOLD_APART = 256
-EFFECTS = tuple(2.0**k for k in range(1, 25))
 
 OF_BUILD = ("engine", "device", "dtype", "attention", "torch", "library")
 """Fields of a fingerprint in which an engine must be like a measured one."""

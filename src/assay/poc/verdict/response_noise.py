@@ -41,6 +41,8 @@ from assay.stats.token_law import COLUMNS, LEAST_LOG
 KIND = "responses"
 # Version of the test of responses: its cheats, their weights and its scales.
 RESPONSE_TEST = 1
+# Times the honest noise that a cheat may have: a calibration states one of them.
+EFFECTS = tuple(2.0**k for k in range(1, 25))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +129,7 @@ class PartNoise(StrictLaw):
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
     between: float = 0.0
-    # No calibration states more, and scales of far larger ones overflow.
-    effect: Annotated[float, Field(le=2**24)] = 2.0
+    effect: Annotated[float, Field(le=EFFECTS[-1])] = 2.0  # scales of far larger ones overflow
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""

@@ -516,7 +516,8 @@ class DirectPasses:
         """Queue passes, and return the published values; None on workers that do not answer.
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
-        the rest. A pass that fails is the last one that computes; the next stage hears of all.
+        the rest. A pass that fails is the last one that computes, unless other engines wait for
+        those after it; the next stage hears of all.
 
         ``longest`` is the longest share of the engines that step together, and ``nonces`` itself
         where there are no others: every engine runs as many passes, without nonces of its own over

@@ -451,7 +451,8 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         if adapter is not None:
             raise refuse_adapter()
         most = most_positions(self._engine.llm_engine.vllm_config)
-        longest = max(len(response.prompt) + len(response.output) for response in responses)
+        # The last token of a response is run here, too.
+        longest = 1 + max((response.positions for response in responses), default=0)
         if longest > most:
             raise UsageError(
                 f"a response of {longest} tokens with its prompt on this vLLM engine",
@@ -529,7 +530,7 @@ def _fitting(responses: Sequence[PromptAndOutput]) -> Sequence[PromptAndOutput]:
     """Return the first of some responses, one at least, that have no more than
     :data:`MOST_POSITIONS`: vLLM's objects for the likeliest tokens of 8192 take two gigabytes.
     """
-    totals = accumulate(len(response.prompt) + len(response.output) for response in responses)
+    totals = accumulate(response.positions + 1 for response in responses)
     return responses[: max(1, sum(total <= MOST_POSITIONS for total in totals))]
 
 
