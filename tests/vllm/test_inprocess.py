@@ -11,7 +11,7 @@ from vllm_support import published
 
 from assay import poc
 from assay.errors import ModelError, UsageError
-from assay.poc.vllm.client import NonceStream, sampling_parameters
+from assay.poc.vllm.nonce_streams import NonceStream, sampling_parameters
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round

@@ -14,8 +14,10 @@ import torch
 
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
-from assay.poc.vllm.client import Client, NonceStream
-from assay.poc.vllm.direct import CALLS, MOST, CallSizer, direct_path_blocker
+from assay.poc.vllm.client import Client
+from assay.poc.vllm.direct_passes import direct_path_blocker
+from assay.poc.vllm.direct_path import CALLS, MOST, CallSizer
+from assay.poc.vllm.nonce_streams import NonceStream
 from assay.poc.vllm.rows import Rows, Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
@@ -277,7 +279,7 @@ def test_a_call_grows_to_the_time_that_chat_may_wait_and_not_beyond():
 
 @pytest.fixture(autouse=True)
 def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assay.poc.vllm.client.sampling_parameters", lambda: None)
+    monkeypatch.setattr("assay.poc.vllm.nonce_streams.sampling_parameters", lambda: None)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -306,7 +308,7 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
 async def test_no_call_runs_before_a_request_that_was_given_up_in_its_first_step_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("assay.poc.vllm.direct.TICK", 0)
+    monkeypatch.setattr("assay.poc.vllm.direct_path.TICK", 0)
     workers = Workers(engines=2, together=True)
     workers.reqs_in_flight["chat"] = b"engine"
     admitting = asyncio.ensure_future(workers.client.direct.admit(CallSizer(batch=4)))
@@ -320,7 +322,7 @@ async def test_no_call_runs_before_a_request_that_was_given_up_in_its_first_step
 async def test_nonces_are_requests_where_engines_do_not_come_to_rest(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("assay.poc.vllm.direct.TICK", 0)
+    monkeypatch.setattr("assay.poc.vllm.direct_path.TICK", 0)
     workers = Workers(engines=2, together=True)
     workers.reqs_in_flight["of a dead engine"] = b"engine"
     assert await values_of(workers, 3) == [0, 1, 2]

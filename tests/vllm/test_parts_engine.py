@@ -17,9 +17,9 @@ from anyio.from_thread import start_blocking_portal
 from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.responses.prefill import PromptAndOutput
-from assay.poc.vllm import client as _client
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import vllm_engine as _engine
+from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine, VLLMPrefill
@@ -71,10 +71,8 @@ def loop():
 
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
-    monkeypatch.setattr(_client, "sampling_parameters", lambda: None)
-    client = _client.Client(
-        llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4)
-    )
+    monkeypatch.setattr("assay.poc.vllm.nonce_streams.sampling_parameters", lambda: None)
+    client = Client(llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4))
     client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
     client.loop = loop
     client.positions = 64
@@ -113,7 +111,7 @@ async def test_a_call_ends_with_the_engine_that_dies_under_it():
             await asyncio.sleep(3600)
 
     with pytest.raises(EngineEnded, match="died and did not answer assay_open"):
-        await asyncio.wait_for(_client.call_workers(LLM(), "assay_open"), 60)
+        await asyncio.wait_for(call_workers(LLM(), "assay_open"), 60)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
         async def collective_rpc(self, method: str, args: tuple):
             return [{"problems": [], "device": device} for device in devices]
 
-    client = _client.Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
+    client = Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
     await client.install()
     assert client.description["device"] == named
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typing_extensions import override
 
-from assay.poc.vllm.direct import DirectPasses
+from assay.poc.vllm.direct_passes import DirectPasses
 from tests.vllm.test_parts_direct import SPEC, config, runner
 
 NONCES = list(range(20))
@@ -277,9 +277,9 @@ def test_whole_passes_are_recorded_where_that_works(
             return states_ND
 
     if on_gpu:
-        monkeypatch.setattr("assay.poc.vllm.direct.may_record", lambda runner, config: True)
-    monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
-    monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
+        monkeypatch.setattr("assay.poc.vllm.direct_passes.may_record", lambda runner, config: True)
+    monkeypatch.setattr("assay.poc.vllm.direct_passes.PassGraph", Recorded)
+    monkeypatch.setattr("assay.poc.vllm.direct_passes.free_bytes", lambda device: free)
     model = Layers()
     passes, batch = passes_of(model, activations=64 * PER_TOKEN)
     # Two whole passes and a rest, then a whole one: the first of all is recorded.

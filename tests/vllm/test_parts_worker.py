@@ -18,7 +18,6 @@ from assay.poc.engines.base import noise_inputs, token_inputs
 from assay.poc.engines.hf.decoding import Draws
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm import worker as _extension
 from assay.poc.vllm.rows import CLAIMED, Chunk, Rows, Spec, new_key, request_id, spans, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import Hooks, WorkerExtension
@@ -107,8 +106,8 @@ def test_a_rank_without_states_has_no_spans(state):
 def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
-    monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
+    monkeypatch.setattr("assay.poc.vllm.worker.MAX_VALUES", 2 * 8 * 16)  # two nonces at once
+    monkeypatch.setattr("assay.poc.vllm.worker.is_first_stage", lambda: True)
     steps: list[object] = []
     runner = SimpleNamespace(device=CPU, execute_model=steps.append, sample_tokens=None)
     hooks = hooks_on(runner)
@@ -178,7 +177,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
     """Three steps: whole prompts beside halves of others, in groups of two, with the states of a
     stranger between.
     """
-    monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
+    monkeypatch.setattr("assay.poc.vllm.worker.MAX_SUMMED", 2 * 8 * 16)
     runner = SimpleNamespace(device=CPU, execute_model=None, sample_tokens=lambda: None)
     hooks = hooks_on(runner)
     round = Round(block_hash="b", public_key="k", seq_len=8, preset=preset)
@@ -201,7 +200,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
             found.append(Chunk(request_id(key, nonce), start, end - begin, begin, 8))
             start += end - begin
         left = torch.cat(parts), SimpleNamespace(chunks=found.copy)
-        monkeypatch.setattr(_extension, "spans", lambda _, left=left: left)
+        monkeypatch.setattr("assay.poc.vllm.worker.spans", lambda _, left=left: left)
         runner.sample_tokens()
     assert (hooks.errors, hooks.rows.counts()["failed"]) == (0, 0)
     nonces, rows = hooks.rows.get(key).take(range(5))

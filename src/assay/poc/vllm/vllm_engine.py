@@ -42,14 +42,7 @@ from assay.poc.responses.prefill import (
 )
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replaying import check_model
-from assay.poc.vllm.client import (
-    Client,
-    NonceStream,
-    PointStream,
-    TokenStream,
-    connect,
-    most_positions,
-)
+from assay.poc.vllm.client import Client, connect, most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
     RESPONSE_EXTENSION,
@@ -57,6 +50,7 @@ from assay.poc.vllm.compatibility import (
     check_installed,
     check_numbers,
 )
+from assay.poc.vllm.nonce_streams import NonceStream, PointStream, TokenStream
 from assay.poc.vllm.response_worker import state_argument
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
