@@ -1148,8 +1148,8 @@ def tries_of_plugin(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     """Headers that seed an answer of a vLLM server, parsed without vLLM."""
     from types import SimpleNamespace
 
-    from assay.poc.vllm.endpoint_plugin import REQUEST_ID, USER_SEED, Responses
     from assay.poc.vllm.preflight import PluginSettings
+    from assay.poc.vllm.recorded_answers import REQUEST_ID, USER_SEED, Responses
 
     responses = Responses(PluginSettings())
     responses.sink = SimpleNamespace(check=lambda client: None)

@@ -18,8 +18,8 @@ from assay.poc.responses import Prompt, ResponseSeed, Sampling
 from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses
-from assay.poc.vllm.endpoint_plugin import ReceiptMiddleware, Responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
+from assay.poc.vllm.recorded_answers import ReceiptMiddleware, Responses
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
 from tests.vllm.conftest import lay_out, settings_of_vllm

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 
 from assay.errors import UsageError
 from assay.poc.net.routes import LocalOnly
-from assay.poc.vllm.endpoint_plugin import ChatBarrier, plugin
+from assay.poc.vllm.chat_barrier import ChatBarrier
+from assay.poc.vllm.endpoint_plugin import plugin
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.throttle import ThrottleSettings
 from tests.wordings import refuses

@@ -1,0 +1,230 @@
+"""Answers that leave receipts: their seeds, and the headers that name block and receipt.
+
+Clients stay as they are. A request may name itself by ``X-Request-Id`` and bring a seed, in the
+field ``seed`` of its body or in ``X-Assay-User-Seed``; the answer's ``X-Assay-Receipt`` has the id
+of its receipt, and ``X-Assay-Block`` the block. Until the node's chain follower has posted a block,
+answers are neither seeded nor recorded and say so.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as Connection
+
+from assay.errors import AssayError
+from assay.models.load import identify
+from assay.poc.net.refusals import refusal_of
+from assay.poc.net.routes import answer, route_path
+from assay.poc.net.shares import client_of
+from assay.poc.protocol.checks import check_name
+from assay.poc.responses.receipts import ReceiptHeader
+from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
+from assay.poc.vllm.chat_barrier import asks_engine
+from assay.poc.vllm.client import Client, call_workers
+from assay.poc.vllm.preflight import PluginSettings
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
+
+RECEIPT = b"x-assay-receipt"
+BLOCK = b"x-assay-block"
+REQUEST_ID = b"x-request-id"
+USER_SEED = b"x-assay-user-seed"
+NO_RECEIPT = [(RECEIPT, b"none")]
+
+
+class Responses:
+    """What is done for the answers of one server. It belongs to the event loop of the
+    application.
+    """
+
+    def __init__(self, settings: PluginSettings) -> None:
+        self.settings = settings
+        # Hash of the block that was posted last.
+        self.newest: str | None = None
+        self.recorder: Recorder | None = None
+        self.sink: ReceiptSink | None = None
+        # SHA-256 of the one that the server renders with, if it is known.
+        self.chat_template: str | None = None
+        self._posted = asyncio.Event()
+
+    def post(self, block_hash: str) -> None:
+        """Take a block. The same one again is no news."""
+        if block_hash != self.newest:
+            self.newest = block_hash
+            posted = self._posted
+            self._posted = asyncio.Event()
+            posted.set()
+
+    async def next_block(self, seconds: float) -> str | None:
+        """Wait for a block that is posted from now on; return None if no block comes in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._posted.wait()
+                return self.newest
+        return None
+
+    async def start(
+        self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper
+    ) -> None:
+        """Begin to record answers of a checkpoint under the name ``reference``.
+
+        Raises:
+            ModelError: The checkpoint cannot be read.
+        """
+        await call_workers(llm, "assay_sketch")
+        config = llm.vllm_config
+        checkpoint = await asyncio.to_thread(identify, model, dtype=client.description["dtype"])
+        header = ReceiptHeader(
+            public_key=self.settings.responses_public_key,
+            reference=reference,
+            digest=checkpoint.digest,
+            weights=checkpoint.weights,
+            fingerprint=client.fingerprint(
+                config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+            ),
+        )
+        self.sink = receipts.sink(header)
+        self.recorder = Recorder(
+            llm,
+            self.sink,
+            public_key=header.public_key,
+            digest=header.digest,
+            seeded=self.settings.responses == "seeded",
+        )
+
+    async def accept(
+        self, headers: dict[bytes, bytes], path: str, client: str | None
+    ) -> AcceptedRequest | None:
+        """Fix the seed of a request's answer; None where it is not recorded."""
+        if self.sink is None:
+            return None
+        named = headers.get(REQUEST_ID)
+        seed = headers.get(USER_SEED)
+        request_id = named.decode("latin-1") if named is not None else secrets.token_hex(16)
+        check_name("X-Request-Id", request_id, do="send such an id, or none")
+        user_seed = None if seed is None else seed.decode("latin-1")
+        if user_seed is not None:
+            check_name("X-Assay-User-Seed", user_seed, do="send such a seed, or none", fewest=0)
+        self.sink.check(client)
+        later = self.settings.responses_block == "next"
+        block = await self.next_block(self.settings.responses_wait) if later else self.newest
+        chosen_by: Literal["client", "server"] = "server" if named is None else "client"
+        template = self.chat_template if path.endswith("/chat/completions") else None
+        return (
+            None
+            if block is None
+            else AcceptedRequest(request_id, block, user_seed, chosen_by, template, client)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings, the block that is known, and how many receipts there were."""
+        return {
+            "mode": self.settings.responses,
+            "public_key": self.settings.responses_public_key,
+            "block": self.settings.responses_block,
+            "block_hash": self.newest,
+            "receipts": {} if self.recorder is None else self.recorder.counts,
+        }
+
+
+class ReceiptMiddleware:
+    """Seeds requests to the engine, and names the receipt in the answer's headers.
+
+    An answer whose receipt cannot be stored does not reach its end: it is replaced by the refusal
+    where nothing was sent, and else cut off.
+    """
+
+    def __init__(self, app: ASGIApp, *, responses: Responses) -> None:
+        self._app = app
+        self._responses = responses
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if not asks_engine(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            client = client_of(scope["client"][0]) if scope.get("client") else None
+            accepted = await self._responses.accept(
+                dict(scope["headers"]), route_path(scope), client
+            )
+        except AssayError as error:
+            await answer(refusal_of(error))(scope, receive, send)
+            return
+        if accepted is None:
+            await self._app(scope, receive, partial(_send_unrecorded, send))
+            return
+        # VLLM makes the id of its answer from it.
+        if accepted.chosen_by == "server":
+            scope = dict(scope) | {
+                "headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]
+            }
+        token = ACCEPTED.set(accepted)
+        guarded = _Guarded(scope, receive, send, accepted)
+        try:
+            await self._app(scope, receive, guarded)
+        except _CutOff:
+            pass
+        except Exception:
+            if accepted.refused is None:
+                raise
+            await guarded.refuse()
+        finally:
+            ACCEPTED.reset(token)
+
+
+class _CutOff(Exception):
+    """An answer that must not reach its end."""
+
+
+class _Guarded:
+    """The ``send`` of an answer that is recorded."""
+
+    def __init__(
+        self, scope: Connection, receive: Receive, send: Send, accepted: AcceptedRequest
+    ) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._accepted = accepted
+        self._plain = send
+        self._started = self._refused = False
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        """Send a message of the answer, or the refusal in place of all of them."""
+        if self._accepted.refused is not None:
+            return self.refuse()
+        if not self._started:
+            self._started = True
+            # A stream begins before its request is known to be recorded.
+            streams = any(
+                name == b"content-type" and b"event-stream" in value
+                for name, value in message["headers"]
+            )
+            named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
+            headers = [(name, quote(text).encode()) for name, text in named.items()]
+            message = _with(message, headers if streams or self._accepted.stored else NO_RECEIPT)
+        # Not awaited here: a stream has a message for every token.
+        return self._plain(message)
+
+    async def refuse(self) -> None:
+        """Send the refusal; cut an answer off that has begun."""
+        if self._started:
+            raise _CutOff
+        if self._accepted.refused is not None and not self._refused:
+            self._refused = True
+            await answer(refusal_of(self._accepted.refused))(
+                self._scope, self._receive, self._plain
+            )
+
+
+async def _send_unrecorded(send: Send, message: Message) -> None:
+    await send(_with(message, NO_RECEIPT) if message["type"] == "http.response.start" else message)
+
+
+def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
+    return dict(message) | {"headers": [*message.get("headers", ()), *headers]}
