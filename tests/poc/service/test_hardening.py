@@ -11,7 +11,6 @@ import pytest
 from assay.errors import EngineEnded, ProofMismatch, StorageError
 from assay.poc.net import callback_urls as _callback_guard
 from assay.poc.service import ServiceSettings
-from assay.poc.service import request_bodies as _checks
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.database import open_database
 from assay.poc.service.outbox import open_outbox
@@ -242,7 +241,7 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
             "two nonces have one seed", wanted="different seeds", do="prove other nonces"
         )
 
-    monkeypatch.setattr(_checks, "check_distinct_seeds", refuse)
+    monkeypatch.setattr("assay.poc.service.request_checks.check_distinct_seeds", refuse)
     service.post("/init/validate", ROUND)
     claim = BLOCK | {"public_key": "other", "nonces": [3, 5], "dist": [1.4, 1.4], "node_id": 0}
     assert "one seed" in service.post("/validate", claim, status=422)["detail"]

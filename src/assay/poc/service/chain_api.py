@@ -16,6 +16,7 @@ from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Scope, problems
 from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.service import reply_bodies as replies
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.service_controller import Controller
 from assay.poc.service.states import State
@@ -64,7 +65,7 @@ def chain_router(
     router = APIRouter(prefix=prefix, tags=["Gonka"], route_class=kind_of_route)
     as_node = prefix == CHAIN_PREFIX
     works = problems(400, 409, 413, 422, 429, 503)
-    shown: dict[str, Any] = {"response_model": requests.ChainReply, "include_in_schema": as_node}
+    shown: dict[str, Any] = {"response_model": replies.ChainReply, "include_in_schema": as_node}
     changes = shown | {"openapi_extra": Scope.CONTROL.extra, "responses": works}
     checks = shown | {"openapi_extra": Scope.VALIDATE.extra}
 

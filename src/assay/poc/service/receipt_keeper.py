@@ -27,7 +27,7 @@ from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
 from assay.poc.service.outbox import Outbox
-from assay.poc.service.request_bodies import ReceiptList, StoredReceipt
+from assay.poc.service.reply_bodies import ReceiptList, StoredReceipt
 from assay.poc.service.service_metrics import Metrics
 from assay.poc.service.service_settings import ServiceSettings
 

@@ -23,6 +23,7 @@ from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, problems,
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.checks import MAX_NONCE
+from assay.poc.service import reply_bodies as replies
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.chain_api import CHAIN_PREFIX, chain_router, describe_config
 from assay.poc.service.outbox import Delivery
@@ -148,12 +149,12 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
     change: dict[str, Any] = {
-        "response_model": requests.InitReply,
+        "response_model": replies.InitReply,
         "openapi_extra": Scope.CONTROL.extra,
         "responses": problems(400, 409, 413, 422, 503),
     }
     of_job: dict[str, Any] = {
-        "response_model": requests.JobReply,
+        "response_model": replies.JobReply,
         "openapi_extra": Scope.VALIDATE.extra,
     }
 
@@ -193,7 +194,7 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
 
     @router.post(
         "/validate",
-        response_model=requests.ValidateReply,
+        response_model=replies.ValidateReply,
         responses=works,
         openapi_extra=Scope.VALIDATE.extra,
     )
@@ -204,7 +205,7 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
 
     @router.get(
         "/status",
-        response_model=requests.Status,
+        response_model=replies.Status,
         responses=problems(422),
         openapi_extra=Scope.READ.extra,
     )
@@ -234,7 +235,7 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         """Stream a snapshot per second as server-sent events."""
         return await feed.respond(request)
 
-    @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
+    @router.post("/generate", responses=works | {202: {"model": replies.JobReply}}, **of_job)
     async def generate(body: requests.GenerateRequest, request: Request) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too
         long.

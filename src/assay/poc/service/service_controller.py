@@ -28,6 +28,7 @@ from assay.poc.net.shares import Shares
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service import request_bodies as requests
+from assay.poc.service import request_checks as checks
 from assay.poc.service.database import open_database
 from assay.poc.service.distance_judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.jobs import Jobs
@@ -118,14 +119,14 @@ class Controller(Runtime):
         """
         generates = self._after(call) is State.GENERATING
         deployment = self.ready()
-        values = requests.round_values(request, deployment, self.settings, needs_share=generates)
+        values = checks.round_values(request, deployment, self.settings, needs_share=generates)
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
             log.warning(
                 "validators refuse this number format", preset=values.preset, dtype=deployment.dtype
             )
         engine = deployment.engine(values.seq_len, values.batch_size)
-        requests.check_build(engine.fingerprint, deployment, self.settings)
+        checks.check_build(engine.fingerprint, deployment, self.settings)
         check_supported(engine, pipeline)
         with self._lock:
             state = self._after(call)
@@ -166,7 +167,7 @@ class Controller(Runtime):
             self._after("validate")
             stored = self._check_same_model(self.state)
             epoch = self._epoch
-        requests.check_validation(request, stored, self.settings)
+        checks.check_validation(request, stored, self.settings)
         owed = self.rounds.owed(stored.id, "validated")
         if owed >= self.settings.max_pending:
             raise Refusal(
@@ -211,7 +212,7 @@ class Controller(Runtime):
     def submit(self, request: requests.GenerateRequest, client: str | None = None) -> JsonObject:
         """Queue an artifact job of a client."""
         deployment = self.ready()
-        requests.check_job(request, deployment, self.settings)
+        checks.check_job(request, deployment, self.settings)
         queued = self.jobs.submit(request, client, digest=deployment.digest)
         self.worker.wake()
         return queued
@@ -345,7 +346,7 @@ class Controller(Runtime):
     @override
     def _check_model(self, deployment: Deployment) -> None:
         check_calibration(self.settings.calibration, deployment)
-        requests.check_deployed(deployment, self.settings)
+        checks.check_deployed(deployment, self.settings)
 
     @override
     def _loading_failed(self, error: Exception) -> None:
@@ -382,7 +383,7 @@ class Controller(Runtime):
                 do="start the service with that model, or begin another round",
                 fields={"state": str(self.state)},
             )
-        requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
+        checks.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
     def _engine_failed(self, error: Exception) -> None:
