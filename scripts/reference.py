@@ -22,7 +22,9 @@ from pydantic.fields import FieldInfo
 
 import assay
 from assay.cli import app
-from assay.framework.commands import Command, Group, Setting, leaves
+from assay.framework.commands import Command
+from assay.framework.groups import Group, leaves
+from assay.framework.setting import Setting
 from assay.settings import Settings
 
 DOCS = Path(__file__).parents[1] / "docs"

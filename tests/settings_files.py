@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 from assay.cli import app
-from assay.framework.commands import Command, Group
+from assay.framework.commands import Command
+from assay.framework.groups import Group
 
 
 def with_file(*words, folder=None):

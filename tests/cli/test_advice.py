@@ -9,7 +9,7 @@ import click
 import pytest
 
 from assay.cli import app
-from assay.framework.commands import leaves
+from assay.framework.groups import leaves
 from tests.cli.test_settings_are_read import SOURCES, module_tree, reachable
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")

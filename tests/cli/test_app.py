@@ -12,7 +12,7 @@ import pytest
 
 import assay as package
 from assay.cli import app, run
-from assay.framework.commands import leaves
+from assay.framework.groups import leaves
 from assay.vhack.environment.backends import available_backend
 
 FROZEN = (

@@ -19,7 +19,9 @@ from pydantic import Field
 from assay.cli import app
 from assay.devices import Device
 from assay.errors import UsageError
-from assay.framework.commands import Command, leaves, resumable
+from assay.framework.commands import Command
+from assay.framework.groups import leaves
+from assay.framework.interruption import resumable
 from assay.framework.variables import NAMES
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.throttle import OperatorsThrottle
@@ -280,7 +282,7 @@ def test_settings_are_few_and_each_stands_on_the_page(assay):
 WRONG_FLAGS = """
 import sys
 from assay.cli import app, run
-from assay.framework.commands import leaves
+from assay.framework.groups import leaves
 
 for path, command in leaves(app):
     assert run([*path, "--bogus"]) == 2, path

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from assay.cli import app
-from assay.framework.commands import Command, leaves
+from assay.framework.commands import Command
+from assay.framework.groups import leaves
 
 SOURCES = Path(inspect.getfile(Command)).parents[2]
 COMMANDS = {" ".join(words): command for words, command in leaves(app)}

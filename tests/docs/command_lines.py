@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from assay.cli import run
-from assay.framework.commands import Command, Setting
+from assay.framework.commands import Command
+from assay.framework.setting import Setting
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from assay.cli import app
-from assay.framework.commands import leaves
+from assay.framework.groups import leaves
 from assay.poc import NetworkPins
 from tests.cli.test_app import FROZEN
 from tests.docs.command_lines import VARIABLES, refused, shown

@@ -22,14 +22,10 @@ from assay.cli.foundation import NumberSettings, doctor, models, streams
 from assay.cli.poc import poc
 from assay.cli.vhack import vhack
 from assay.errors import AssayError, UsageError, visible
-from assay.framework.commands import (
-    CONTINUES,
-    Command,
-    Group,
-    Stopped,
-    in_assay_words,
-    in_three_parts,
-)
+from assay.framework.advice import in_assay_words
+from assay.framework.commands import CONTINUES, Command, in_three_parts
+from assay.framework.groups import Group
+from assay.framework.interruption import Stopped
 from assay.framework.output import errors, say
 from assay.settings import Settings
 

@@ -17,7 +17,8 @@ from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.jsonl import dumps
 from assay.files.storage import check_new_file
-from assay.framework.commands import extension, resumable
+from assay.framework.groups import extension
+from assay.framework.interruption import resumable
 from assay.framework.output import (
     emit_json,
     in_column,

@@ -19,7 +19,7 @@ from assay.cli.flags import FOLDER, MODEL
 from assay.cli.vhack import check_tokenizer
 from assay.errors import UsageError
 from assay.files.storage import check_folder, write_atomic
-from assay.framework.commands import without_collection
+from assay.framework.lazy_imports import without_collection
 from assay.framework.output import emit_json, progress_bar, say, table
 from assay.settings import Settings
 

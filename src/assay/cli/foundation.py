@@ -17,7 +17,7 @@ from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, how_to_install
 from assay.files.storage import check_new_folder
-from assay.framework.commands import Group
+from assay.framework.groups import Group
 from assay.framework.output import emit_json, show_tables, show_text, show_values, table
 from assay.settings import Flag, Settings
 

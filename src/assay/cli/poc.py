@@ -34,7 +34,7 @@ from assay.cli.flags import (
 )
 from assay.errors import UsageError
 from assay.files.storage import check_folder, check_new_file
-from assay.framework.commands import Group
+from assay.framework.groups import Group
 from assay.framework.output import (
     emit_document,
     in_column,

@@ -24,7 +24,7 @@ from assay.cli.flags import (
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import dumps, read_json, read_jsonl
 from assay.files.storage import check_folder, write_atomic
-from assay.framework.commands import Group, extension
+from assay.framework.groups import Group, extension
 from assay.framework.output import emit_document, progress_bar, say, show_tables, show_values, table
 from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers

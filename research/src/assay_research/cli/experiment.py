@@ -10,7 +10,7 @@ import click
 from pydantic import Field, create_model
 
 from assay.cli.flags import FOLDER
-from assay.framework.commands import Group
+from assay.framework.groups import Group
 from assay.framework.output import emit_json, progress_bar, table
 from assay.settings import Settings
 

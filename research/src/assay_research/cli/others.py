@@ -13,7 +13,8 @@ from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FOLDER, OUTPUT
 from assay.errors import UsageError
-from assay.framework.commands import Command, Group
+from assay.framework.commands import Command
+from assay.framework.groups import Group
 from assay.framework.output import emit_json, progress_bar, show_values, table
 from assay.settings import Flag, Settings
 
