@@ -18,11 +18,12 @@ from assay.errors import EngineEnded, ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.responses.prefill import PromptAndOutput
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm import vllm_engine as _engine
 from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
-from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine, VLLMPrefill
+from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine
+from assay.poc.vllm.vllm_prefill import FIXED, VLLMPrefill
+from assay.poc.vllm.vllm_start import CPU_KV_BYTES
 from tests.vllm.conftest import settings_of_vllm
 from tests.waiting import until
 from tests.wordings import refuses
@@ -143,8 +144,8 @@ def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(
     shape, words: str, monkeypatch: pytest.MonkeyPatch
 ):
     config = settings_of_vllm({"model.max_model_len": 64, "scheduler.enable_chunked_prefill": True})
-    monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
-    monkeypatch.setattr(_engine, "configure", lambda *_, **__: config)
+    monkeypatch.setattr("assay.poc.vllm.vllm_engine.check_installed", lambda: "0.32.0")
+    monkeypatch.setattr("assay.poc.vllm.vllm_engine.configure", lambda *_, **__: config)
     with pytest.raises(UsageError, match=words):
         VLLMEngine("reference:qwen3", **shape)
 
@@ -282,12 +283,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["engine"]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
-    monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
-    monkeypatch.setattr(_engine, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr("assay.poc.vllm.vllm_prefill.check_installed", lambda: "0.32.0")
+    monkeypatch.setattr("assay.poc.vllm.vllm_start.runs_on_cpu", lambda: True)
     return found
 
 
-@pytest.mark.parametrize("name", _engine.FIXED)
+@pytest.mark.parametrize("name", FIXED)
 def test_an_option_that_says_what_a_replay_computes_is_refused_by_its_flag(
     name: str, started: dict[str, Any]
 ):
@@ -310,9 +311,7 @@ def test_an_engine_that_replays_may_be_given_its_memory(started: dict[str, Any])
             assert started["engine"].ended == 0
         assert started["engine"].ended == 1
         wanted = (
-            {}
-            if "gpu_memory_utilization" in options
-            else {"kv_cache_memory_bytes": _engine.CPU_KV_BYTES}
+            {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": CPU_KV_BYTES}
         )
         assert started["options"] == wanted | options
 
@@ -333,7 +332,7 @@ def replaying(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Itera
     sizes = SimpleNamespace(max_model_len=8192, enable_chunked_prefill=True)
     config = SimpleNamespace(model_config=sizes, scheduler_config=sizes)
     monkeypatch.setattr(engine.llm_engine, "vllm_config", config)
-    monkeypatch.setattr(_engine, "check_numbers", lambda config: None)
+    monkeypatch.setattr("assay.poc.vllm.vllm_prefill.check_numbers", lambda config: None)
     monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", dict, raising=False)
     with VLLMPrefill("reference:qwen3", dtype="float32") as opened:
         state = bytes(4 * opened.model.hidden_size)
@@ -380,7 +379,7 @@ def test_a_replay_on_a_gpu_starts_its_processes_anew_unless_the_user_chose_anoth
         monkeypatch.delenv(name)
     if chosen:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", chosen)
-    monkeypatch.setattr(_engine, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr("assay.poc.vllm.vllm_start.runs_on_cpu", lambda: False)
     started["engine"] = Engine([[]])
     with VLLMPrefill("reference:qwen3", dtype="float32", max_num_seqs=2):
         assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == (chosen or "spawn")

@@ -9,7 +9,7 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc.responses import HFPrefill, Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.adapters import Adapter, load_adapter
-from assay.poc.vllm.vllm_engine import VLLMPrefill
+from assay.poc.vllm.vllm_prefill import VLLMPrefill
 from tests.lora import write_adapter
 from tests.vllm.conftest import SMALL_ENGINE
 from tests.wordings import refuses

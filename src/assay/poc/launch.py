@@ -275,7 +275,7 @@ def open_prefill(
             f"responses with --engine {chosen.engine}", wanted="hf or vllm", do="use --engine hf"
         )
     _refuse_for_vllm(dtype, chosen.device)
-    from assay.poc.vllm.vllm_engine import VLLMPrefill, refuse_adapter
+    from assay.poc.vllm.vllm_prefill import VLLMPrefill, refuse_adapter
 
     if adapter is not None:
         raise refuse_adapter()

@@ -31,7 +31,7 @@ from assay.poc.vllm.compatibility import (
     rounded_cache,
 )
 from assay.poc.vllm.throttle import OperatorsThrottle
-from assay.poc.vllm.vllm_engine import multiply_exactly
+from assay.poc.vllm.vllm_start import multiply_exactly
 from assay.streams.arrays import dtype_name
 
 log = logging.getLogger("assay.vllm")
