@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from assay.errors import UsageError
-from assay.poc.net.routes import LocalOnly
+from assay.poc.net.local_only import LocalOnly
 from assay.poc.vllm.chat_barrier import ChatBarrier
 from assay.poc.vllm.endpoint_plugin import plugin
 from assay.poc.vllm.preflight import PluginSettings

@@ -20,8 +20,8 @@ from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
 from assay.errors import UsageError
-from assay.poc.net import routes as _route
 from assay.poc.net import server as _server
+from assay.poc.net.bodies import Bodies
 from assay.poc.net.logs import LogBudget, configure_logs
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import bounded_config, listen, run_app
@@ -191,8 +191,8 @@ def test_connections_are_bounded():
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses of this machine count as those of others."""
-    for module in (_server, _route):
-        monkeypatch.setattr(module, "client_of", lambda address: address)
+    for module in ("bodies", "routes", "server"):
+        monkeypatch.setattr(f"assay.poc.net.{module}.client_of", lambda address: address)
 
 
 def another(address: tuple[str, int]) -> bytes:
@@ -344,8 +344,8 @@ def test_one_client_cannot_hold_the_room_of_bodies_and_stalled_ones_are_ended(
     elsewhere, monkeypatch
 ):
     """Its large bodies leave room for those of others, and for small ones of its own."""
-    monkeypatch.setattr(_route, "BODY_GRACE", 1.0)
-    bodies = _route.Bodies(2**17, 2**20)
+    monkeypatch.setattr("assay.poc.net.bodies.BODY_GRACE", 1.0)
+    bodies = Bodies(2**17, 2**20)
     large = 2**17
 
     async def take(client: str, size: int, *, ends: bool) -> int:

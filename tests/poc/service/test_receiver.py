@@ -10,9 +10,8 @@ from starlette.requests import Request
 
 from assay.cli import run
 from assay.errors import StorageError
-from assay.poc.net import routes as _route
+from assay.poc.net.bodies import DISCARDED, Bodies
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Bodies
 from assay.poc.service import ServiceSettings, create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
@@ -235,7 +234,7 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(
     """Without an end as well: one that comes for ever is refused, and so is one that stops to
     come.
     """
-    monkeypatch.setattr(_route, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr("assay.poc.net.bodies.BODY_SECONDS", 0.2)
     taken = []
 
     async def receive() -> dict:
@@ -263,7 +262,7 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(
                 return refusal.status
 
     assert asyncio.run(send()) == 413
-    assert sum(taken) <= (_route.DISCARDED + 1) * 100
+    assert sum(taken) <= (DISCARDED + 1) * 100
 
 
 def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):

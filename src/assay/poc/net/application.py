@@ -20,8 +20,10 @@ from starlette.responses import StreamingResponse
 from assay._version import __version__
 from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
+from assay.poc.net.answers import not_found
+from assay.poc.net.keys import Scope
 from assay.poc.net.metrics import CONTENT_TYPE
-from assay.poc.net.routes import HEAD, HeadRoute, Problem, Scope, not_found, problems
+from assay.poc.net.routes import HEAD, HeadRoute, Problem, problems
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.shares import Shares
 

@@ -25,8 +25,8 @@ from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from assay.errors import UsageError
+from assay.poc.net.answers import answer
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import answer
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.server_settings import ListenerSettings
 from assay.poc.net.shares import Shares, client_of

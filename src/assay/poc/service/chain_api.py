@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
+from assay.poc.net.keys import Scope
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Scope, problems
+from assay.poc.net.routes import problems
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service import reply_bodies as replies
 from assay.poc.service import request_bodies as requests

@@ -19,8 +19,9 @@ from assay.errors import AssayError, StorageError
 from assay.files.jsonl import JsonObject
 from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import check_url
+from assay.poc.net.keys import Scope
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import HEAD, Scope, problems
+from assay.poc.net.routes import HEAD, problems
 from assay.poc.net.runtime import GroupCommit, Runtime
 from assay.poc.net.shares import Shares, disk_room, fair_share
 from assay.poc.protocol.checks import MAX_NONCE

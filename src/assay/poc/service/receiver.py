@@ -19,8 +19,10 @@ from assay.files.jsonl import JsonObject, loads
 from assay.files.sqlite_connections import damaged
 from assay.files.sqlite_schema import table_names
 from assay.poc.net.application import new_app
+from assay.poc.net.keys import Keys, Scope
+from assay.poc.net.local_only import LocalOnly
 from assay.poc.net.logs import LogBudget
-from assay.poc.net.routes import Keys, LocalOnly, Scope, route_class
+from assay.poc.net.routes import route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ListenerSettings, is_loopback
 from assay.poc.net.signatures import Signatures, message_id, parsed, unsigned

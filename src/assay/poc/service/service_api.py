@@ -9,6 +9,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
+from assay.poc.net.answers import SAFE_HEADERS
 from assay.poc.net.application import (
     Feed,
     assemble_page,
@@ -19,7 +20,9 @@ from assay.poc.net.application import (
     run_with,
 )
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, problems, route_class
+from assay.poc.net.keys import Keys, Scope
+from assay.poc.net.local_only import LocalOnly
+from assay.poc.net.routes import problems, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.checks import MAX_NONCE

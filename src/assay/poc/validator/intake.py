@@ -10,9 +10,10 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, loads
+from assay.poc.net.bodies import Bodies
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.routes import Bodies, observed
+from assay.poc.net.routes import observed
 from assay.poc.net.shares import PARTS
 from assay.poc.net.signatures import message_id, parsed
 from assay.poc.validator.claims import Claim, Reader, read_proof, refused, sender_of

@@ -24,8 +24,10 @@ from assay.poc.net.application import (
     run_with,
 )
 from assay.poc.net.deployment import Deployment
+from assay.poc.net.keys import Keys, Scope
+from assay.poc.net.local_only import LocalOnly
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Keys, LocalOnly, Scope, route_class
+from assay.poc.net.routes import route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ServerSettings, check_host, is_loopback
 from assay.poc.protocol.checks import MAX_NONCE

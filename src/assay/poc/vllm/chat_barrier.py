@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from assay.poc.net.routes import route_path
+from assay.poc.net.local_only import route_path
 from assay.poc.service.service_api import PREFIXES
 
 WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine

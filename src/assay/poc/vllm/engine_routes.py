@@ -7,7 +7,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from assay._version import __version__
-from assay.poc.net.routes import Keys, Scope, route_class
+from assay.poc.net.keys import Keys, Scope
+from assay.poc.net.routes import route_class
 from assay.poc.protocol.checks import check_name
 from assay.poc.service.chain_api import CHAIN_PREFIX
 from assay.poc.service.service_api import PREFIX

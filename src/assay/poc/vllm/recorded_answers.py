@@ -19,8 +19,9 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
 from assay.models.load import identify
+from assay.poc.net.answers import answer
+from assay.poc.net.local_only import route_path
 from assay.poc.net.refusals import refusal_of
-from assay.poc.net.routes import answer, route_path
 from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.responses.receipts import ReceiptHeader
