@@ -277,6 +277,16 @@ def test_groups_are_filled_from_the_pool_as_far_as_it_goes(trainer, tasks):
     assert not any(trainer.rollout([tasks[0].prompt] * 3)["teacher"])
 
 
+def test_the_policy_samples_from_its_whole_distribution_whatever_its_checkpoint_says(
+    trainer, monkeypatch
+):
+    own = trainer.adapter.model.generation_config
+    monkeypatch.setattr(own, "min_p", 0.99999)  # leaves the likeliest token
+    texts = trainer.rollout(["a prompt that is in no pool"] * 3)["completion_ids"]
+    assert len(set(map(tuple, texts))) == 3
+    assert trainer.adapter.model.generation_config is own
+
+
 def test_axes_are_extracted_while_trl_has_its_own_forward_on_the_model(trainer, pairs):
     """TRL's function would run the trained model, not the copy that gradients are computed on."""
     from assay.vhack import pair_gradients

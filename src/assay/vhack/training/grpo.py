@@ -7,6 +7,7 @@
 - Rollouts of a group come from the pool and from the policy (:meth:`GRPO.rollout`, TRL's
   ``rollout_func``).
 - Prompts have no token that would end a text, and completions keep their first space.
+- The policy samples from its whole distribution, whatever its checkpoint asks of a sampler.
 - A checkpoint has δS and not the model.
 - The reference policy is the adapted model with δS switched off, and not a second one.
 
@@ -26,6 +27,7 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
+from assay.models.load import plain_generation
 from assay.models.model import Model, Tokenizer
 from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.basis.basis import Basis
@@ -160,7 +162,7 @@ class GRPO(GRPOTrainer):
         sampled: list[list[int]] = []
         logprobs: Any = None
         if student_ids:
-            sampled, logprobs = self._generate_single_turn(student_ids, None, {}, 1)  # type: ignore[no-untyped-call]
+            sampled, logprobs = self._generate_single_turn(student_ids, None, {}, 1)
         if logprobs is None:
             logprobs = [[None] * len(ids) for ids in sampled]
         students = zip(sampled, logprobs, strict=True)
@@ -178,6 +180,12 @@ class GRPO(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         tokenizer: Any = self.processing_class
         return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
+        # What TRL leaves unset, such as min_p, would be the checkpoint's own: log-probabilities of
+        # the loss are those of the whole distribution.
+        with plain_generation(self.adapter.model):
+            return super()._generate_single_turn(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
         prompt_ids, completion_ids, mask, texts, *others = super()._generate(prompts)
