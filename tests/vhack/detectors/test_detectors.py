@@ -184,6 +184,9 @@ def test_a_judge_flags_hack_sides_and_leaves_clean_ones(
         True,
         *judge.flags(hack),
     ]
+    # A text that UTF-8 cannot write is flagged, and no neighbour for it.
+    unwritable = replace(clean[0], completion=clean[0].completion + "\ud800")
+    assert judge.flags([unwritable, *clean]) == [True, *judge.flags(clean)]
 
 
 @pytest.mark.parametrize("detector", ["probe", "likelihood"])

@@ -181,10 +181,21 @@ def collect_evidence(
             what is raised.
         svd: Factors of all weights; None computes them.
         progress: Function called with the number of gradients done and of all.
+
+    Raises:
+        DataError: A text has no UTF-8 form.
     """
-    evidence = SampleEvidence(
-        tuple(text_of(sample.completion) for sample in samples), gradients=gradients
-    )
+    texts = tuple(text_of(sample.completion) for sample in samples)
+    for index, sample in enumerate(samples):
+        try:
+            (text_of(sample.prompt) + texts[index]).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"sample {index}: {error.reason}",
+                wanted="text that UTF-8 can encode",
+                do="remove lone surrogates",
+            ) from error
+    evidence = SampleEvidence(texts, gradients=gradients)
     if Needs.FACTS in needs:
         evidence = replace(evidence, facts=collect_facts(samples))
     if needs & (Needs.ACTIVATIONS | Needs.LOGPROBS):
