@@ -172,7 +172,9 @@ def test_a_file_says_what_it_pins_and_leaves_open(
     made(small_model, seq_len=8, **STRONG).save(tmp_path / "short.jsonl")
     other = refused("poc", "pins", "check", pins, tmp_path / "short.jsonl")
     assert "a proof with seq_len 8" in other
-    assert "or correct `seq_len` in PINS" in other
+    assert "or correct the pinned seq_len\n" in other
+    flagged = refused("poc", "pins", "check", pins, proof, "--block-hash", "block_beta")
+    assert "or correct the pinned block_hash (--block-hash)\n" in flagged
 
 
 def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small_model, tmp_path):

@@ -71,7 +71,9 @@ def test_hardened_is_proved_in_float16(prove, assay, refused, small_checkpoint, 
     assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.dtype == "float16"
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options).code == 0
     assert prove("wider.jsonl", preset="hardened", dtype="bfloat16").code == 0
-    assert "--prover-dtype bfloat16" in refused("poc", "verify", tmp_path / "wider.jsonl", *options)
+    assert "pin bfloat16 (--prover-dtype)" in refused(
+        "poc", "verify", tmp_path / "wider.jsonl", *options
+    )
     assert (
         assay(
             "poc", "verify", tmp_path / "wider.jsonl", *options, "--prover-dtype", "bfloat16"

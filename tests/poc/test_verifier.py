@@ -276,7 +276,7 @@ def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(
     ) as refused:
         verify(wider, small_model)
     assert "wanted: one made in float16 or float32" in str(refused.value)
-    assert refused.value.do.endswith("--prover-dtype bfloat16")
+    assert refused.value.do.endswith("pin bfloat16")
     assert verify(wider, small_model, expect=Pins(prover_dtype="bfloat16")).honest
     measured = calibrate(wider, hardened)  # is of engines, and so of one format
     assert verify(wider, small_model, calibration=measured).honest

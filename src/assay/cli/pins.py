@@ -1,6 +1,5 @@
 """``assay poc pins``: write the pins file of a network, and hold a proof against it."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from assay.cli.flags import (
     Strength,
 )
 from assay.cli.poc import pins
-from assay.errors import ProofMismatch, UsageError
+from assay.errors import UsageError
 from assay.framework.output import show_tables, show_values
 
 
@@ -132,12 +131,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
             expected |= {name: value for name, value in stated.items() if expected[name] is None}
         agreed = network.for_round(model=header.digest, **expected)
-        try:
-            agreed.check(header)
-        except ProofMismatch as error:
-            # The values stand in the file: no flag of this command has them.
-            error.do = re.sub("correct --[a-z-]+", f"correct `{error.field}` in PINS", error.do)
-            raise
+        agreed.check(header)
         believed = agreed.unpinned(header)
         if measured := find_pinned_calibration(network, header):
             noise = measured.find_build(header).source

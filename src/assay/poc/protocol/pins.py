@@ -330,8 +330,8 @@ class Pins:
                 raise ProofMismatch(
                     f"a proof with {name} {claims[name]!r:.60}",
                     wanted=f"{name} {getattr(self, name)!r:.60}",
-                    do=f"ask the node for its proof of this round, or correct "
-                    f"--{name.replace('_', '-')}",
+                    # A pin stands in a file or is a flag, which a command line names by its field.
+                    do=f"ask the node for its proof of this round, or correct the pinned {name}",
                     field=name,
                 )
         self.check_engine(
@@ -357,8 +357,8 @@ class Pins:
             raise ProofMismatch(
                 f"{owner} made in {stated.dtype}",
                 wanted=f"one made in {' or '.join(formats)}",
-                do=f"ask the node to prove in {formats[0]}; only if the network agreed on "
-                f"{stated.dtype}: --prover-dtype {stated.dtype}",
+                do=f"ask the node to prove in {formats[0]}; only if the network agreed on it, pin "
+                f"{stated.dtype}",
                 field="prover_dtype",
             )
         build, odd = nearest_build(self.builds or (), stated)
