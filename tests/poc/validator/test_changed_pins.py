@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from assay.poc.validator.recomputer import Budget
+from assay.poc.validator.recomputer import Budget, Recomputer
+from assay.poc.verdict.ledger import Ledger
 from tests.poc.validator.conftest import BLOCKS, body_of, pins_text, proof_of
 from tests.usual import usual
 from tests.waiting import until
@@ -94,6 +95,32 @@ def test_a_change_of_the_pins_that_changes_no_value_drops_nothing(
     assert recorded(waiting) == claimed > 150
     assert waiting.node("node_B")["recorded"] == 40
     assert waiting.verdict("node_A") == waiting.verdict("node_B") == "honest"
+
+
+def test_pins_that_are_read_during_a_pass_bring_no_law_of_theirs_into_it(
+    waiting, small_model, tmp_path, monkeypatch
+):
+    """Distances that the old pins allowed were judged by the law of the vectors of the new ones."""
+    changed = pins_text(small_model, preset="artifact")
+    hold_against_pins = Recomputer._claimed
+
+    def change_pins_after(*arguments):
+        claim = hold_against_pins(*arguments)
+        (tmp_path / "pins.toml").write_text(changed)
+        waiting.controller.tend()
+        return claim
+
+    monkeypatch.setattr(Recomputer, "_claimed", change_pins_after)
+    updates = []
+    append = Ledger.append
+    monkeypatch.setattr(
+        Ledger, "append", lambda self, new: append(self, updates.extend(new) or new)
+    )
+    before = waiting.controller.registry
+    waiting.controller.worker.step(waiting.controller.loaded.result())
+    assert waiting.controller.registry is not before
+    assert {update.account.preset for update in updates} == {"poc-2.0"}
+    assert {update.noise.as_dict()["kind"] for update in updates} == {"scale"}  # of distances
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ class Noises:
         deployment: "Deployment",
         batch_size: int,
     ) -> None:
-        self._registry = registry
+        self.registry = registry
+        """Pins and nodes whose laws these are."""
         self._deployment = deployment
         chosen = settings.calibration
         # of the engine that recomputes, so that none is made for its description alone
@@ -55,7 +56,7 @@ class Noises:
 
     def _law(self, build: Build, settings: ServerSettings) -> JsonObject:
         noise = self.of(build)
-        registry = self._registry
+        registry = self.registry
         if noise is None:
             return {
                 "build": build.name,
@@ -74,12 +75,12 @@ class Noises:
         return Round(
             block_hash=block_hash,
             public_key="any",
-            preset=self._registry.pipeline.name,
-            seq_len=self._registry.network.round.seq_len,
+            preset=self.registry.pipeline.name,
+            seq_len=self.registry.network.round.seq_len,
         )
 
     def _find(self, build: Build, block_hash: str | None) -> Noise | None:
-        registry = self._registry
+        registry = self.registry
         if len(build.dtype) > 1:
             raise CalibrationError(
                 f"the build {build.name!r} of {' and '.join(build.dtype)}",

@@ -47,6 +47,7 @@ from assay.poc.protocol.round import Input, Round, group_inputs
 from assay.poc.validator.claims import Claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
+from assay.poc.validator.laws import Noises
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.validator_metrics import ValidatorMetrics
 from assay.poc.validator.validator_settings import ValidatorSettings
@@ -184,9 +185,10 @@ class ClaimSample:
 class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
-    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's
-    residuals in a round. Nodes of a build without one stay undecided, and their nonces are not
-    recomputed. ``give_up`` ends the process, where the engine fails again and again.
+    ``registry`` returns the pins and nodes of now, and ``noises`` the laws of honest noise with the
+    pins that they belong to, from the time at which the model is loaded. Nodes of a build without a
+    law stay undecided, and their nonces are not recomputed. ``give_up`` ends the process, where the
+    engine fails again and again.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class Recomputer(EngineThread):
         ledger: Ledger,
         *,
         registry: Callable[[], Registry],
-        noise: Callable[[Build, Round | None], Noise | None],
+        noises: Callable[[], Noises],
         settings: ValidatorSettings,
         metrics: ValidatorMetrics,
         give_up: Callable[[AssayError], None],
@@ -207,7 +209,7 @@ class Recomputer(EngineThread):
         self._inbox = inbox
         self._ledger = ledger
         self._registry = registry
-        self._noise = noise
+        self._noises = noises
         self._settings = settings
         self._metrics = metrics
         self._budget = Budget(settings.nonces_per_hour)
@@ -307,11 +309,10 @@ class Recomputer(EngineThread):
         waiting = self._inbox.waiting()
         genesis = self._ledger.genesis
         self.waiting = len(waiting)
-        senders = self._registry().senders
+        noises = self._noises()
+        senders = noises.registry.senders
         known = [
-            key
-            for key in waiting
-            if key in senders and self._noise(senders[key].build, None) is not None
+            key for key in waiting if key in senders and noises.of(senders[key].build) is not None
         ]
         chosen = choose(
             known,
@@ -326,7 +327,9 @@ class Recomputer(EngineThread):
         return draws
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
-        registry = self._registry()
+        # Pins may be read again meanwhile: a claim is held against those of the law that judges it.
+        noises = self._noises()
+        registry = noises.registry
         samples = list[ClaimSample]()
         ended = list[Draw]()
         for source in draws:
@@ -337,7 +340,7 @@ class Recomputer(EngineThread):
                 continue
             ended.append(source)
             build = registry.senders[claim.round.public_key].build  # read under this registry
-            if (noise := self._noise(build, claim.round)) is not None:
+            if (noise := noises.of(build, claim.round)) is not None:
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
                 inputs = [Input(claim.round, claim.nonces[place]) for place in places]
                 records = [claim.record(place, registry.pipeline) for place in places]

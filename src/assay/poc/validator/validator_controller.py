@@ -15,8 +15,6 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.server_settings import ServerSettings
 from assay.poc.protocol.checks import check_name
-from assay.poc.protocol.pins import Build
-from assay.poc.protocol.round import Round
 from assay.poc.validator.claims import Block, Reader
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.inbox_writer import InboxWriter
@@ -26,7 +24,6 @@ from assay.poc.validator.registry import Registry
 from assay.poc.validator.validator_metrics import ValidatorMetrics
 from assay.poc.validator.validator_settings import ValidatorSettings
 from assay.poc.verdict.entries import Standing
-from assay.poc.verdict.honest_noise import Noise
 from assay.poc.verdict.ledger import Ledger
 
 log = structlog.get_logger("assay.validator")
@@ -99,7 +96,7 @@ class ValidatorController(Runtime):
                 self.inbox,
                 self.ledger,
                 registry=lambda: self.registry,
-                noise=self._noise,
+                noises=self._current_noises,
                 settings=settings,
                 metrics=self.metrics,
                 give_up=self.failed.set_exception,
@@ -133,10 +130,10 @@ class ValidatorController(Runtime):
             (log.info if law["missing"] is None else log.warning)("law", **law)
         return noises
 
-    def _noise(self, build: Build, round: Round | None = None) -> Noise | None:
+    def _current_noises(self) -> Noises:
         # Made before anything is recomputed.
         assert self._noises is not None
-        return self._noises.of(build, round)
+        return self._noises
 
     def _read(self) -> Registry:
         registry = Registry.load(
