@@ -11,6 +11,7 @@ import pytest
 
 from assay.poc import Proof, get_pipeline
 from assay.poc.net.signatures import Signatures
+from assay.poc.protocol.records import describe_packing
 from tests.poc.service.conftest import signed
 from tests.poc.validator.conftest import (
     API,
@@ -219,6 +220,23 @@ def test_another_nodes_proof_is_refused(running, small_model, tmp_path):
     running.send(text, key="node_A", path="proofs", status=401)
     text = text_of(proof_of(small_model, "stranger"), tmp_path)
     assert running.send(text, key="node_A", path="proofs", status=403)["fields"] == ["public_key"]
+
+
+def test_a_proof_is_no_nearer_to_chosen_seeds_than_a_callback(running, small_model, tmp_path):
+    """Many of eight nonces each, chosen far out, saved one pass of every eight."""
+    text = text_of(proof_of(small_model, "node_A", range(993, 1001)), tmp_path)
+    answer = running.send(text, key="node_A", path="proofs", status=422)
+    assert answer["fields"] == ["nonces"]
+
+
+def test_points_have_32_bit_seeds_whatever_the_pins_say(validating, small_model):
+    pins = pins_text(small_model, preset="chain-decode", strength=256)
+    points = [0] * (1 + get_pipeline("chain-decode").steps)
+    with validating(pins=pins, positions=10) as running:
+        body = VECTORS | {"encoding": describe_packing(get_pipeline("chain-decode"))}
+        for nonce, status in ((27, 200), (30, 422)):
+            artifact = {"nonce": nonce, "vector_b64": "", "k_points_steps": points}
+            running.send(body | {"artifacts": [artifact]}, status=status)
 
 
 @pytest.mark.parametrize("preset", ["hardened", "poc-2.0"])

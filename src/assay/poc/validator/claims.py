@@ -187,7 +187,7 @@ class Reader:
 
     registry: Registry
     blocks: Mapping[str, Block]  # of which messages are accepted, by hash
-    positions: int  # positions of a share that callbacks may name
+    positions: int  # positions of a share that messages may name
 
     def pins(self, public_key: str) -> str:
         """Return the hash of what a node computes."""
@@ -211,7 +211,6 @@ class Reader:
                 "preset", "vectors" if "artifacts" in values else "distances", pipeline.name
             )
         nonces, claimed = self._vectors(values) if vectors else self._distances(values)
-        self._check_nonces(nonces, node_id, sender.node_count)
         agreed = self.registry.network.round
         round = Round(
             block_hash=block,
@@ -225,6 +224,7 @@ class Reader:
             r_target=agreed.r_target or Round.r_target,
             strength=agreed.strength,
         )
+        self._check_nonces(nonces, round)
         return Claim(round, nonces, claimed)
 
     def check_share(self, values: JsonObject, sender: Sender) -> int:
@@ -291,30 +291,31 @@ class Reader:
             artifact["vector_b64"] for artifact in artifacts
         ]
 
-    def _check_nonces(self, nonces: Sequence[Any], node_id: int, count: int) -> None:
-        """Refuse nonces of another share, those that do not ascend, and far ones where seeds may
-        collide.
-
-        A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that
-        one forward pass serves two nonces: with the bound of 2²² positions that saves one pass in
-        2048.
-        """
+    def _check_nonces(self, nonces: Sequence[Any], round: Round) -> None:
+        """Refuse nonces of another share, those that do not ascend, and far ones."""
         if not 0 < len(nonces) <= MOST_NONCES:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
         last = -1
         for nonce in nonces:
-            if type(nonce) is not int or nonce <= last or nonce % count != node_id % count:
+            if type(nonce) is not int or nonce <= last or nonce % round.node_count != round.share:
                 raise refused(
-                    "nonces", nonce, f"ascending ones that are {node_id % count} modulo {count}"
+                    "nonces",
+                    nonce,
+                    f"ascending ones that are {round.share} modulo {round.node_count}",
                 )
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")
-        short = (
-            self.registry.pipeline.texts == "published"
-            and self.registry.network.round.strength == 32
-        )
-        if short and last // count >= self.positions:
+        self.check_reach(last, round)
+
+    def check_reach(self, last: int, round: Round) -> None:
+        """Refuse a nonce that is so far out that 32-bit seeds may have been chosen to collide.
+
+        A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that
+        one forward pass serves two nonces: with the bound of 2²² positions that saves one pass in
+        2048. Proofs of few nonces each can be chosen as well as single nonces.
+        """
+        if round.strength == 32 and last // round.node_count >= self.positions:
             raise refused(
                 "nonces",
                 last,
@@ -358,6 +359,7 @@ def read_proof(body: bytes, reader: Reader) -> Claim:
         raise refused(
             "builds", getattr(header.fingerprint, name), f"{name} of the build of this node"
         )
+    reader.check_reach(proof.records[-1].nonce, stated)
     published = [
         r.distance if r.has_distance else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records

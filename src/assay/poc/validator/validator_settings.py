@@ -49,7 +49,7 @@ class ValidatorSettings(Settings):
     )
     positions: Count = Field(
         2**22,
-        description="Positions of a share that callbacks may name; farther nonces are refused "
+        description="Positions of a share that messages may name; farther nonces are refused "
         "with 32-bit seeds.",
     )
     open_blocks: Count = Field(
