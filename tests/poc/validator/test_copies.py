@@ -14,6 +14,8 @@ from assay.poc import Round, get_pipeline
 from assay.poc.validator.claims import Claim, named_nonces
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import MIGRATIONS, NAME, Inbox, Message
+from assay.poc.validator.inbox_writer import InboxWriter
+from assay.poc.validator.validator_metrics import ValidatorMetrics
 from tests.poc.validator.conftest import BLOCK, body_of, proof_of
 from tests.waiting import until
 
@@ -202,8 +204,12 @@ def test_as_many_rounds_are_forgotten_as_a_network_has(opened, monkeypatch, forg
 
     whole = [(BLOCK, len(CHEAP), len(CHEAP))] * len(keys)
     least = min(forgotten, len(CHEAP) * len(keys))
+    writer = InboxWriter(inbox, ValidatorMetrics(), most=1, keep=-1, open_blocks=lambda: (BLOCK,))
+    # Only the first part waits for its time: what is left after it would pile up otherwise.
+    monkeypatch.setattr("assay.poc.validator.inbox_writer.PRUNE_EVERY", -1)
     for _ in range(math.ceil(len(CHEAP) * len(keys) / least)):
-        inbox.prune(-1, [BLOCK])
+        writer._rest(True)
+        monkeypatch.setattr("assay.poc.validator.inbox_writer.PRUNE_EVERY", 60)
         assert all(stated == there for _, stated, there in remembered())
         assert remembered()[-len(keys) :] == whole
     assert remembered() == whole

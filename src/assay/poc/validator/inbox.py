@@ -96,7 +96,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 NAME = "validator.sqlite3"
 SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
 NONCE_BYTES = 16  # of the disk, by which the nonces of a round are known again
-# Nonces that are forgotten in one transaction, and rounds of nodes, so that messages wait little.
+# What is deleted in one transaction, so that messages wait little: messages, nonces and rounds.
+DELETED = 5000
 FORGOTTEN = 50_000
 ROUNDS = 1000
 _SIZE = "length(body) + coalesce(length(claim), 0)"
@@ -174,6 +175,8 @@ class Inbox:
         self._sample = sample
         self._most = most
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
+        self.is_behind = False
+        """Whether the last :meth:`prune` may have left something that is as old."""
         self._senders: dict[str, int] = {}
         # Since when an epoch has been served, by its number: with the time before this start.
         self._since: dict[int, float] = {}
@@ -508,7 +511,7 @@ class Inbox:
         now = self.database.settled_time()
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
-            old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
+            old = f"SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT {DELETED}"
             gone = connection.exec_driver_sql(
                 f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}", (now - keep,)
             ).all()
@@ -539,6 +542,7 @@ class Inbox:
                     "UPDATE node_rounds SET nonces = nonces - ? WHERE id = ?", parts
                 )
                 connection.exec_driver_sql("DELETE FROM node_rounds WHERE nonces = 0")
+        self.is_behind = len(gone) == DELETED or len(rounds) == ROUNDS or room == 0
         for sender, size in freed:
             self._kept[sender] -= size
         return len(gone)

@@ -70,6 +70,6 @@ class InboxWriter(GroupCommit[Message, bool]):
         # What adds messages ends epochs as well.
         if not wrote:
             self._inbox.roll()
-        if time.monotonic() - self._pruned > PRUNE_EVERY:
+        if self._inbox.is_behind or time.monotonic() - self._pruned > PRUNE_EVERY:
             self._inbox.prune(self._keep, self._open_blocks())
             self._pruned = time.monotonic()
