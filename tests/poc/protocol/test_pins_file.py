@@ -82,6 +82,7 @@ def nodes(*tables: str) -> tuple[str, str]:
         ('engine = "hf"', 'engine = ""', r"models\[0\].builds\[0\].engine\[0\] is ''"),
         ('engine = "hf"', 'engine = "\\u0007"', r"models\[0\].builds\[0\].engine\[0\] is '.x07'"),
         ('threads = "*"', "threads = true", r"models\[0\].builds\[0\].threads"),
+        ('batch_size = "*"', "batch_size = 0", r"models\[0\].builds\[0\].batch_size\[0\] is 0"),
         ('threads = "*"', "threads = []", r"models\[0\].builds\[0\].threads is \[\]"),
         ("seq_len = 16", "seq_len = 0", "round.seq_len is 0"),
         ("seq_len = 16", "seq_len = 16.0", "round.seq_len is 16.0"),

@@ -72,6 +72,7 @@ Words = Annotated[
     *OneOrMore,
 ]
 Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
+Sizes = Annotated[tuple[Annotated[int, Field(strict=True, ge=1)] | Literal["*"], ...], *OneOrMore]
 Formats = Annotated[
     tuple[Annotated[str, BeforeValidator(must(FORMATS.__contains__, " or ".join(FORMATS)))], ...],
     *OneOrMore,
@@ -115,7 +116,7 @@ class Build(BaseModel):
     device: Words
     dtype: Formats
     attention: Words
-    batch_size: Counts
+    batch_size: Sizes
     threads: Counts
     torch: Words
     library: Words
