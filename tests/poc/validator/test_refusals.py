@@ -4,8 +4,11 @@ its name.
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from threading import Event
 
 import pytest
 
@@ -292,6 +295,27 @@ def test_closed_blocks_are_refused(validating):
         running.announce("b3", 9)
         assert running.send(HONEST, status=422)["fields"] == ["block_hash"]
         assert [block["block_hash"] for block in running.get("/blocks")["blocks"]] == ["b3", "b2"]
+
+
+def test_blocks_that_are_announced_at_once_are_both_open(running, monkeypatch):
+    """The first read the blocks before the second was there, and put them in place after it."""
+    inbox = running.controller.inbox
+    read = inbox.blocks
+    between = Event()
+
+    def read_slowly(limit):
+        blocks = read(limit)
+        if "block_a" in blocks and "block_b" not in blocks:
+            between.set()
+            time.sleep(0.3)
+        return blocks
+
+    monkeypatch.setattr(inbox, "blocks", read_slowly)
+    with ThreadPoolExecutor() as threads:
+        threads.submit(running.announce, "block_a", 20)
+        assert between.wait(30)
+        running.announce("block_b", 21)
+    assert {"block_a", "block_b"} <= running.controller.open_blocks.keys()
 
 
 def test_a_block_of_the_pins_is_the_only_one(validating, small_model):

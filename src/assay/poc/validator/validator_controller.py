@@ -1,5 +1,6 @@
 """What a validator is made of, and what it says of itself."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -83,6 +84,7 @@ class ValidatorController(Runtime):
             opened.callback(self.ledger.close)
             self.inbox.check_ledger(self.ledger)
             self._blocks = self.inbox.blocks(settings.open_blocks)
+            self._announcing = threading.Lock()
             self.writer = InboxWriter(
                 self.inbox,
                 self.metrics,
@@ -205,8 +207,10 @@ class ValidatorController(Runtime):
                 wanted="blocks from one place",
                 do="leave block_hash out of the pins to announce blocks",
             )
-        new = self.inbox.announce(block_hash, block_height, self.registry.computed.values())
-        self._blocks = self.inbox.blocks(self.settings.open_blocks)
+        # Another announcement would be lost between what is read and what is put there.
+        with self._announcing:
+            new = self.inbox.announce(block_hash, block_height, self.registry.computed.values())
+            self._blocks = self.inbox.blocks(self.settings.open_blocks)
         return new
 
     @property
