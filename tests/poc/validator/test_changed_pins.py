@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from assay.poc.validator import recomputer
 from assay.poc.validator.recomputer import Budget, Recomputer
 from assay.poc.verdict.ledger import Ledger
-from tests.poc.validator.conftest import BLOCKS, body_of, pins_text, proof_of
+from tests.poc.validator.conftest import BLOCKS, body_of, nodes_text, pins_text, proof_of
 from tests.usual import usual
 from tests.waiting import until
 
@@ -121,6 +122,28 @@ def test_pins_that_are_read_during_a_pass_bring_no_law_of_theirs_into_it(
     assert waiting.controller.registry is not before
     assert {update.account.preset for update in updates} == {"poc-2.0"}
     assert {update.noise.as_dict()["kind"] for update in updates} == {"scale"}  # of distances
+
+
+def test_what_is_dropped_gives_its_nonces_back_once(stopped, small_model, tmp_path, monkeypatch):
+    """It gave them back with every pass that failed: an hour had more than its nonces."""
+    stopped.send(body_of(proof_of(small_model, "node_B", range(60))))
+    stopped.controller.inbox.plan(["node_A", "node_B"], 32)
+    others = ("node_D", "node_B", "node_C")
+    (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=others))
+    (tmp_path / "nodes.toml").write_text(nodes_text(others))
+    stopped.controller.tend()
+    spent = []
+    monkeypatch.setattr(Budget, "spend", lambda self, nonces: spent.append(nonces))
+    worker = stopped.controller.worker
+    deployment = stopped.controller.loaded.result()
+    with monkeypatch.context() as patched:
+        patched.setattr(recomputer, "recompute", lambda *_: 1 / 0)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                worker._record(deployment, stopped.controller.inbox.unfinished(9))
+    assert worker.step(deployment) == 0.0
+    assert sum(spent) == -16
+    assert stopped.node("node_B")["recorded"] == 16
 
 
 @pytest.mark.parametrize(

@@ -332,11 +332,12 @@ class Recomputer(EngineThread):
         registry = noises.registry
         samples = list[ClaimSample]()
         ended = list[Draw]()
+        dropped = list[Draw]()
         for source in draws:
             claim = self._claimed(source, registry)
             if claim is None:  # its message ends whole, or would go on taking draws
                 ended.append(replace(source, planned=source.nonces))
-                self._budget.spend(source.drawn - source.planned)
+                dropped.append(source)
                 continue
             ended.append(source)
             build = registry.senders[claim.round.public_key].build  # read under this registry
@@ -381,6 +382,8 @@ class Recomputer(EngineThread):
             with self._recording:
                 self.standings = {**self.standings, **self._present(now.values())}
         self._last |= {change["account"]: change["verdict"] for change in changes}
+        self._budget.spend(sum(source.drawn - source.planned for source in dropped))
+        self._metrics.dropped.inc(len(dropped))
         self._metrics.nonces.inc(len(inputs))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
@@ -396,7 +399,6 @@ class Recomputer(EngineThread):
         # else was held against the pins of their time.
         if source.claim is None or not sender or source.pins != registry.computed[sender.build]:
             log.warning("a message is no longer as pinned", id=source.id, key=source.public_key)
-            self._metrics.dropped.inc()
             return None
         return Claim.decode(source.claim, source.nonces, registry.pipeline)
 
