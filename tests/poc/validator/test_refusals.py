@@ -20,6 +20,7 @@ from tests.poc.validator.conftest import (
     API,
     BLOCK,
     HEIGHT,
+    KEYS,
     NODE_COUNT,
     R_TARGET,
     Running,
@@ -216,6 +217,16 @@ def test_few_or_chosen_nonces_are_refused_by_name(running, honest, tmp_path):
         text = text_of(Proof.build(replace(honest.header, nonces=runs), records, 1.0), tmp_path)
         answer = running.send(text, key="node_A", path="proofs", status=422)
         assert answer["fields"] == ["fewest_nonces"], (runs, answer)
+
+
+def test_a_node_of_the_nodes_file_alone_sends_proofs_as_well(validating, small_model, tmp_path):
+    """Its callbacks were taken, and its proofs refused as those of an unknown key."""
+    with validating() as running:
+        (tmp_path / "nodes.toml").write_text(nodes_text((*KEYS, "node_D")))
+        running.controller.tend()
+        proof = proof_of(small_model, "node_D")
+        running.send(body_of(proof))
+        running.send(text_of(proof, tmp_path), key="node_D", path="proofs")
 
 
 def test_another_nodes_proof_is_refused(running, small_model, tmp_path):

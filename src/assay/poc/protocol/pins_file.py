@@ -422,20 +422,31 @@ class NetworkPins(Table):
         )
         node = self._node(values)
         chosen = self.model(model)
-        positions = self.round.nonces
-        share: dict[str, Any] = {"node_id": values.node_id or 0, "node_count": self._count(node)}
+        share = values.node_id or 0 if node is None else node.node_id
+        pins = self.for_share(chosen, self._builds(chosen, node), share, self._count(node))
         if node is not None:
-            share |= {"node_id": node.node_id, "public_key": node.public_key}
-        any_round = Round(**{"block_hash": "any", "public_key": "any"} | share)
-        pins = replace(
-            self._agreed,
-            **share,
-            nonces=None if positions is None else any_round.nonces(*positions),
-            digest=chosen.digest,
-            weights=chosen.weights,
-            builds=self._builds(chosen, node),
-        )
+            pins = replace(pins, public_key=node.public_key)
         return pins.joined(values, str(self._path))
+
+    def for_share(
+        self, model: ModelPins, builds: tuple[Build, ...], node_id: int, node_count: int
+    ) -> Pins:
+        """Return what is pinned of the proofs of a share, whether or not the file lists its
+        node.
+        """
+        any_round = Round(
+            block_hash="any", public_key="any", node_id=node_id, node_count=node_count
+        )
+        positions = self.round.nonces
+        return replace(
+            self._agreed,
+            node_id=node_id,
+            node_count=node_count,
+            nonces=None if positions is None else any_round.nonces(*positions),
+            digest=model.digest,
+            weights=model.weights,
+            builds=builds,
+        )
 
     def _node(self, pins: Pins) -> NodePins | None:
         """Return the node that is meant; None where the file lists none."""
