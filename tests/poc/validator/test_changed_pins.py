@@ -1,11 +1,13 @@
 """Messages that wait while the pins change: no node is judged by what was agreed on later."""
 
 import re
+from threading import Thread
 
 import pytest
 
 from assay.poc.validator import recomputer
 from assay.poc.validator.recomputer import Budget, Recomputer
+from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict.ledger import Ledger
 from tests.poc.validator.conftest import BLOCKS, body_of, nodes_text, pins_text, proof_of
 from tests.usual import usual
@@ -122,6 +124,31 @@ def test_pins_that_are_read_during_a_pass_bring_no_law_of_theirs_into_it(
     assert waiting.controller.registry is not before
     assert {update.account.preset for update in updates} == {"poc-2.0"}
     assert {update.noise.as_dict()["kind"] for update in updates} == {"scale"}  # of distances
+
+
+def test_pins_that_are_read_while_the_model_begins_have_their_own_laws(
+    validating, small_model, tmp_path, monkeypatch
+):
+    """The laws were those of the pins of the start, and messages were held against these."""
+    find_laws = ValidatorController._laws
+    readers = []
+
+    def change_pins_first(controller, registry, deployment):
+        if not readers:
+            (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="permutation"))
+            readers.append(Thread(target=controller.tend))
+            readers[0].start()
+            readers[0].join(0.5)
+        return find_laws(controller, registry, deployment)
+
+    monkeypatch.setattr(ValidatorController, "_laws", change_pins_first)
+    with validating() as running:
+        until(lambda: running.controller.deployment)
+        readers[0].join()
+        running.announce("block_beta", 8)
+        about = {"block": "block_beta", "block_height": 8, "preset": "permutation"}
+        running.send(body_of(proof_of(small_model, "node_A", **about)))
+        until(lambda: running.node("node_A")["recorded"])
 
 
 def test_what_is_dropped_gives_its_nonces_back_once(stopped, small_model, tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ class ValidatorController(Runtime):
         self._reference = reference
         self._signed = signed
         self._read_at = self._modified()
+        self._reading = threading.Lock()
         self.registry = self._read()
         """Pins and nodes of now."""
         # An error leaves no file open, and no lock on the directory.
@@ -108,8 +109,10 @@ class ValidatorController(Runtime):
 
     @override
     def _begin(self, deployment: Deployment) -> None:
-        self._noises = self._laws(self.registry, deployment)
-        super()._begin(deployment)
+        # Pins that are read meanwhile would be judged by the laws of the old ones.
+        with self._reading:
+            self._noises = self._laws(self.registry, deployment)
+            super()._begin(deployment)
 
     @override
     def _check_model(self, deployment: Deployment) -> None:
@@ -166,6 +169,10 @@ class ValidatorController(Runtime):
         if modified == self._read_at:
             return
         self._read_at = modified
+        with self._reading:
+            self._read_again()
+
+    def _read_again(self) -> None:
         try:
             fresh = self._read()
             # The loaded model has these, whatever the pins say now.
