@@ -180,8 +180,11 @@ def test_chains_run_in_chunks_beside_chat_that_is_not_reflected():
     torch.testing.assert_close(runner.last[chat[0]], alone.last[chat[0]])
 
 
-@pytest.mark.parametrize("cut", [P + N, P - 1, P + 3])
-def test_a_replay_follows_the_claim_in_one_prompt_or_in_parts(cut: int):
+@pytest.mark.parametrize(
+    ("cut", "again"), [(P + N, False), (P - 1, False), (P + 3, False), (P + 3, True)]
+)
+def test_a_replay_follows_the_claim_in_one_prompt_or_in_parts(cut: int, again: bool):
+    """Preempted after its first part, a prompt runs from its start again."""
     claimed = np.random.default_rng(0).integers(0, 16, (2, N + 1)).tolist()
     runner = Runner()
     key = new_key()
@@ -190,6 +193,9 @@ def test_a_replay_follows_the_claim_in_one_prompt_or_in_parts(cut: int):
     new = requests(key, claimed)
     rows = {name: embeddings_of(request) for name, request in new.items()}
     runner.step({name: (given, 0, cut) for name, given in rows.items()}, new.values())
+    if again:
+        runner.last.clear()
+        runner.step({name: (given, 0, cut) for name, given in rows.items()})
     if cut < P + N:
         runner.step({name: (given, cut, P + N - cut) for name, given in rows.items()})
     _, margins = defined(claimed)

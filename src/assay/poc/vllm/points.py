@@ -58,7 +58,8 @@ class ChainState:
     chain: Chain
     claimed: NDArray[np.uint8] | None
     points: list[int] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)  # margins of a replay, part by part
+    # Margins of a replay, by position: vLLM preempts a prompt and then runs it from its start again.
+    margins: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Chains:
@@ -124,7 +125,9 @@ class Chains:
             parts.append(chain.embeddings(stated[None, :-1], 1))
         request.prompt_embeds = torch.cat(parts, dim=1)[0].cpu()
         request.prompt_is_token_ids = [False] * positions
-        stream.decodes[nonce] = ChainState(chain, stated)
+        stream.decodes[nonce] = ChainState(
+            chain, stated, margins=torch.full((steps + 1,), torch.nan, device=self._runner.device)
+        )
         stream.fill(nonce)
 
     def step(
@@ -166,8 +169,8 @@ class Chains:
             claimed = torch.from_numpy(state.claimed[low:high].astype(np.int64)).to(
                 scores_NQ.device
             )
-            state.kept.append(margins(scores_NQ, claimed))
-            done = torch.cat(state.kept)
+            state.margins[low:high] = margins(scores_NQ, claimed)
+            done = state.margins
         if high == steps + 1:
             stream.put(nonce, done)
 
