@@ -308,15 +308,28 @@ async def test_engines_that_step_together_have_no_call_beside_a_step(broken: boo
 async def test_no_call_runs_before_a_request_that_was_given_up_in_its_first_step_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("assay.poc.vllm.direct_path.TICK", 0)
     workers = Workers(engines=2, together=True)
     workers.reqs_in_flight["chat"] = b"engine"
     admitting = asyncio.ensure_future(workers.client.direct.admit(CallSizer(batch=4)))
-    for _ in range(100):
-        await asyncio.sleep(0)
+    with monkeypatch.context() as patch:
+        patch.setattr("assay.poc.vllm.direct_path.TICK", 0)
+        for _ in range(100):
+            await asyncio.sleep(0)
     assert not admitting.done()
     workers.reqs_in_flight.clear()
     assert await admitting > 0
+
+
+async def test_no_call_runs_beside_a_step_of_which_word_comes_late_however_many_streams_look():
+    workers = Workers(engines=2, together=True)
+    await workers.engine_core.add_request_async("chat")
+
+    async def admit() -> None:
+        direct = workers.client.direct
+        direct.leave(await direct.admit(CallSizer(batch=4)))
+        assert workers.stepping.done()
+
+    await asyncio.gather(*(admit() for _ in range(4)))
 
 
 async def test_nonces_are_requests_where_engines_do_not_come_to_rest(

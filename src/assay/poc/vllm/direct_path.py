@@ -110,13 +110,12 @@ class DirectPath:
         """
         looks = 0
         while self._may_call(sizer):
-            if self.lockstep is not None and not self.lockstep.rested:
-                nonces = self._throttle.in_flight
+            nonces = self._throttle.in_flight
+            if self.lockstep is not None and not self.lockstep.rests(nonces):
                 looks = 0 if nonces else looks + 1
                 if looks > MOST_LOOKS:
                     self.reason = "engines that step together do not come to rest"
                     self._failures = FAILURES
-                self.lockstep.look(nonces)
                 await asyncio.sleep(TICK)
             elif self._running >= CALLS:
                 self._left.clear()

@@ -7,15 +7,17 @@ other for good. So no call begins while engines step, and a request waits until 
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-# Looks, a TICK apart, at which engines must be at rest: a message that they step may come later
-# than the answer of the request that they step for.
-LOOKS = 3
+# Seconds that engines must be at rest: a message that they step may come later than the answer of
+# the request that they step for.
+REST = 0.04
 # They let engines step until all of them have heard of it.
 PAUSES = ("pause_scheduler_async", "resume_scheduler_async")
 
@@ -35,26 +37,24 @@ class Lockstep:
         self._wait_for_calls = wait_for_calls
         # Requests and pauses that wait until no call runs; no call may begin before they have.
         self._waiting = 0
-        # One after the other, since the last of them.
-        self._looks_at_rest = 0
+        # Time of the first look that found engines at rest, of those since the last of them.
+        self._at_rest_from = math.inf
         core.add_request_async = self._add
         for name in PAUSES:
             setattr(core, name, partial(self._hold, getattr(core, name)))
 
-    @property
-    def rested(self) -> bool:
-        """Whether the engines have stopped since the last request, so that a call may begin."""
-        return not self._waiting and self._looks_at_rest >= LOOKS
-
-    def look(self, nonces: int) -> None:
+    def rests(self, nonces: int) -> bool:
         """Look whether engines that have so many nonces as requests, and no chat, are at rest.
 
-        vLLM's coordinator says that they step after their first step. What is given up in that one
-        nothing else counts any more, but an engine has it until it says that it has ended.
+        A call may begin once they were at rest for :data:`REST`, however many streams look. vLLM's
+        coordinator says that they step after their first step. What is given up in that one nothing
+        else counts any more, but an engine has it until it says that it has ended.
         """
+        now = time.monotonic()
         steps = self._core.engines_running or self._core.reqs_in_flight
-        at_rest = not (steps or self._waiting or nonces)
-        self._looks_at_rest = self._looks_at_rest + 1 if at_rest else 0
+        is_busy = steps or self._waiting or nonces
+        self._at_rest_from = math.inf if is_busy else min(self._at_rest_from, now)
+        return now - self._at_rest_from >= REST
 
     async def _add(self, request: Any) -> None:
         try:
@@ -72,7 +72,7 @@ class Lockstep:
             return await begin(*args, **options)
         finally:
             self._waiting -= 1
-            self._looks_at_rest = 0
+            self._at_rest_from = math.inf
 
 
 def all_ready(ready: bool) -> bool:

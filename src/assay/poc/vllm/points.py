@@ -58,7 +58,7 @@ class ChainState:
     chain: Chain
     claimed: NDArray[np.uint8] | None
     points: list[int] = field(default_factory=list)
-    # Margins of a replay, by position: vLLM preempts a prompt and then runs it from its start again.
+    # Of a replay, by position: vLLM may preempt a prompt, and runs it from its start again.
     margins: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
