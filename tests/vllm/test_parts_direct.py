@@ -17,7 +17,7 @@ from assay.poc import Round, get_pipeline
 from assay.poc.vllm.client import Client
 from assay.poc.vllm.direct_passes import direct_path_blocker
 from assay.poc.vllm.direct_path import CALLS, MOST, CallSizer
-from assay.poc.vllm.nonce_streams import NonceStream
+from assay.poc.vllm.nonce_streams import COLLECTED, NonceStream
 from assay.poc.vllm.rows import Rows, Spec, split_id
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
 from assay.poc.vllm.worker import WorkerExtension
@@ -43,6 +43,7 @@ class Workers:
         self.called: list[list[int]] = []
         self.dealt: list[list[list[int]]] = []
         self.requested: list[int] = []
+        self.held = self.most_held = 0  # rows of requests that nothing has collected
         self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
         self.flushed = 0
         self.turn = asyncio.Lock()
@@ -93,7 +94,10 @@ class Workers:
             async with self.turn:
                 self.flushed += 1
                 return [[self.begun.pop(engine)] if engine in self.begun else []]
-        return [self.reply(args[1]) if method == "assay_collect" else None]
+        if method == "assay_collect":
+            self.held -= len(args[1])
+            return [self.reply(args[1])]
+        return [None]
 
     async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
         assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
@@ -118,6 +122,8 @@ class Workers:
             await self.engine_core.add_request_async(name)
         self.requested.append(split_id(name)[1])
         await asyncio.sleep(0)
+        self.held += 1
+        self.most_held = max(self.most_held, self.held)
         yield None
 
     async def step_unseen(self) -> None:
@@ -460,6 +466,13 @@ async def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_request
         False,
         "a reason" if not batch else "ASSAY_VLLM_PATH=requests",
     )
+
+
+async def test_workers_never_hold_the_rows_of_a_large_batch():
+    workers = Workers(path="requests")
+    assert await values_of(workers, 2500, batch_size=2000) == list(range(2500))
+    assert workers.held == 0
+    assert workers.most_held < 3 * COLLECTED
 
 
 async def test_an_engine_that_dies_fails_its_nonces_in_words():

@@ -135,9 +135,15 @@ class NonceStream:
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
-            nonces = list(self._nonces[start : start + self._batch_size])
-            running = [await self._begin(start + place) for place in range(len(nonces))]
-            await self._batches.put(self._start(self._finish(nonces, running)))
+            end = min(start + self._batch_size, len(self._nonces))
+            # Collected in parts as they run, so that the workers never hold many rows.
+            parts = []
+            for first in range(start, end, COLLECTED):
+                places = range(first, min(first + COLLECTED, end))
+                nonces = [self._nonces[place] for place in places]
+                running = [await self._begin(place) for place in places]
+                parts.append(self._start(self._collect(nonces, running)))
+            await self._batches.put(self._start(self._joined(parts)))
         await self._batches.put(None)
 
     async def _begin(self, place: int) -> "asyncio.Task[Any]":
@@ -167,11 +173,8 @@ class NonceStream:
         task.add_done_callback(lambda _: self._client.throttle.leave(self.passes))
         return task
 
-    async def _finish(self, nonces: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
-        """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
-        starts = range(0, len(nonces), COLLECTED)
-        parts = [(nonces[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
-        return np.concatenate([await self._collect(*part) for part in parts])
+    async def _joined(self, parts: "Sequence[asyncio.Task[Rows]]") -> Rows:
+        return np.concatenate(await asyncio.gather(*parts))
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
         """Return the ids of a nonce's request, which may be placeholders that the workers fill, and
@@ -207,7 +210,7 @@ class NonceStream:
         """
         values: dict[int, Rows] = {}
         for call in {task for task in running if task in self._calls}:
-            values |= await asyncio.shield(call)  # other batches wait for it too
+            values |= await asyncio.shield(call)  # other parts wait for it too
         pending = {
             nonce: task for nonce, task in zip(nonces, running, strict=True) if nonce not in values
         }
@@ -230,16 +233,9 @@ class NonceStream:
                         seen, wanted="an engine that takes its length", do="see the log of vLLM"
                     ) from outcome
             collected = await self._take(list(pending))
-            complete = {
-                nonce
-                for nonce, outcome in zip(pending, outcomes, strict=True)
-                if self._whole(nonce, outcome)
-            }
-            values |= {
-                nonce: collected[nonce]
-                for nonce in pending
-                if nonce in collected and nonce in complete
-            }
+            for nonce, outcome in zip(pending, outcomes, strict=True):
+                if self._whole(nonce, outcome) and nonce in collected:
+                    values[nonce] = collected[nonce]
             pending = {nonce: task for nonce, task in pending.items() if nonce not in values}
         if pending:
             raise ModelError(
