@@ -232,6 +232,20 @@ def test_an_engine_that_fails_in_a_pass_still_runs_those_that_others_wait_for(
     assert model.tried == PASSES
 
 
+def test_an_engine_ends_where_others_wait_within_a_pass_for_layers_that_failed(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", end)
+    model = Layers(fails_at=1)
+    with pytest.raises(SystemExit) as ended:
+        passes_of(model, engines=2)[0].begin(SPEC, NONCES, BATCH, NONCES)
+    assert ended.value.code == 1
+    assert model.passes == 1
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("fails_at", range(PASSES))
 def test_a_stage_that_fails_in_a_pass_leaves_no_other_waiting(

@@ -28,6 +28,7 @@ from assay.models.device import free_bytes
 from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.compatibility import runner_kind
+from assay.poc.vllm.lockstep import end_engine
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group
 from assay.poc.vllm.stages import FAILED, StageLink
 from assay.streams.arrays import dtype_name, torch_dtype
@@ -216,6 +217,7 @@ class DirectPasses:
         """Whether this engine steps together with others; of a dense model each is told to be
         alone.
         """
+        self._has_run = False  # a pass
         # Embeddings; with stages the states and residuals that are received, or sent twice.
         self._handed = 1 if stages == 1 else 4
         self._cache: Tensor | None = None
@@ -284,7 +286,8 @@ class DirectPasses:
 
         ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
         the rest. A pass that fails is the last one that computes, unless other engines wait for
-        those after it; the next stage hears of all.
+        those after it; the next stage hears of all. Where others wait within a pass for layers that
+        failed, this engine ends. If its very first pass fails, theirs fail alike.
 
         ``longest`` is the longest share of the engines that step together, and ``nonces`` itself
         where there are no others: every engine runs as many passes, without nonces of its own over
@@ -305,10 +308,13 @@ class DirectPasses:
             if failure is None or self.together:
                 try:
                     states = self._forward(spec, part or longest[:1], received)
+                    self._has_run = True
                     if part and self._link.is_last:
                         rows.append(self._rows(spec, part, states))
                 except Exception as error:
                     failure = error
+                    if self.together and self._has_run and states is None:
+                        end_engine(error)
             self._link.send(states)
         if failure is not None:
             raise failure

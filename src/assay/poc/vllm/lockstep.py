@@ -7,13 +7,17 @@ other for good. So no call begins while engines step, and a request waits until 
 """
 
 import asyncio
+import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+log = logging.getLogger("assay.vllm")
 
 # Seconds that engines must be at rest: a message that they step may come later than the answer of
 # the request that they step for.
@@ -87,3 +91,14 @@ def all_ready(ready: bool) -> bool:
         flag, op=torch.distributed.ReduceOp.MIN, group=get_dp_group().cpu_group
     )
     return bool(flag)
+
+
+def end_engine(error: Exception) -> NoReturn:
+    """End the process of an engine that failed in the layers of a pass, and with it the server.
+
+    The others wait there for its experts. A pass that it ran next would meet the layers that they
+    are in, so they would compute with wrong states and then wait for good, and chat with them. vLLM
+    ends an engine whose step fails, too.
+    """
+    log.critical("an engine failed in a pass for which others wait, and ends", exc_info=error)
+    os._exit(1)
