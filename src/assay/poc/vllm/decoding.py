@@ -4,7 +4,7 @@ Legend of shapes: M nonces, S sketches of each, N tokens of each or of a step, D
 vocabulary, R rows of logits, W numbers that are kept of a nonce.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,19 +70,14 @@ class Decoding:
         self._width = int(config.model_config.get_hidden_size())
         self._vocab = int(config.model_config.get_vocab_size())
         self._streams = streams.get_backend("auto", runner.device.type)
-        self._due: tuple[list[int], list[int]] | None = None
+        self._owner = owner
+        # Nonces of a step, and the seeds of the noise of their next tokens.
+        self._due: list[tuple[StepRow, int]] = []
+        self._compute_logits = runner.model.compute_logits
         if runner_kind(runner) == "v2":
-            compute_logits = runner.model.compute_logits
-
-            def compute_noisy_logits(*args: Any, **kwargs: Any) -> Any:
-                due = self._due
-                self._due = None
-                logits_RV = compute_logits(*args, **kwargs)
-                return (
-                    logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
-                )
-
-            runner.model.compute_logits = compute_noisy_logits
+            runner.model.compute_logits = lambda *args, **options: self._noisy(
+                self._compute_logits(*args, **options)
+            )
 
     def begin(
         self, stream: RowStream, nonce: int, request: Any, listed: Sequence[int] | None
@@ -102,32 +97,27 @@ class Decoding:
         )
         stream.fill(nonce)
 
-    def step(
-        self, states_ND: Tensor, step_rows: Sequence[StepRow]
-    ) -> Iterator[tuple[StepRow, Exception]]:
-        """Keep a step's logits of nonces and request noise for the next; yield failed nonces."""
-        self._due = None
-        due: list[tuple[StepRow, int]] = []
-        for step_row in step_rows:
-            decode = step_row.stream.decodes.get(step_row.nonce)
-            if not isinstance(decode, Decode):
-                continue
-            try:
-                self._keep(states_ND, step_row, decode)
-            except Exception as error:
-                yield step_row, error
-                continue
-            # The last position of a step gives the next token: none before the prompt has ended.
-            token = (
-                step_row.chunk.computed + step_row.chunk.length - step_row.stream.spec.round.seq_len
-            )
-            if decode.claimed is None and 0 <= token < len(decode.noise):
-                due.append((step_row, int(decode.noise[token])))
-        if due:
-            try:
-                self._announce([step_row.row for step_row, _ in due], [seed for _, seed in due])
-            except Exception as error:
-                yield from ((step_row, error) for step_row, _ in due)
+    def read(self, states_ND: Tensor, step_row: StepRow) -> None:
+        """Keep what a step says of a nonce, and note the noise of its next token."""
+        stream, nonce, _, chunk = step_row
+        decode = stream.decodes[nonce]
+        self._keep(states_ND, step_row, decode)
+        # The last position of a step gives the next token: none before the prompt has ended.
+        token = chunk.computed + chunk.length - stream.spec.round.seq_len
+        if decode.claimed is None and 0 <= token < len(decode.noise):
+            self._due.append((step_row, int(decode.noise[token])))
+
+    def end_step(self) -> None:
+        """Add noise to the logits of a step; the V2 runner has them later."""
+        due = self._due
+        if not due or runner_kind(self._runner) == "v2":
+            return
+        try:
+            state = self._runner.execute_model_state
+            self._runner.execute_model_state = state._replace(logits=self._noisy(state.logits))
+        except Exception as error:
+            for step_row, _ in due:
+                self._owner.fail(step_row.stream, step_row.nonce, error)
 
     def values(
         self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]
@@ -161,7 +151,7 @@ class Decoding:
             if decode.claimed is None:
                 break
             end = min(start + at_once, high)
-            logits_NV = self._runner.model.compute_logits(
+            logits_NV = self._compute_logits(
                 states_ND[chunk.start + start - first : chunk.start + end - first]
             )
             # Another worker of the group has them, and answers for all.
@@ -175,23 +165,18 @@ class Decoding:
         if high > (sketched[-1] if decode.claimed is None else steps - 1):
             stream.put(nonce, decode.kept)
 
-    def _announce(self, rows: list[int], seeds: list[int]) -> None:
-        """Add noise to rows of the logits of this step, now or as soon as they are there."""
-        state = self._runner.execute_model_state
-        if runner_kind(self._runner) == "v2":
-            self._due = rows, seeds
-        elif state.logits is not None:
-            self._runner.execute_model_state = state._replace(
-                logits=self._noisy(state.logits, rows, seeds)
-            )
-
-    def _noisy(
-        self, logits_RV: Tensor, rows: list[int], seeds: list[int]
-    ) -> Float32[Tensor, "R V"]:
-        """Return logits in float32, in which vLLM samples anyway, with noise in some rows."""
+    def _noisy(self, logits_RV: Any) -> Any:
+        """Return logits in float32, in which vLLM samples anyway, with the noise that is due in
+        some rows; those of a step of chat, and None, as they are.
+        """
+        due = self._due
+        self._due = []
+        if logits_RV is None or not due:
+            return logits_RV
         scores_RV = logits_RV.float().contiguous()
-        places = torch.tensor(rows, device=scores_RV.device)
-        self._streams.add_gumbels(scores_RV, self._seeds(np.array(seeds, np.uint32)), places)
+        places = torch.tensor([step_row.row for step_row, _ in due], device=scores_RV.device)
+        seeds = self._seeds(np.array([seed for _, seed in due], np.uint32))
+        self._streams.add_gumbels(scores_RV, seeds, places)
         return scores_RV
 
     def _seeds(self, seeds: UInt32[np.ndarray, " R"]) -> Tensor:

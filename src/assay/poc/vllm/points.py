@@ -13,7 +13,7 @@ to the first one, and a mixture has routers that the round seeds, which only tra
 Legend of shapes: N rows of a step, T positions of a nonce, D hidden size, Q points.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -130,26 +130,14 @@ class Chains:
         )
         stream.fill(nonce)
 
-    def step(
-        self, states_ND: Tensor, step_rows: Sequence[StepRow]
-    ) -> Iterator[tuple[StepRow, Exception]]:
-        """Read what a step says of nonces; yield those that failed."""
-        for step_row in step_rows:
-            state = step_row.stream.decodes.get(step_row.nonce)
-            if not isinstance(state, ChainState):
-                continue
-            try:
-                self._read(states_ND, step_row, state)
-            except Exception as error:
-                yield step_row, error
-
     def values(self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
         """Return the points, or the margins of a replay, of finished nonces."""
         return torch.stack(list(rows))
 
-    def _read(self, states_ND: Tensor, step_row: StepRow, state: ChainState) -> None:
+    def read(self, states_ND: Tensor, step_row: StepRow) -> None:
         """Keep the points of the positions of this step, or the margins of claimed ones."""
         stream, nonce, _, chunk = step_row
+        state = stream.decodes[nonce]
         steps = stream.spec.pipeline.steps
         first = chunk.computed + 1 - stream.spec.round.seq_len  # step that the first position has
         low = max(first, 0)
@@ -173,6 +161,9 @@ class Chains:
             done = state.margins
         if high == steps + 1:
             stream.put(nonce, done)
+
+    def end_step(self) -> None:
+        """Do nothing: the points of a step are in what :meth:`read` has kept."""
 
     # Before the layers: inputs of chains, and where to reflect
 

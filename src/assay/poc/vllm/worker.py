@@ -282,7 +282,7 @@ class Hooks:
                     empty.setdefault(stream, []).append((nonce, request))
             except Exception as error:
                 if place_of_nonce:
-                    self._fail(*place_of_nonce, error)
+                    self.fail(*place_of_nonce, error)
         for stream, requests in empty.items():
             # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a
             # time.
@@ -342,37 +342,32 @@ class Hooks:
             return
         states_ND, of_step = captured
         sums: dict[tuple[RowStream, int, bool], list[tuple[int, Chunk]]] = {}
-        decoding: list[StepRow] = []
         for row, chunk in enumerate(of_step.chunks()):
             place_of_nonce = self.rows.find(chunk.request_id)
             if place_of_nonce is None or place_of_nonce[1] not in place_of_nonce[0].filled:
                 continue
             stream, nonce = place_of_nonce
-            if stream.spec.pipeline.steps:
-                decoding.append(StepRow(stream, nonce, row, chunk))
-                continue
-            if not chunk.in_prompt:
-                continue
+            round, pipeline, _ = stream.spec
             try:
-                if chunk.prompt != stream.spec.round.seq_len:
+                if stepper := self._steppers.get(pipeline.output):
+                    stepper.read(states_ND, StepRow(stream, nonce, row, chunk))
+                elif chunk.in_prompt and chunk.prompt != round.seq_len:
                     raise ValueError(
-                        f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} "
-                        f"positions"
+                        f"a prompt of {chunk.prompt} tokens for {round.seq_len} positions"
                     )
-                if isinstance(read := stream.spec.pipeline.read, Positions):
+                elif chunk.in_prompt and isinstance(read := pipeline.read, Positions):
                     length = chunk.prompt if read.scaled else chunk.in_prompt
                     sums.setdefault((stream, length, read.scaled), []).append((nonce, chunk))
                 elif chunk.ends_prompt:
                     stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
-                self._fail(stream, nonce, error)
+                self.fail(stream, nonce, error)
         for (stream, length, scaled), pieces in sums.items():
             # The host pays for every launch, so chunks of one length are summed in one kernel.
             work = partial(self._join_part if scaled else self._add_part, states_ND)
             self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
-        for stepper in self._steppers.values() if decoding else ():
-            for failed, reason in stepper.step(states_ND, decoding):
-                self._fail(failed.stream, failed.nonce, reason)
+        for stepper in self._steppers.values():
+            stepper.end_step()
 
     def _add_part(
         self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
@@ -439,9 +434,10 @@ class Hooks:
                 work(stream, part)
             except Exception as error:
                 for nonce, _ in part:
-                    self._fail(stream, nonce, error)
+                    self.fail(stream, nonce, error)
 
-    def _fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
+    def fail(self, stream: RowStream, nonce: int, error: Exception) -> None:
+        """Keep the error for which a nonce could not run."""
         self.errors += 1
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
