@@ -180,6 +180,16 @@ def test_the_axes_are_those_of_the_extraction(pairs, method, tau_axis, still):
     assert bool((along.abs().sum(dim=2) == 0).any()) == (tau_axis > 0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_of_few_coordinates_have_no_more_axes(gradients, quick, method):
+    """Rounding gave them more where the sides hardly differ: overlaps above 1, or a traceback."""
+    pairs = gradients(0, ranks=(3, 3))
+    hack = {name: rows + 1e-3 * pairs.hack[name] for name, rows in pairs.clean.items()}
+    near = PairGradients(hack, pairs.clean, groups=pairs.groups)
+    report = check_gradients(near, settings=replace(quick, method=method, k_use=5))
+    assert report["stability"].measured.value == pytest.approx(1)
+
+
 def test_shares_are_cin(pairs):
     geometry = Geometry(pairs)
     basis = pairs.basis(method="svd", top_k=3)

@@ -402,20 +402,24 @@ def _split(
     plain = [
         geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves
     ]
-    between_MKK = geometry.overlaps(first_frame, second_frame)
-    generic = [geometry.overlaps(first_frame, plain[1]), geometry.overlaps(second_frame, plain[0])]
+    generic = [
+        _mean_square(geometry, first_frame, plain[1]),
+        _mean_square(geometry, second_frame, plain[0]),
+    ]
     return {
-        "overlap": _mean_square(between_MKK),
-        "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
+        "overlap": _mean_square(geometry, first_frame, second_frame),
+        "generic_overlap": torch.stack(generic).mean(dim=0),
         "agreement": _agreement(
             geometry, first_svd_frame, second_svd_frame, signs_BN[:, inside], signs_BN[:, ~inside]
         ),
     }
 
 
-def _mean_square(overlap_MKJ: Tensor) -> Tensor:
-    """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
-    return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
+def _mean_square(geometry: Geometry, frame: FittedAxes, other_frame: FittedAxes) -> Tensor:
+    """Return the mean squared cosine, [M]: the squared Frobenius norm over the number of angles."""
+    overlap_MKJ = geometry.overlaps(frame, other_frame)
+    angles_M = geometry.ranks_M.clamp_max(min(overlap_MKJ.shape[1:]))
+    return overlap_MKJ.square().sum(dim=(1, 2)) / angles_M
 
 
 def _agreement(

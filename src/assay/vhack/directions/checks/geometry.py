@@ -54,6 +54,7 @@ class Geometry:
         self.gram_MSS = torch.stack(
             [(rows := self.samples(name).double()) @ rows.T for name in self.names]
         )
+        self.ranks_M = torch.tensor([rows.shape[1] for rows in gradients.hack.values()])
         lengths_MS = self.gram_MSS.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         self.lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
 
@@ -82,11 +83,11 @@ class Geometry:
             whitened_MTT = elsewhere_M11 * gram_MTT + (
                 inside_MTN * along_M1N
             ) @ inside_MTN.transpose(1, 2)
-            mix_MKT, _ = _singular(whitened_MTT, settings.k_use, settings.tau_axis)
+            mix_MKT, _ = self._singular(whitened_MTT, settings.k_use, settings.tau_axis)
             inside_MKS = ((mix_MKT @ inside_MTN) * along_M1N) @ directions_MNS
             mix_MKS = self._orthonormal(elsewhere_M11 * (mix_MKT @ select_TS) + inside_MKS)
         else:
-            mix_MKT, _ = _singular(gram_MTT, settings.k_use, settings.tau_axis)
+            mix_MKT, _ = self._singular(gram_MTT, settings.k_use, settings.tau_axis)
             mix_MKS = mix_MKT @ select_TS
         along_MKS = mix_MKS @ self.gram_MSS
         fitted_MKT = along_MKS[:, :, first_T] - along_MKS[:, :, second_T]
@@ -106,17 +107,34 @@ class Geometry:
         n = len(samples_N)
         centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
         gram_MNN = centre_NN @ self.gram_MSS[:, samples_N][:, :, samples_N] @ centre_NN
-        ranks_M = torch.tensor([self.gradients.hack[name].shape[1] for name in self.names])
-        share_M = torch.tensor(
-            [shrinkage(g, r) for g, r in zip(gram_MNN, ranks_M.tolist(), strict=True)]
-        ).double()
-        floor_M1 = (share_M * gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * ranks_M))[:, None]
-        mix_MNN, values_MN = _singular(gram_MNN, n, 0.0)
+        ranks = self.ranks_M.tolist()
+        share_M = torch.tensor(list(map(shrinkage, gram_MNN, ranks))).double()
+        variance_M = gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * self.ranks_M)
+        floor_M1 = (share_M * variance_M)[:, None]
+        mix_MNN, values_MN = self._singular(gram_MNN, n, 0.0)
         across_MN = floor_M1 + (1 - share_M)[:, None] * values_MN**2 / n
         elsewhere_M1 = floor_M1.reciprocal().masked_fill(floor_M1 <= 0, 1.0)
         along_MN = across_MN.reciprocal().masked_fill(floor_M1 <= 0, 1.0)
         directions_MNS = mix_MNN @ (centre_NN @ self._selecting(samples_N))
         return directions_MNS, elsewhere_M1[..., None], (along_MN - elsewhere_M1)[:, None]
+
+    def _singular(self, gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor]:
+        """Return singular vectors, [M, K, T], and values, [M, K], of rows by their Gram matrix.
+
+        The vectors are weights of sums of the rows. No module has more of them than coordinates:
+        where the rows are small beside the samples that they are differences of, rounding of the
+        Gram matrix would give them a value.
+        """
+        squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
+        values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
+        least = max(gram_MTT.shape[1] * ROUNDING, tau_axis)
+        exists_MK = torch.arange(values_MK.shape[1]) < self.ranks_M[:, None]
+        kept_MK = exists_MK & (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
+        mix_MKT = (
+            vectors_MTT.flip(2)[:, :, :k].transpose(1, 2)
+            / torch.where(kept_MK, values_MK, torch.inf)[..., None]
+        )
+        return mix_MKT, values_MK
 
     def _selecting(self, samples_T: Tensor) -> Tensor:
         """Return the matrix that takes these samples out of all of them, [T, S]."""
@@ -158,22 +176,6 @@ class Geometry:
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
         lengths_MQ = squares_MQ.clamp_min(0).sqrt()
         return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)
-
-
-def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor]:
-    """Return singular vectors, [M, K, T], and values, [M, K], of rows by their Gram matrix.
-
-    The vectors are weights of sums of the rows.
-    """
-    squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
-    values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
-    least = max(gram_MTT.shape[1] * ROUNDING, tau_axis)
-    kept_MK = (values_MK > 0) & (values_MK >= least * values_MK[:, :1])
-    mix_MKT = (
-        vectors_MTT.flip(2)[:, :, :k].transpose(1, 2)
-        / torch.where(kept_MK, values_MK, torch.inf)[..., None]
-    )
-    return mix_MKT, values_MK
 
 
 def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
