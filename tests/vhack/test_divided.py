@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from assay.errors import AssayError, DataError, ModelError
+from assay.errors import AssayError, DataError, ModelError, OutOfMemory
 from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, target_modules, weight_svd, weights_digest
 from assay.vhack.detectors import fit_judge
@@ -128,7 +128,16 @@ def run(rank, device, samples):
     parted = by_tensor(loaded("reference:llama", device), mesh, ColwiseParallel())
     gradients = partial(per_sample_gradients, samples, parted, tokenizer=bytewise())
     results["refused"].append(is_refused(gradients, ModelError))
+    small.register_forward_pre_hook(refuse_batches, with_kwargs=True)
+    gradients = partial(per_sample_gradients, samples, small, tokenizer=bytewise())
+    results["refused"].append(is_refused(gradients, OutOfMemory))
     return results
+
+
+def refuse_batches(_, arguments, keywords):
+    """Run out of memory with more than one sample."""
+    if len(keywords["input_ids"]) > 1:
+        raise torch.OutOfMemoryError
 
 
 def is_refused(work, kind):
@@ -198,8 +207,8 @@ def test_processes_judge_rollouts_of_their_own(ranks, samples):
         assert result["scores"].tolist() == pytest.approx(wanted, rel=1e-3)
 
 
-def test_other_samples_and_a_parted_head_are_refused_by_every_process(ranks):
-    assert [rank["refused"] for rank in ranks] == [[True] * 2] * 2
+def test_other_samples_a_parted_head_and_too_large_a_batch_are_refused_by_every_process(ranks):
+    assert [rank["refused"] for rank in ranks] == [[True] * 3] * 2
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -97,7 +97,8 @@ def per_sample_gradients(
         svd: Factors of the weights from :func:`weight_svd`; None computes them.
         modules: Names of the target modules whose gradients are wanted; None stands for all.
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the
-            free memory. A batch that still runs out of memory is split.
+            free memory. A batch that still runs out of memory is split, unless processes share
+            the weights.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for
             far less memory.
         names: Name of each sample in errors; None numbers them.
@@ -114,7 +115,7 @@ def per_sample_gradients(
             not finite, or processes pass other samples.
         ModelError: The model has no target projections, has experts of an unknown form, is float16,
             or is divided in a way in which no weight can be had whole.
-        OutOfMemory: Not even one sample fits.
+        OutOfMemory: Not even one sample fits, or a batch of processes that share the weights.
 
     Example:
         >>> from assay.models import load_model
@@ -267,12 +268,19 @@ def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
 
 
 def _attempt(replica: Replica | DividedPass, batch: list[Encoded]) -> list[Computed]:
-    """Return the gradients of a batch, in halves if it does not fit."""
+    """Return the gradients of a batch, in halves if it does not fit into one process."""
     try:
         return [replica.gradients(batch)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        # The others, where it may fit, would wait for the rest of this very batch.
+        if isinstance(replica, DividedPass) and replica.division.group is not None:
+            raise OutOfMemory(
+                f"{len(batch)} samples in one batch do not fit into a process: {error}",
+                wanted="room for a batch in every process that shares the model",
+                do="set max_tokens lower, turn checkpointing on, or use bfloat16",
+            ) from error
         if len(batch) == 1:
             raise OutOfMemory(
                 f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
