@@ -160,7 +160,7 @@ def test_progress_counts_decompositions_and_samples(extracted, small_svd):
         assert done[0] == 1 or svd is not None
 
 
-def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, small_svd):
+def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, small_svd, cut_svd):
     shares = {}
     for rank in (4, 16, 64):
         basis = extracted(rank=rank)
@@ -175,6 +175,7 @@ def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, 
         kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4
     )
     assert shares[4] < shares[16] < shares[64] == 1.0
+    assert extracted(svd=cut_svd, rank=16).origin.rank == cut_svd.rank
 
 
 @pytest.fixture

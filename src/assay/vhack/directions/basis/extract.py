@@ -28,6 +28,7 @@ from assay.vhack.directions.gradients.svd import (
     SVDCache,
     check_rank,
     factor_dtype,
+    kept_rank,
     weight_svd,
 )
 from assay.vhack.directions.gradients.targets import (
@@ -363,7 +364,7 @@ def extract(
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {
             "dtype": dtype_name(weight.dtype),
-            "rank": rank or (svd.rank if svd is not None else None),
+            "rank": kept_rank(rank, svd),
             "factors": dtype_name(
                 svd.dtype if svd is not None else factor_dtype(options.get("factors"), weight)
             ),
@@ -399,6 +400,7 @@ def _truncated(
     The share needs the full factors. Where these are to be made, those of one part of the modules
     exist at a time, and each part takes a pass.
     """
+    rank_left = kept_rank(rank, full if isinstance(full, SVDCache) else None)
     factors: dict[str, Factors] = {}
     energy = energy_held = 0.0
     size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
@@ -415,4 +417,4 @@ def _truncated(
         dtype = svd.dtype
         # Before those of the next part are made.
         del svd
-    return SVDCache(factors, rank=rank, dtype=dtype), energy_held / energy if energy else 1.0
+    return SVDCache(factors, rank=rank_left, dtype=dtype), energy_held / energy if energy else 1.0

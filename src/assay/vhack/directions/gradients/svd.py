@@ -312,6 +312,12 @@ def check_rank(rank: int | None) -> None:
         )
 
 
+def kept_rank(rank: int | None, svd: SVDCache | None) -> int | None:
+    """Return how many directions are left where ``rank`` are wanted of factors; None is all."""
+    ranks = [rank, None if svd is None else svd.rank]
+    return min((most for most in ranks if most is not None), default=None)
+
+
 def _load_or_make(
     name: str, weight: Tensor, dtype: torch.dtype, method: str, cache: Path | None
 ) -> Factors:
