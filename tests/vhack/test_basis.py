@@ -211,6 +211,8 @@ def test_cin_over_modules():
     )
     with refuses(UsageError, "cin over modules"):
         cin_over_modules({"a": gradients["a"]}, basis)
+    with pytest.raises(UsageError):
+        cin_over_modules({**gradients, "b": torch.ones(1, 2)}, basis)
 
 
 @pytest.fixture

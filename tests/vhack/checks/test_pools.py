@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from assay.cli.vhack import vhack
-from assay.errors import DataError
+from assay.errors import DataError, UsageError
 from assay.stats import auroc
 from assay.vhack import Pair, Sample, cin, extract, per_sample_gradients
 from assay.vhack.directions.checks import CheckSettings, check, check_two_pools, read_pool
@@ -175,6 +175,11 @@ def test_a_sample_in_both_pools_and_another_model_are_refused(
     other = replace(basis, origin=replace(basis.origin, weights="0" * 64))
     with refuses(DataError, "a sample in both pools and another model are refused, 2"):
         scored(pools, small_model, other, byte_tokenizer, svd=small_svd)
+
+
+def test_factors_of_another_rank_are_refused(small_model, byte_tokenizer, cut_svd, basis, pools):
+    with pytest.raises(UsageError):
+        scored(pools, small_model, basis, byte_tokenizer, svd=cut_svd)
 
 
 @pytest.mark.slow

@@ -390,6 +390,25 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
     return along_N / torch.where(lengths_N > 0, lengths_N, 1.0)
 
 
+def check_covered(gradients: Mapping[str, Tensor], basis: Basis) -> None:
+    """Raise UsageError unless gradients are of every module of a basis, in its coordinates."""
+    seen = "" if basis.axes else "a basis without modules"
+    for name, axes_KR in basis.axes.items():
+        if name not in gradients:
+            seen = f"no gradients of {name}"
+        elif gradients[name].shape[1] != axes_KR.shape[1]:
+            seen = (
+                f"gradients of {name} with {gradients[name].shape[1]} coordinates, and axes with "
+                f"{axes_KR.shape[1]}"
+            )
+    if seen:
+        raise UsageError(
+            seen,
+            wanted="gradients of every module of the basis",
+            do="compute the gradients and the basis with the same model, and the same rank",
+        )
+
+
 def cin_over_modules(
     gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False
 ) -> Tensor:
@@ -402,15 +421,8 @@ def cin_over_modules(
         two_sided: Whether both signs count.
 
     Raises:
-        UsageError: A module of the basis has no gradients.
+        UsageError: A module of the basis has no gradients, or in other coordinates.
     """
-    missing = [name for name in basis.axes if name not in gradients]
-    if missing or not basis.axes:
-        seen = f"no gradients of {missing[0]}" if missing else "a basis without modules"
-        raise UsageError(
-            seen,
-            wanted="gradients of every module of the basis",
-            do="compute the gradients and the basis with the same model",
-        )
+    check_covered(gradients, basis)
     shares = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
     return torch.stack(shares).mean(dim=0)

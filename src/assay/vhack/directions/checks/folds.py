@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError
-from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.basis import Basis, check_covered
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.checks.check_report import CheckSettings, FloatArray
 from assay.vhack.directions.checks.geometry import FittedAxes, Geometry, cin_per_module
@@ -229,7 +229,9 @@ def refuse_seen(
 
     Raises:
         DataError: The basis was made from rows that are scored.
+        UsageError: Rows of a module are missing, or have other coordinates.
     """
+    check_covered(rows, basis)
     explained = []
     on_scored = []
     for name, axes_KR in basis.axes.items():
