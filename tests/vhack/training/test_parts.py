@@ -123,7 +123,15 @@ def test_a_log_is_continued_where_a_checkpoint_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}\n", '{"kind":"run","schema":"other"}\n', '{"kind"\n{"kind":"step"}\n']
+    "text",
+    [
+        "",
+        "{}\n",
+        '{"kind":"run","schema":"other"}\n',
+        '{"kind"\n{"kind":"step"}\n',
+        # Damaged in the middle, and torn at the end.
+        f'{{"kind":"run","schema":"{LOG}"}}\n{{"kind"\n{{"kind":"end"}}\n{{"kind"',
+    ],
 )
 def test_what_is_no_log_is_refused(tmp_path, text):
     path = tmp_path / "log.jsonl"
