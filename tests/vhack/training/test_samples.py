@@ -72,6 +72,14 @@ def test_the_rest_of_another_call_is_refused_or_dropped_when_asked(model, tasks,
     for changes, these in (({"temperature": 0.5}, tasks), ({}, tasks[::-1]), ({}, tasks[:1])):
         with refuses(UsageError, "the rest of another call is refused or dropped when asked"):
             sample_tasks(tmp_path / "file", model, these, **HOW | changes)
+    grouped = [
+        [{"prompt": task.prompt, "group": group} for task in tasks] for group in ("one", "other")
+    ]
+    with pytest.raises(Stopped):
+        sample_tasks(tmp_path / "own", model, grouped[0], progress=stop_after(2), **HOW)
+    for these in (grouped[1], [task.prompt for task in tasks]):
+        with refuses(UsageError, "the rest of another call is refused or dropped when asked"):
+            sample_tasks(tmp_path / "own", model, these, **HOW)
     assert sample_tasks(tmp_path / "file", model, tasks, overwrite=True, **HOW | {"seed": 1}) == 0
     assert {line["origin"]["seed"] for line in lines(tmp_path / "file")} == {1}
     with refuses(UsageError, "the rest of another call is refused or dropped when asked, 2"):

@@ -83,15 +83,18 @@ def sample_tasks(
         **options,
     }
     prompts = [read_prompt(task) for task in tasks]
+    descriptions = [
+        {"prompt": prompt, **_about(task), "origin": about}
+        for prompt, task in zip(prompts, tasks, strict=True)
+    ]
     ids = encode_prompts(model, prompts, options["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
         lines = file.recover()
         is_whole = len(lines) >= len(tasks)
         first = len(lines) - (0 if is_whole else len(lines) % options["batch"])
         fits = len(lines) <= len(tasks) and all(
-            (record := loads(line, str(path))).get("origin") == about
-            and record.get("prompt") == prompt
-            for line, prompt in zip(lines, prompts[: len(lines)], strict=True)
+            _without_sample(loads(line, str(path))) == description
+            for line, description in zip(lines, descriptions, strict=False)
         )
         if not fits and not overwrite:
             raise UsageError(
@@ -105,10 +108,9 @@ def sample_tasks(
             file.append_lines(lines[:first])
         count = first
         for part in sample_batches(model, prompts, ids, first, **options):
-            part_tasks = tasks[count : count + len(part)]
             records = (
-                {**asdict(completion), **_about(task), "origin": about}
-                for task, completion in zip(part_tasks, part, strict=True)
+                asdict(completion) | description
+                for completion, description in zip(part, descriptions[count:], strict=False)
             )
             file.append_lines(map(dumps, records))
             count += len(part)
@@ -116,6 +118,12 @@ def sample_tasks(
                 progress(count, len(tasks))
         file.commit()
     return first
+
+
+def _without_sample(record: JsonObject) -> JsonObject:
+    """Return what a line says of its task and origin."""
+    sampled = ("completion", "tokens", "logprobs")
+    return {name: value for name, value in record.items() if name not in sampled}
 
 
 def _about(task: Task) -> JsonObject:
