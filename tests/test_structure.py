@@ -29,8 +29,8 @@ MOST_SENTENCES_IN_TESTS = 101
 """To be lowered with every test that is freed of one."""
 LIBRARIES_PRIVATE = frozenset(
     """
-    _attn_implementation _compute_loss _exit _generate_and_score_completions _iter_named_params
-    _metrics
+    _attn_implementation _compute_loss _exit _generate_and_score_completions _generate_single_turn
+    _iter_named_params _metrics
     """.split()  # noqa: SIM905
 )
 """Names of other libraries, which assay overrides or sets by the same name."""
