@@ -123,7 +123,7 @@ class HackActivation:
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
         z_B = self.z(trainer.adapter.model, rows).to(rewards_BF.device)
-        return self.modify(rewards_BF, trainer.processes.gather(z_B)[:, None], alpha)
+        return self.modify(rewards_BF, trainer.accelerator.gather(z_B)[:, None], alpha)
 
     @staticmethod
     def modify(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:

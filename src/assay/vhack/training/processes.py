@@ -9,9 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.directions.gradients.svd import SVDCache
@@ -50,20 +48,6 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes, those of the first one first; each has as many."""
-        if self.count == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    def sum_over(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
-        if self.count > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
 
     def broadcast_factors(self, svd: SVDCache) -> None:
         """Copy process 0's factors into this process.

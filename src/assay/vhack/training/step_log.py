@@ -86,8 +86,7 @@ class StepLog(TrainerCallback):
         frames = trainer.projected.frames
         if gradients is None or (quarantine is None and not frames):
             return
-        sums = gradients.sums()
-        trainer.processes.sum_over(sums)
+        sums = trainer.accelerator.reduce(gradients.sums())
         if quarantine is not None:
             count = trainer.processes.count
             # The kinds after the sources are flagged and doubtful rollouts.
@@ -134,19 +133,18 @@ class StepLog(TrainerCallback):
     def _measure_step(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         """Return the numbers of the step line, and those of each source line."""
         trainer = self.trainer
-        processes = trainer.processes
         device = trainer.args.device
         flags = torch.cat([part.outcomes.flags for part in trainer.passes]).to(device)
         paid = torch.cat([part.outcomes.paid for part in trainer.passes]).to(device)
-        outcomes = Outcomes(processes.gather(flags).cpu(), processes.gather(paid).cpu())
-        loss = torch.stack([part.loss for part in trainer.passes]).sum()
-        weights = torch.stack([part.teacher_weights for part in trainer.passes])
-        weights = weights.sum(dim=0).to(device)
-        processes.sum_over([loss, weights])
+        gathered_flags, gathered_paid = trainer.accelerator.gather((flags, paid))
+        outcomes = Outcomes(gathered_flags.cpu(), gathered_paid.cpu())
+        losses = torch.stack([part.loss for part in trainer.passes])
+        weights = torch.stack([part.teacher_weights for part in trainer.passes]).to(device)
+        loss, weights = trainer.accelerator.reduce((losses.sum(), weights.sum(dim=0)))
         values: JsonObject = {
             **outcomes.rates(trainer.reward.known_flags),
             "reward": float(outcomes.paid.double().mean()),
-            "loss": float(loss) / processes.count,
+            "loss": float(loss) / trainer.processes.count,
         }
         total, clipped, count = weights.tolist()
         if count:
