@@ -59,7 +59,7 @@ no baseline; they train a second δS, or half of the rank of LoRA, which is dele
 same, and what the detector is in doubt about trains both."""
 
 
-class Guard:
+class Guard(TrainerCallback):
     """Flags rollouts and acts on those that are flagged; one object for one trainer.
 
     The detector looks at the model as it was before training where the trainer's δS or LoRA can be
@@ -131,7 +131,6 @@ class Guard:
         self.judged: deque[tuple[Sample, bool]] = deque(maxlen=REMEMBERED)
         self.alarm = Alarm()
         self.log: list[JsonObject] = []
-        self._callback = _Resume(self)
         self._restore: Callable[[], None]  # the rewards, while it is attached
         self._undo = ExitStack()
         self._marks: tuple[Tensor, Tensor]  # of the last batch, for the blocks of LoRA
@@ -176,8 +175,8 @@ class Guard:
             trainer.reward_func_names = [*trainer.reward_func_names, "flagged"]
             trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
             trainer.reward_weights = torch.cat([weights_F, weights_F.new_tensor([-self.penalty])])
-        trainer.add_callback(self._callback)
-        self._undo.callback(trainer.remove_callback, self._callback)
+        trainer.add_callback(self)
+        self._undo.callback(trainer.remove_callback, self)
         return self
 
     def detach(self) -> None:
@@ -210,6 +209,25 @@ class Guard:
         self.log = list(log)
         self.alarm = Alarm()
         self.alarm.resume(self.log)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take up the log of the checkpoint, and let the next ones have it."""
+        log = state.stateful_callbacks.get(_STATE)
+        if log is None and args.logging_steps == 1:
+            log = _read_history(state.log_history)
+        elif log is None and state.global_step:
+            warnings.warn(
+                "the checkpoint has no log of a guard: log and alarm begin anew", stacklevel=2
+            )
+        self.resume(log or [])
+        # TRL's own history has means over `logging_steps`. This one is written as it is by then.
+        state.stateful_callbacks[_STATE] = self.log
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the kept block of LoRA, which is what is saved from now on."""
+        if self.blocks is not None:
+            self.blocks.kinds = None
+            self.blocks.delete()
 
     def _is_judging(self) -> bool:
         """Return whether rollouts of this step are judged: those of evaluations never are."""
@@ -334,32 +352,6 @@ class Guard:
         rates = judged_rates(marks | {"flagged": flags_B}, paid_B, self.alarm)
         self.log.append({"step": trainer.state.global_step + 1, **rates})
         log_values(trainer, rates)
-
-
-class _Resume(TrainerCallback):
-    """Take up a guard's log and alarm with a checkpoint, and delete the second block in the end."""
-
-    def __init__(self, guard: Guard) -> None:
-        self.guard = guard
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up the log of the checkpoint, and let the next ones have it."""
-        log = state.stateful_callbacks.get(_STATE)
-        if log is None and args.logging_steps == 1:
-            log = _read_history(state.log_history)
-        elif log is None and state.global_step:
-            warnings.warn(
-                "the checkpoint has no log of a guard: log and alarm begin anew", stacklevel=2
-            )
-        self.guard.resume(log or [])
-        # TRL's own history has means over `logging_steps`. This one is written as it is by then.
-        state.stateful_callbacks[_STATE] = self.guard.log
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the kept block of LoRA, which is what is saved from now on."""
-        if self.guard.blocks is not None:
-            self.guard.blocks.kinds = None
-            self.guard.blocks.delete()
 
 
 def _read_history(history: Iterable[Mapping[str, Any]]) -> list[JsonObject]:
