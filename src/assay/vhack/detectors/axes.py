@@ -20,8 +20,9 @@ class AxesDetector(Detector):
 
     @override
     def fit(self, evidence: LabelledEvidence) -> Scorer:
-        hack = collected(evidence.hack.gradients)
-        gradients = PairGradients(hack, collected(evidence.clean.gradients))
+        gradients = PairGradients(
+            collected(evidence.hack.gradients), collected(evidence.clean.gradients)
+        )
         return partial(
             score_cin, gradients.basis(top_k=TOP_K, method=self.name.removeprefix("cin-"))
         )

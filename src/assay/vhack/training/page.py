@@ -197,13 +197,11 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         if "reward" in line
     ]
     # TRL leaves flagged rollouts out of its own reward, which is None where all are.
-    judged = [
-        {name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name}
-        for line in logged
-    ]
     return "A run of TRL's trainer.", [
-        {"reward": 0.0} | line | rates
-        for line, rates in zip(logged, judged, strict=True)
+        {"reward": 0.0}
+        | line
+        | {name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name}
+        for line in logged
         if "step" in line
     ]
 

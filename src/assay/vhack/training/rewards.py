@@ -163,8 +163,7 @@ class OwnReward(Reward):
         prompts = [self.prompts[row] for row in rows]
         columns = self._columns(rows)
         try:
-            paid = self.function(prompts=prompts, completions=list(completions), **columns)
-            values = list(paid)
+            values = list(self.function(prompts=prompts, completions=list(completions), **columns))
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
             raise _bad_reward(f"nothing, but raised {type(error).__name__}: {error}") from error
         if len(values) != len(prompts):
