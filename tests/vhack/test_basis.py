@@ -111,7 +111,7 @@ def test_slice():
     three = basis.slice(3)
     assert torch.equal(three.axes["m"], basis.axes["m"][:3])
     assert len(three.singular_values["m"]) == len(three.votes["m"]) == 3
-    assert basis.slice(99).axes["m"].shape == basis.axes["m"].shape
+    assert basis.slice(2000).axes["m"].shape == basis.axes["m"].shape
     for wrong in ({"k_use": 0}, {"tau_axis": 1.5}, {"tau_axis": float("nan")}):
         with pytest.raises(UsageError):
             basis.slice(**wrong)
@@ -175,6 +175,8 @@ def test_gradients_that_do_not_fit_are_refused():
         basis_of({"m": hack["m"][:2]}, {"m": clean["m"][:2]}, method="lda")
     with refuses(UsageError, "gradients that do not fit are refused, 6"):
         basis_of(hack, clean, top_k=0)
+    with pytest.raises(UsageError):  # no file of such a basis could be read
+        basis_of(hack, clean, top_k=1025)
     with refuses(DataError, "gradients that do not fit are refused, 7"):
         basis_of(hack, hack)
 

@@ -21,11 +21,18 @@ ROUNDING = torch.finfo(torch.float32).eps
 axes.
 """
 
+MOST_AXES = 1024
+"""Axes of a module in a file: to check them takes time that grows with their cube."""
+
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
-    """Raise UsageError unless ``top_k`` is at least 1 and ``tau_axis`` in [0, 1]."""
-    if top_k < 1:
-        raise UsageError(f"{top_k} axes", wanted="at least 1", do="ask for 1 or more with --top-k")
+    """Raise UsageError unless ``top_k`` is 1 to `MOST_AXES` and ``tau_axis`` in [0, 1]."""
+    if not 1 <= top_k <= MOST_AXES:
+        raise UsageError(
+            f"{top_k} axes",
+            wanted=f"1 to {MOST_AXES}, the most that a file of a basis may have",
+            do="set --top-k within that",
+        )
     if not 0 <= tau_axis <= 1:
         raise UsageError(
             f"tau_axis={tau_axis}",

@@ -34,7 +34,7 @@ from assay.files.jsonl import parse
 from assay.files.storage import write_atomic
 from assay.files.tensors import LONGEST_TENSORS, check_tensors
 from assay.models.model import AnyModel
-from assay.vhack.directions.basis.axes import check_axis_settings, zero_weak_axes
+from assay.vhack.directions.basis.axes import MOST_AXES, check_axis_settings, zero_weak_axes
 from assay.vhack.directions.gradients.targets import Coverage, target_modules, weights_digest
 from assay.vhack.names import BASIS
 from assay.vhack.pairs.pairs import validated
@@ -42,8 +42,6 @@ from assay.vhack.pairs.pairs import validated
 ORIGIN_SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
 Tensors = dict[str, Tensor]
 VALUES_PREFIX = "_sv/"
-# Axes of a module in a file: to check them takes time that grows with their cube.
-_MOST_AXES = 1024
 # Largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6.
 _SKEW = 1e-3
 _REDO = (
@@ -157,7 +155,7 @@ class Basis:
         Raises:
             UsageError: ``k_use`` is below 1, or ``tau_axis`` is outside [0, 1].
         """
-        check_axis_settings(k_use, tau_axis)
+        check_axis_settings(min(k_use, MOST_AXES), tau_axis)
         axes = {
             name: zero_weak_axes(axes_KR, self.singular_values[name], tau_axis)[:k_use]
             for name, axes_KR in self.axes.items()
@@ -344,7 +342,7 @@ def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor
         axes_KR.ndim != 2
         or len(axes_KR) != k
         or values_K.shape != (k,)
-        or not 0 < k <= min(_MOST_AXES, axes_KR.shape[1])
+        or not 0 < k <= min(MOST_AXES, axes_KR.shape[1])
     ):
         raise ValueError(
             f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and "
