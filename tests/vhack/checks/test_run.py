@@ -60,7 +60,15 @@ def test_a_report_survives_json(report):
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"hack": []}]
+    "change",
+    [
+        {"schema": "other"},
+        {"checks": [{}]},
+        {"checks": []},
+        {"hack": []},
+        {"hack": ["nan"]},
+        {"hack": [1e308], "clean": [-1e308]},
+    ],
 )
 def test_a_report_of_another_form_is_refused(report, change):
     with refuses(DataError, "a report of another form is refused"):

@@ -6,10 +6,11 @@ The rules were fixed before: a value, its interval and its nulls give the verdic
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil, log2
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict
 
 from assay.errors import DataError, UsageError
 from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
@@ -54,6 +55,8 @@ _VALUES = {
 }
 
 _TIE = 1e-12
+# A share may be above 1 by rounding.
+_LARGEST = 1.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,8 @@ class CheckReport:
     """
 
     checks: tuple[Check, ...]
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
+
     hack: tuple[float, ...]
     clean: tuple[float, ...]
     groups: tuple[str, ...]
@@ -198,6 +203,8 @@ class CheckReport:
                 ]
             ):
                 raise ValueError("it has no scores, or a null without draws")
+            if max(map(abs, (*report.hack, *report.clean))) > _LARGEST:
+                raise ValueError("it has scores that are no shares")
         except ValueError as error:
             raise DataError(
                 f"a check report that cannot be used: {error}",
