@@ -11,6 +11,7 @@ from assay.models import load_model
 from assay.poc import Round, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.records import pack_points
+from assay.poc.service.request_bodies import GenerateRequest
 from assay.poc.validator.claims import Claim
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS
@@ -109,6 +110,15 @@ def test_a_validation_counts_nonces_by_their_largest_margin(service, proof):
 )
 def test_what_no_decode_proof_has_is_refused(service, changed, status: int):
     service.post("/generate", job(**changed), status=status)
+
+
+def test_numbers_of_a_claim_are_not_kept_as_they_were_sent():
+    """A job of one nonce would fill the disk."""
+    sent = {"nonce": 0, "k_points_steps": [10**200] * 4097}
+    request = GenerateRequest.model_validate(job(nonces=[0], validation={"artifacts": [sent]}))
+    stored = request.bounded().model_dump_json()
+    assert len(stored) < 1000
+    assert GenerateRequest.model_validate_json(stored).received()[0].points is not None
 
 
 def test_a_round_sends_points_to_its_receiver(service, proof):

@@ -177,9 +177,13 @@ class Artifact(BaseModel):
 
     @model_validator(mode="after")
     def _pack(self) -> "Artifact":
-        """Make one text of either field; a number that is no byte becomes one that is no point."""
+        """Make one text of either field; a number that is no byte becomes one that is no point.
+
+        The numbers themselves are not kept: each may have thousands of digits.
+        """
         if self.k_points_steps is not None:
             self.vector_b64 = pack_points(self.k_points_steps)
+            self.k_points_steps = None
         elif "vector_b64" not in self.model_fields_set:
             raise ValueError("neither vector_b64 nor k_points_steps")
         return self
