@@ -1,11 +1,13 @@
 """Artifact rounds and jobs: queue, polling, waiting, cancelling, checking."""
 
 import json
+import sqlite3
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from assay.files.sqlite import Database
 from assay.poc.protocol.records import decode_vector, encode_vector
@@ -203,6 +205,21 @@ def test_a_job_can_be_cancelled(service):
     service.rig.open.set()
     assert run(service, JOB)["status"] == "completed"
     assert finished(service, running)["status"] == "cancelled"
+
+
+def test_more_jobs_than_a_statement_takes_values_are_cancelled(service):
+    """SQLite takes 32 766 in a statement, and builds of it more or fewer."""
+    service.rig.open.clear()
+    jobs = service.controller.jobs
+    queued = [service.post("/generate", JOB | {"nonces": [nonce]}) for nonce in range(20)]
+
+    def few_values(connection, record, proxy) -> None:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 16)
+
+    sa.event.listen(service.controller.database._engine.pool, "checkout", few_values)
+    jobs.cancel_open()
+    assert jobs.counts() == {"queued": 0, "running": 0}
+    assert {finished(service, job["request_id"])["status"] for job in queued} == {"cancelled"}
 
 
 def test_what_a_job_asked_is_not_kept_and_no_vector_is_larger_than_a_record(service):

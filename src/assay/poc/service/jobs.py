@@ -158,7 +158,8 @@ class Jobs:
                 f"ago",
                 do="send the request again",
             )
-        return _state(rows[0])
+        row = rows[0]
+        return _state(row.id, row.status, row.result, row.error)
 
     def cancel(self, job_id: str) -> JsonObject:
         """Cancel a job that is not finished; return its state."""
@@ -285,31 +286,32 @@ class Jobs:
         """End those of some jobs that have not ended, owe the callback of a ``result``, and tell
         who waits.
         """
-        end = (
-            self._table.update()
-            .where(jobs, self._is_open)
-            .values(
-                status=status,
-                result=dumps(result) if result else None,
-                error=error,
-                finished_at=time.time(),
-            )
+        stored = dumps(result) if result else None
+        c = self._c
+        still_open = (jobs, self._is_open)
+        # A request may be large, and no route reads that of an ended job.
+        end = self._table.update().values(
+            status=status, result=stored, error=error, finished_at=time.time(), request="{}"
         )
         with self._db.write() as connection:
-            rows = connection.execute(end.returning(self._table)).all()
-            for row in rows:
-                request = loads(row.request, "job")
-                if result is not None and request.get("url"):
-                    names = ("block_hash", "block_height", "public_key", "node_id")
-                    about = {"request_id": row.id} | {name: request[name] for name in names}
-                    kind = "generated" if request["validation"] is None else "validated"
-                    body = about | result
-                    self._outbox.add(connection, None, kind, request["url"], body, row.client)
-            # A request may be large, and no route reads that of an ended job.
-            ended = self._c.id.in_([row.id for row in rows])
-            connection.execute(self._table.update().where(ended).values(request="{}"))
+            query = sa.select(c.id, c.request, c.client).where(*still_open)
+            rows = connection.execute(query).all()
+            connection.execute(end.where(*still_open))
+            if result is not None:
+                for row in rows:
+                    self._announce(connection, row, result)
         for row in rows:
-            self._tell(row.id, _state(row))
+            self._tell(row.id, _state(row.id, status, stored, error))
+
+    def _announce(self, connection: sa.Connection, row: sa.Row[Any], result: JsonObject) -> None:
+        """Owe the callback of a job that asked for one."""
+        request = loads(row.request, "job")
+        if request.get("url"):
+            names = ("block_hash", "block_height", "public_key", "node_id")
+            about = {"request_id": row.id} | {name: request[name] for name in names}
+            kind = "generated" if request["validation"] is None else "validated"
+            body = about | result
+            self._outbox.add(connection, None, kind, request["url"], body, row.client)
 
     def _tell(self, job_id: str, state: JsonObject) -> None:
         future = self._waiting.pop(job_id, None)
@@ -317,8 +319,9 @@ class Jobs:
             future.set_result(state)
 
 
-def _state(row: sa.Row[Any]) -> JsonObject:
-    """Return what a client is told of a row of the table ``jobs``."""
-    error = {"error": row.error} if row.error else {}
-    result = loads(row.result, "job result") if row.result else {}
-    return {"status": row.status, "request_id": row.id} | error | result
+def _state(job_id: str, status: str, result: str | None, error: str | None) -> JsonObject:
+    """Return what a client is told of a job, from columns of its row."""
+    told = {"status": status, "request_id": job_id}
+    if error:
+        told["error"] = error
+    return told | (loads(result, "job result") if result else {})
