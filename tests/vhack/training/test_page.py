@@ -48,6 +48,14 @@ def test_each_failure_has_its_words(change, dropped, words):
     assert words in found
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_an_alarm_in_the_last_step_is_on_the_page_however_long_the_run_is(count):
+    steps = [{"step": n, **BEGIN} for n in range(count)]
+    assert "alarm was given" not in training_page(steps).render()
+    steps[-1]["alarm"] = 1.0
+    assert "alarm was given" in training_page(steps).render()
+
+
 def test_a_reward_that_only_varies_from_step_to_step_has_not_risen():
     steps = [{"step": n, "reward": float(n % 2), "flagged": 0.0} for n in range(1, 41)]
     steps[-1]["reward"] = steps[-3]["reward"] = 1.0  # the last ten are paid 0.2 more

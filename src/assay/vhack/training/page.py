@@ -74,16 +74,22 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     ]
     rewards = [float(step["reward"]) for step in steps if "reward" in step]
     ends[1]["reward_error"] = standard_error(rewards[:width], rewards[-width:])
+    # Its evidence is of all steps before, so it is no mean, and counts however few they are.
+    if alarms := [step["alarm"] for step in steps if "alarm" in step]:
+        ends[1]["alarm"] = alarms[-1]
     page = Report("What a run learned", title, command=command)
     page.section("How it went")
-    wrong = find_faults(*ends) if len(steps) >= _FEWEST else []
+    if len(steps) >= _FEWEST:
+        wrong = find_faults(*ends)
+    else:
+        wrong = find_faults({}, {"alarm": ends[1].get("alarm", 0.0)})
     badge = Badge("look", "fail") if wrong else Badge("nothing found", "pass")
     paid = any(step.get("reward") for step in steps)
     if not wrong and (len(steps) < _FEWEST or "hack" not in ends[1] or not paid):
         badge = Badge("undecided", "undecided")
     page.paragraph(badge, f"  {len(steps)} steps; the beginning and the end are means of {width}.")
     limits = (
-        (len(steps) < _FEWEST, f"Fewer than {_FEWEST} steps decide nothing."),
+        (not wrong and len(steps) < _FEWEST, f"Fewer than {_FEWEST} steps decide nothing."),
         (
             not paid,
             "No step paid anything, so nothing was learned and nothing tested: take easier tasks.",
