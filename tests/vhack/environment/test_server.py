@@ -115,6 +115,18 @@ def test_a_server_that_is_closed_ends_its_jobs_and_leaves_nothing(shut_in):
     assert not (root and Path(root).exists())
 
 
+@every_server
+def test_a_server_that_cannot_be_started_leaves_no_descriptor_open(shut_in, monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError("no process more")
+
+    monkeypatch.setattr(server.subprocess, "Popen", refuse)
+    before = psutil.Process().num_fds()
+    with pytest.raises(BlockingIOError):
+        server.Server(shut_in)
+    assert psutil.Process().num_fds() == before
+
+
 def test_there_is_no_server_where_it_cannot_work(monkeypatch):
     monkeypatch.setattr(server, "python", lambda *arguments: ["false"])
     monkeypatch.setattr(server, "servers", {})

@@ -141,39 +141,40 @@ class Server:
         self._lock = threading.Lock()
         setup: dict[str, object] = {"backend": backend}
         line = []
-        locks = []
-        if backend != "bwrap":
-            setup |= landlock_setup() if backend == "landlock" else {}
-            remove_abandoned(Path(tempfile.gettempdir()))
-            self.root, lock = _make_root()
-            locks.append(lock)
-        elif disk_mib is None:
-            line = command_line(1, server=True)
-        else:
-            line = command_line(disk_mib)
-            setup = {"backend": "unsandboxed"}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A child that this process has forked keeps the socket open, but not the process alive.
-        parent = os.pidfd_open(os.getpid())
-        with theirs:
-            numbers = (str(theirs.fileno()), str(parent))
-            self._process = subprocess.Popen(
-                [*line, *python("-c", inside(), *numbers)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={"PATH": PATH} if line else {},
-                cwd="/",
-                pass_fds=(theirs.fileno(), parent, *locks),
-                start_new_session=True,
-            )
-        for descriptor in (parent, *locks):
-            os.close(descriptor)
-        try:
+        with ExitStack() as undo:
+            undo.enter_context(self._control)
+            # The server has copies of what is passed, or did not start.
+            with theirs, ExitStack() as ours:
+                # A child that this process has forked keeps the socket open, but not the process
+                # alive.
+                parent = os.pidfd_open(os.getpid())
+                ours.callback(os.close, parent)
+                passed = [theirs.fileno(), parent]
+                if backend != "bwrap":
+                    setup |= landlock_setup() if backend == "landlock" else {}
+                    remove_abandoned(Path(tempfile.gettempdir()))
+                    self.root, lock = _make_root()
+                    ours.callback(os.close, lock)
+                    passed.append(lock)
+                elif disk_mib is None:
+                    line = command_line(1, server=True)
+                else:
+                    line = command_line(disk_mib)
+                    setup = {"backend": "unsandboxed"}
+                self._process = subprocess.Popen(
+                    [*line, *python("-c", inside(), *map(str, passed[:2]))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={"PATH": PATH} if line else {},
+                    cwd="/",
+                    pass_fds=passed,
+                    start_new_session=True,
+                )
+            undo.callback(self.close)
             self._begin(setup | {"root": self.root or "/work"})
-        except OSError:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _begin(self, setup: dict[str, object]) -> None:
         assert self._process.stdin is not None
