@@ -424,15 +424,10 @@ class CommitmentTree:
         nonces = self._nonces_N.astype(">u8")
         value = ("value", "u1", self._values_NB.shape[1:])
         layout = np.dtype([("tag", "u1"), ("nonce", ">u8"), value])
-        rows = np.zeros(len(nonces), layout)
-        rows["nonce"] = nonces
-        rows["value"] = self._values_NB
-        labels = np.empty(len(nonces), LABELS)
-        labels["size"] = 1
-        labels["first"] = nonces
-        labels["last"] = nonces
-        labels["hash"] = _hash_rows(rows)
-        return labels
+        rows = _filled(layout, len(nonces), tag=LEAF[0], nonce=nonces, value=self._values_NB)
+        return _filled(
+            LABELS, len(nonces), size=1, first=nonces, last=nonces, hash=_hash_rows(rows)
+        )
 
     def _packed(self, start: int, size: int) -> bytes:
         level = (size - 1).bit_length()
@@ -487,20 +482,25 @@ def _labels(path: bytes, round: Round) -> list[Label]:
 def _level_above(level: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the level above one, as :func:`join` gives it; an odd last node rises as it is."""
     pairs = level[: len(level) // 2 * 2].reshape(-1, 2)
-    rows = np.empty(len(pairs), PAIRS)
-    rows["tag"] = NODE[0]
-    rows["left"] = pairs[:, 0]
-    rows["right"] = pairs[:, 1]
-    above = np.empty(len(pairs) + len(level) % 2, LABELS)
-    joined = above[: len(pairs)]
-    joined["size"] = pairs["size"].astype(np.int64).sum(axis=1)
-    joined["first"] = pairs["first"][:, 0]
-    joined["last"] = pairs["last"][:, 1]
-    joined["hash"] = _hash_rows(rows)
-    # A label without a partner moves up as it is.
-    if len(level) % 2:
-        above[-1] = level[-1]
-    return above
+    rows = _filled(PAIRS, len(pairs), tag=NODE[0], left=pairs[:, 0], right=pairs[:, 1])
+    joined = _filled(
+        LABELS,
+        len(pairs),
+        size=pairs["size"].astype(np.int64).sum(axis=1),
+        first=pairs["first"][:, 0],
+        last=pairs["last"][:, 1],
+        hash=_hash_rows(rows),
+    )
+    # Without its dtype the result would have the byte order of this machine.
+    return np.concatenate([joined, level[2 * len(pairs) :]], dtype=LABELS)
+
+
+def _filled(layout: np.dtype[Any], count: int, **columns: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return rows of a layout with these columns."""
+    rows = np.empty(count, layout)
+    for name, values in columns.items():
+        rows[name] = values
+    return rows
 
 
 def _hash_rows(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

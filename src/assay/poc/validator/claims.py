@@ -295,14 +295,12 @@ class Reader:
         """Refuse nonces of another share, those that do not ascend, and far ones."""
         if not 0 < len(nonces) <= MOST_NONCES:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
+        count = round.node_count
+        share = round.share
         last = -1
         for nonce in nonces:
-            if type(nonce) is not int or nonce <= last or nonce % round.node_count != round.share:
-                raise refused(
-                    "nonces",
-                    nonce,
-                    f"ascending ones that are {round.share} modulo {round.node_count}",
-                )
+            if type(nonce) is not int or nonce <= last or nonce % count != share:
+                raise refused("nonces", nonce, f"ascending ones that are {share} modulo {count}")
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")

@@ -338,12 +338,13 @@ class Inbox:
                 return Epoch(*row[:4])
         number = 1 if row is None else row.number + 1
         self._since[number] = clock
-        insert = "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
-        if row is None:
-            connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))
+        # Before the first epoch there is none whose successor it would be.
+        secrets = [(epoch, token_bytes(SECRET_BYTES)) for epoch in (number, number + 1)]
+        connection.exec_driver_sql(
+            "INSERT OR IGNORE INTO epochs VALUES (?, ?, NULL, NULL, 0)", secrets
+        )
         connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, number - 1))
         connection.exec_driver_sql("UPDATE epochs SET begins = ? WHERE number = ?", (now, number))
-        connection.exec_driver_sql(insert, (number + 1, token_bytes(SECRET_BYTES)))
         return Epoch(*connection.exec_driver_sql(current).one()[:4])
 
     def epochs(self, limit: int) -> list[JsonObject]:

@@ -368,19 +368,18 @@ class Recomputer(EngineThread):
                 sample.update(account_of(sample.round.public_key, registry), residuals_N)
             )
         with self._recording:
-            standings = self._ledger.append(updates)
-            now = {standing.account.public_key: standing for standing in standings}
-            self._lives |= {standing.account: standing for standing in standings}
+            standings = {standing.account: standing for standing in self._ledger.append(updates)}
+            self._lives |= standings
         changes = [
             change
-            for key, standing in now.items()
-            if (change := self._change(key, standing)) is not None
+            for standing in standings.values()
+            if (change := self._change(standing)) is not None
         ]
         try:
             self._inbox.finish(ended, changes, head=self._ledger.head)
         finally:  # who sees a verdict finds when it was reached
             with self._recording:
-                self.standings = {**self.standings, **self._present(now.values())}
+                self.standings = {**self.standings, **self._present(standings.values())}
         self._last |= {change["account"]: change["verdict"] for change in changes}
         self._budget.spend(sum(source.drawn - source.planned for source in dropped))
         self._metrics.dropped.inc(len(dropped))
@@ -402,8 +401,9 @@ class Recomputer(EngineThread):
             return None
         return Claim.decode(source.claim, source.nonces, registry.pipeline)
 
-    def _change(self, key: str, standing: Standing) -> JsonObject | None:
+    def _change(self, standing: Standing) -> JsonObject | None:
         """Return the row of a verdict that changed, or None."""
+        key = standing.account.public_key
         verdict = verdict_of(standing)
         account = account_id(standing.account)
         now = time.time()

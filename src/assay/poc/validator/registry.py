@@ -78,11 +78,9 @@ class Sender:
 
     def has(self, node_id: object) -> bool:
         """Return whether a value is the number of a machine of this key that may send."""
-        if type(node_id) is not int:
-            return False
         # Where no machine is listed, numbers begin at 0: n of n would be 0 of n a second time.
         listed = range(self.node_count) if self.machines is None else self.machines
-        return node_id in listed
+        return type(node_id) is int and node_id in listed
 
 
 class Registry:
