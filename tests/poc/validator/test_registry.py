@@ -193,6 +193,19 @@ def test_a_secret_that_cannot_be_used_is_refused_without_showing_it(files, secre
     assert secret not in str(error.value)
 
 
+def test_steps_have_positions_as_well(small_model, files):
+    """A validator started, and failed on every nonce that it drew."""
+    deployment = Deployment.of(small_model, compiled=False)
+    longest = small_model.max_positions
+    files(pins=pins_text(small_model, seq_len=longest)).check_length(deployment)
+    decoded = {"preset": "decode-64", "seq_len": longest - 64}
+    files(pins=pins_text(small_model, **decoded)).check_length(deployment)
+    longer = files(pins=pins_text(small_model, **decoded | {"seq_len": longest - 63}))
+    with pytest.raises(UsageError) as refused:
+        longer.check_length(deployment)
+    assert "and 64 steps" in refused.value.seen
+
+
 def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=()))
     with refuses(UsageError, "without any node nothing could be accepted"):

@@ -143,9 +143,11 @@ class Registry:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its
         weights.
         """
-        if self.network.round.seq_len > model.max_positions:
+        seq_len = self.network.round.seq_len
+        steps = self.pipeline.steps
+        if seq_len + steps > model.max_positions:
             raise UsageError(
-                f"seq_len {self.network.round.seq_len} with {model.reference}",
+                f"seq_len {seq_len}{f' and {steps} steps' if steps else ''} with {model.reference}",
                 wanted=f"at most its {model.max_positions} positions",
                 do="correct seq_len in the file of --pins",
             )
