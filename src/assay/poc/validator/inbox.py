@@ -338,7 +338,7 @@ class Inbox:
                 return Epoch(*row[:4])
         number = 1 if row is None else row.number + 1
         self._since[number] = clock
-        # Before the first epoch there is none whose successor it would be.
+        # All epochs but the first are there already: each was made with the one before it.
         secrets = [(epoch, token_bytes(SECRET_BYTES)) for epoch in (number, number + 1)]
         connection.exec_driver_sql(
             "INSERT OR IGNORE INTO epochs VALUES (?, ?, NULL, NULL, 0)", secrets
