@@ -4,6 +4,7 @@ Everything here runs in the event loop of the engine.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -58,7 +59,7 @@ class Client:
         if engines > 1 and llm.vllm_config.model_config.is_moe:
             self.direct.lockstep = Lockstep(llm, self.direct.wait_for_calls)
         self._counting: asyncio.Task[list[Any]] | None = None
-        self._counted_at = 0.0
+        self._counted_at = -math.inf
 
     async def install(self) -> None:
         """Prepare the workers; the device names all kinds that compute one pass."""
@@ -72,12 +73,6 @@ class Client:
     def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
         """Return how the engine computes so many sequences of so many positions at a time."""
         worker = self.description
-        runner = f"runner {self.description['runner']}"
-        parallel = [
-            f"tp {worker['tensor_parallel']}",
-            f"pp {worker['pipeline_parallel']}",
-            *worker["experts_over"],
-        ]
         return Fingerprint(
             engine="vllm",
             device=worker["device"],
@@ -89,8 +84,10 @@ class Client:
             torch=torch.__version__,
             library=f"vllm {self.version}",
             kernels=(
-                runner,
-                *parallel,
+                f"runner {worker['runner']}",
+                f"tp {worker['tensor_parallel']}",
+                f"pp {worker['pipeline_parallel']}",
+                *worker["experts_over"],
                 "eager" if worker["eager"] else "compiled",
                 *worker["products"],
             ),
@@ -157,18 +154,16 @@ class Client:
 
     async def counts(self) -> list[Any]:
         """Return what the workers hold; all who ask within :data:`COUNTS_KEPT` share one call."""
-        now = time.monotonic()
-        counting = self._counting
-        failed = (
-            counting is not None
-            and counting.done()
-            and (counting.cancelled() or counting.exception() is not None)
-        )
-        if counting is None or failed or (counting.done() and now - self._counted_at > COUNTS_KEPT):
-            counting = self._counting = asyncio.ensure_future(self.call("assay_counts"))
-            self._counted_at = now
+        counted_before = time.monotonic() - self._counted_at
+        if self._counting is None or (self._counting.done() and counted_before > COUNTS_KEPT):
+            self._counting = asyncio.ensure_future(self._count())
         # A client that leaves must not cancel what others wait for.
-        return await asyncio.shield(counting)
+        return await asyncio.shield(self._counting)
+
+    async def _count(self) -> list[Any]:
+        counts = await self.call("assay_counts")
+        self._counted_at = time.monotonic()
+        return counts
 
 
 def most_positions(config: Any) -> int:
@@ -213,8 +208,8 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     try:
         async with asyncio.timeout(TIMEOUT):
             await asyncio.wait({calling, dying}, return_when=asyncio.FIRST_COMPLETED)
-        died = not calling.done()
-        replies = [] if died else calling.result()
+        if calling.done():
+            return calling.result()
     except TimeoutError:
         raise ModelError(
             f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
@@ -230,13 +225,11 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
     finally:
         calling.cancel()
         dying.cancel()
-    if died:
-        raise EngineEnded(
-            f"vLLM's engine died and did not answer {method}",
-            wanted="an engine that runs",
-            do="see the log of vLLM, and start it again",
-        )
-    return replies
+    raise EngineEnded(
+        f"vLLM's engine died and did not answer {method}",
+        wanted="an engine that runs",
+        do="see the log of vLLM, and start it again",
+    )
 
 
 async def _replies(llm: Any, method: str, args: tuple[Any, ...], engines: int) -> list[Any]:

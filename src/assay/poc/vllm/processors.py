@@ -185,21 +185,14 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
         carried = read_seed_argument(sampling_params)
-        seeded = False
-        sampling = UNTOUCHED
-        prompt = 0
-        words: tuple[int, ...] = (0,) * 8
+        seeded = carried is not None and carried.tokens is not None
+        self._batch = None
+        self._seeded_M[req_idx] = seeded
+        self._samplings[req_idx] = UNTOUCHED
         if carried is not None and carried.tokens is not None:
-            seeded = True
-            sampling = carried.sampling or UNTOUCHED
-            words = carried.tokens
-            prompt = carried.prompt
-        self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = (
-            seeded,
-            words,
-            prompt,
-        )
-        self._samplings[req_idx], self._batch = sampling, None
+            self._samplings[req_idx] = carried.sampling or UNTOUCHED
+            self._words_M8[req_idx] = carried.tokens
+            self._prompts_M[req_idx] = carried.prompt
         return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
