@@ -67,9 +67,6 @@ class NonceStream:
         self.key = ""
         self._sizer = CallSizer(0)
         self._calls: WeakSet[asyncio.Task[Any]] = WeakSet()
-        self._call: asyncio.Task[Any] | None = None  # the last one
-        # Places of nonces that have begun.
-        self._covered = 0
         self._collecting = asyncio.Lock()
         self._finished_nonces: list[int] = []
         self._rows: dict[int, Rows] = {}
@@ -134,37 +131,32 @@ class NonceStream:
             self._sizer = await self._client.direct.open(self.key, self._spec.round.seq_len)
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
+        begun: list[asyncio.Task[Any]] = []  # those of nonces that are not collected yet
         for start in range(0, len(self._nonces), self._batch_size):
             end = min(start + self._batch_size, len(self._nonces))
             # Collected in parts as they run, so that the workers never hold many rows.
             parts = []
             for first in range(start, end, COLLECTED):
-                places = range(first, min(first + COLLECTED, end))
-                nonces = [self._nonces[place] for place in places]
-                running = [await self._begin(place) for place in places]
-                parts.append(self._start(self._collect(nonces, running)))
+                nonces = list(self._nonces[first : min(first + COLLECTED, end)])
+                while len(begun) < len(nonces):
+                    begun += await self._begin(first + len(begun))
+                parts.append(self._start(self._collect(nonces, begun[: len(nonces)])))
+                begun = begun[len(nonces) :]
             await self._batches.put(self._start(self._joined(parts)))
         await self._batches.put(None)
 
-    async def _begin(self, place: int) -> "asyncio.Task[Any]":
-        """Return the task of the nonce at a place: the last call if it has this nonce, a new one,
-        or its request.
+    async def _begin(self, place: int) -> "list[asyncio.Task[Any]]":
+        """Begin nonces from a place on, and return the task of each: those of a call, or the
+        request of one beside chat, or where there are no calls.
         """
-        if place < self._covered and self._call is not None:
-            return self._call
         count = await self._client.direct.admit(self._sizer)
-        # Beside chat, or where there are no calls.
         if not count:
-            self._covered = place + 1
-            return await self._launch(self._nonces[place])
+            return [await self._launch(self._nonces[place])]
         nonces = list(self._nonces[place : place + count])
-        self._covered = place + len(nonces)
-        self._call = self._start(
-            self._client.direct.run(self.key, self._sizer, nonces, admitted=count)
-        )
-        self._call.add_done_callback(lambda _: self._client.direct.leave(count))
-        self._calls.add(self._call)
-        return self._call
+        call = self._start(self._client.direct.run(self.key, self._sizer, nonces, admitted=count))
+        call.add_done_callback(lambda _: self._client.direct.leave(count))
+        self._calls.add(call)
+        return [call] * len(nonces)
 
     async def _launch(self, nonce: int) -> "asyncio.Task[Any]":
         request = await asyncio.to_thread(self._request, nonce)
