@@ -109,8 +109,8 @@ class Geometry:
         gram_MNN = centre_NN @ self.gram_MSS[:, samples_N][:, :, samples_N] @ centre_NN
         ranks = self.ranks_M.tolist()
         share_M = torch.tensor(list(map(shrinkage, gram_MNN, ranks))).double()
-        variance_M = gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1) / (n * self.ranks_M)
-        floor_M1 = (share_M * variance_M)[:, None]
+        energy_M = gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1)
+        floor_M1 = (share_M * energy_M / (n * self.ranks_M))[:, None]
         mix_MNN, values_MN = self._singular(gram_MNN, n, 0.0)
         across_MN = floor_M1 + (1 - share_M)[:, None] * values_MN**2 / n
         elsewhere_M1 = floor_M1.reciprocal().masked_fill(floor_M1 <= 0, 1.0)
