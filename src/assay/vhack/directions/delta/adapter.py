@@ -14,7 +14,6 @@ Shapes: M modules of a group, R coordinates of δS.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +25,9 @@ from assay.errors import ModelError, UsageError
 from assay.models.model import AnyModel, PreTrained
 from assay.vhack.directions.delta.delta_file import load_delta, save_delta
 from assay.vhack.directions.delta.groups import (
+    Adapted,
     ModuleGroup,
-    ProductPlan,
     Rollouts,
-    adapt,
     group_modules,
 )
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
@@ -106,7 +104,10 @@ class DeltaS(nn.Module):
         module.requires_grad_(False)
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
-        self._hook()
+        self._undo.callback(module.register_forward_pre_hook(self._prepare_forward).remove)
+        for g, group in enumerate(self.groups):
+            for m, linear in enumerate(group.linears):
+                self._undo.callback(linear.register_forward_hook(self._make_hook(g, m)).remove)
         self._take_views()
 
     @property
@@ -267,15 +268,6 @@ class DeltaS(nn.Module):
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(parameter), parameter._version) for parameter in self.delta)
 
-    def _hook(self) -> None:
-        """Hook the model and every module. Each forward pass of the model takes new views of δS."""
-        handles = [self.model.register_forward_pre_hook(self._prepare_forward)]
-        for g, group in enumerate(self.groups):
-            for m, linear in enumerate(group.linears):
-                handles.append(linear.register_forward_hook(self._make_hook(g, m)))
-        for handle in handles:
-            self._undo.callback(handle.remove)
-
     def _prepare_forward(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
             return
@@ -292,7 +284,7 @@ class DeltaS(nn.Module):
         self, g: int, m: int
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
-        plan = ProductPlan(group.names[m], group.left[m], group.right[m])
+        factors = group.factors(m)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             # A copy of the model, such as the one extraction uses, has these hooks too, but no
@@ -304,11 +296,18 @@ class DeltaS(nn.Module):
             )
             if not self._enabled or not is_trained:
                 return None
-            chosen = plan
+            inputs = arguments[0]
+            record = None
             if rollouts := self._rollouts:
-                record = partial(rollouts.record, g, m)
-                chosen = replace(plan, rows=record, kinds=rollouts.kinds)
-            return adapt(output, arguments[0], self._views[g][m], chosen)
+                if inputs.ndim != 3:
+                    raise ModelError(
+                        f"{group.names[m]} is given inputs of shape {list(inputs.shape)}",
+                        wanted="[samples, tokens, width] for gradients of single samples",
+                        do="do not pack samples into one row, or do without per_sample",
+                    )
+                record = partial(rollouts.record, g, m, rollouts.kinds)
+            view_R = self._views[g][m]
+            return cast("Tensor", Adapted.apply(output, inputs, view_R, factors, record))  # type: ignore[no-untyped-call]
 
         return hook
 

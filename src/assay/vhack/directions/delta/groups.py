@@ -23,12 +23,13 @@ Shapes: M modules of a group, B samples (rollouts) of a pass, N of all passes, T
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from assay.errors import ModelError, UsageError
+from assay.errors import UsageError
 from assay.models.precision import wide_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient
@@ -121,71 +122,61 @@ def group_modules(
     return groups
 
 
-@dataclass(frozen=True, eq=False)
-class ProductPlan:
-    """What the product of one module needs."""
+class Adapted(torch.autograd.Function):
+    """A module's output unchanged; the backward pass computes the gradient of δS, [R].
 
-    name: str
-    left: Tensor  # U, [O, R]
-    right: Tensor  # Vh, [R, I]
-    # Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
-    rows: Callable[[Tensor], None] | None = None
-    # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart.
-    kinds: Tensor | None = None
-
-
-def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan) -> Tensor:
-    """Return a module's output unchanged; its backward pass computes the gradient of δS, [R].
-
-    Raises:
-        ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens,
-            width].
+    ``record`` takes the gradients of single samples, [B, R], where they are wanted; inputs are then
+    [samples, tokens, width].
     """
-    if plan.rows is not None and inputs.ndim != 3:
-        raise ModelError(
-            f"{plan.name} is given inputs of shape {list(inputs.shape)}",
-            wanted="[samples, tokens, width] for gradients of single samples",
-            do="do not pack samples into one row, or do without per_sample",
-        )
-    return cast("Tensor", _Adapted.apply(output, inputs, delta_R, plan))  # type: ignore[no-untyped-call]
-
-
-class _Adapted(torch.autograd.Function):
-    """`adapt` as a function of autograd."""
 
     @staticmethod
+    @override
     def forward(
-        ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        delta_R: Tensor,
+        factors: Factors,
+        record: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        ctx.plan = plan
+        ctx.factors = factors
+        ctx.record = record
         ctx.save_for_backward(inputs)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, Tensor | None, None]:
+    @override
+    def backward(
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         (gradient,), (inputs,) = gradients, ctx.saved_tensors
-        of_output, _, of_delta, _ = ctx.needs_input_grad
-        with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
-            to_delta = _gradient_of_delta(gradient, inputs, ctx.plan) if of_delta else None
-        return gradient if of_output else None, None, to_delta, None
+        of_output, _, of_delta, *_ = ctx.needs_input_grad
+        to_delta = None
+        if of_delta:
+            with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
+                to_delta = _gradient_of_delta(gradient, inputs, ctx.factors, ctx.record)
+        return gradient if of_output else None, None, to_delta, None, None
 
 
-def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: ProductPlan) -> Tensor:
-    gradient = gradient.to(plan.left.dtype)
-    inputs = inputs.to(plan.right.dtype)
-    if plan.rows is None:
-        return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = _sum_products(gradient, inputs, plan)
-    plan.rows(rows_BR if plan.kinds is None else plan.kinds @ rows_BR)
+def _gradient_of_delta(
+    gradient: Tensor, inputs: Tensor, factors: Factors, record: Callable[[Tensor], None] | None
+) -> Tensor:
+    gradient = gradient.to(factors.left.dtype)
+    inputs = inputs.to(factors.right.dtype)
+    if record is None:
+        return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], factors)[0]
+    rows_BR = _sum_products(gradient, inputs, factors)
+    record(rows_BR)
     return rows_BR.sum(dim=0)
 
 
-def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: ProductPlan) -> Tensor:
+def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, factors: Factors) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) per sample, [B, R] float32, in the cheaper order."""
-    (outputs, rank), (tokens, width) = plan.left.shape, inputs_BTI.shape[1:]
+    (outputs, rank), (tokens, width) = factors.left.shape, inputs_BTI.shape[1:]
     if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
-        return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
-    return ((gradient_BTO @ plan.left).float() * (inputs_BTI @ plan.right.T)).sum(dim=1)
+        weight_gradients = gradient_BTO.transpose(1, 2) @ inputs_BTI
+        return delta_gradient(weight_gradients, factors.left, factors.right)
+    return ((gradient_BTO @ factors.left).float() * (inputs_BTI @ factors.right.T)).sum(dim=1)
 
 
 class Rollouts:
@@ -203,9 +194,9 @@ class Rollouts:
         self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
         self.kinds: Tensor | None = None
 
-    def record(self, group: int, module: int, rows_BR: Tensor) -> None:
-        """Add the rollouts of one backward pass."""
-        self._parts[group][module].append(rows_BR)
+    def record(self, group: int, module: int, kinds_GB: Tensor | None, rows_BR: Tensor) -> None:
+        """Add the rollouts of one backward pass, or sums over those of each kind."""
+        self._parts[group][module].append(rows_BR if kinds_GB is None else kinds_GB @ rows_BR)
 
     @property
     def rows(self) -> list[Tensor]:
