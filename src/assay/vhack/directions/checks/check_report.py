@@ -268,17 +268,14 @@ def judge(
         faults = [
             f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha
         ]
-        wide = reached_levels(
-            "interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings
-        )
-        verdict, reason = decide(faults, *wide)
-    rule = rule_of(name, nulls, settings)
+        levels = {**nulls, "chance": [_VALUES[name][1]]}
+        verdict, reason = decide(faults, "interval", measured, levels, settings)
     draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
     return Check(
         name,
         TITLES[name],
         statistic,
-        rule,
+        rule_of(name, nulls, settings),
         measured,
         draws,
         p_values,
@@ -288,30 +285,26 @@ def judge(
     )
 
 
-def reached_levels(
+def decide(
+    faults: Sequence[str],
     subject: str,
     measured: BootstrapInterval,
     nulls: Mapping[str, Sequence[float]],
     settings: CheckSettings,
-) -> tuple[list[str], list[str]]:
-    """Return in words each null whose 1 − alpha quantile the interval does not lie above.
+) -> tuple[CheckVerdict, str]:
+    """Return verdict and reason of a rule, from its faults and the interval, called ``subject``.
 
-    First those where the value itself does not, then those where only the lower end does not.
+    A value that is not above the 1 − alpha quantile of a null is a fault too. Where only the lower
+    end is not, more pairs may show it.
     """
     levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
-    faults = {
+    reached = {
         null: f"the {subject} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
         for null, level in levels.items()
         if measured.low <= level
     }
-    below = [null for null in faults if measured.value <= levels[null]]
-    return [faults[null] for null in below], [faults[null] for null in faults if null not in below]
-
-
-def decide(
-    faults: Sequence[str], below: Sequence[str], wide: Sequence[str]
-) -> tuple[CheckVerdict, str]:
-    """Return verdict and reason of a rule, from its faults and its :func:`reached_levels`."""
+    below = [words for null, words in reached.items() if measured.value <= levels[null]]
+    wide = [words for null, words in reached.items() if measured.value > levels[null]]
     if faults or below:
         return "fail", "; ".join([*faults, *below, *wide])
     if wide:

@@ -62,7 +62,6 @@ from assay.vhack.directions.checks.check_report import (
     decide,
     judge,
     p_value,
-    reached_levels,
     undecided_check,
 )
 from assay.vhack.directions.checks.folds import Design, cross_fit, design_for_basis, draw_swaps
@@ -448,7 +447,7 @@ def _judge_stability(splits: list[dict[str, Tensor]], settings: CheckSettings) -
     null = f"agreement, {SWAPPED}"
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
     measured = BootstrapInterval(float(np.mean(overlaps)), low, high)
-    verdict, reason = decide(faults, *reached_levels("range", measured, spaces, settings))
+    verdict, reason = decide(faults, "range", measured, spaces, settings)
     return Check(
         "stability",
         TITLES["stability"],
