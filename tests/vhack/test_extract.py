@@ -178,6 +178,20 @@ def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, 
     assert extracted(svd=cut_svd, rank=16).origin.rank == cut_svd.rank
 
 
+def test_every_pass_saves_memory_as_asked(monkeypatch, extracted):
+    """That over the first pair, for the share that a rank holds, took what it wanted."""
+    passes = []
+    real = _extract.per_sample_gradients
+
+    def watched(*arguments, **options):
+        passes.append((options["checkpointing"], options["max_tokens"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_extract, "per_sample_gradients", watched)
+    extracted(rank=4, checkpointing=True, max_tokens=99)
+    assert passes == [(True, 99)] * 2
+
+
 @pytest.fixture
 def young_objects_alone():
     """Collect no object that is older than the test: there may be millions of them by now."""

@@ -256,7 +256,12 @@ def pair_gradients(
         cache=options.get("cache"),
         min_coverage=options.get("min_coverage", MIN_COVERAGE),
     )
-    gradients_of = partial(per_sample_gradients, tokenizer=options.get("tokenizer"))
+    gradients_of = partial(
+        per_sample_gradients,
+        tokenizer=options.get("tokenizer"),
+        max_tokens=options.get("max_tokens"),
+        checkpointing=options.get("checkpointing", False),
+    )
     captured = 1.0
     if rank is not None:
         first_pair = slice(None, None, len(differing))  # both sides of the first pair
@@ -268,15 +273,7 @@ def pair_gradients(
         )
     elif svd is None:
         svd = decompose(progress=stages[0])
-    gradients = gradients_of(
-        samples,
-        model,
-        svd=svd,
-        names=side_names,
-        progress=stages[1],
-        max_tokens=options.get("max_tokens"),
-        checkpointing=options.get("checkpointing", False),
-    )
+    gradients = gradients_of(samples, model, svd=svd, names=side_names, progress=stages[1])
     hack, clean = (
         {name: part.chunk(2)[side] for name, part in gradients.items()} for side in (0, 1)
     )
