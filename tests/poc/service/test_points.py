@@ -11,8 +11,10 @@ from assay.models import load_model
 from assay.poc import Round, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.records import pack_points
+from assay.poc.service.distance_judge import HonestNoise
 from assay.poc.service.request_bodies import GenerateRequest
 from assay.poc.validator.claims import Claim
+from assay.poc.verdict.honest_noise import bundled_noise
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS
 from tests.waiting import until
@@ -94,6 +96,18 @@ def test_a_validation_counts_nonces_by_their_largest_margin(service, proof):
     assert reply["mismatch_nonces"] == [0]
     short = [honest[0] | {"k_points_steps": [1, 2]}, *honest[1:]]
     assert checked(service, short, **bounds)["mismatch_nonces"] == [0]
+
+
+def test_a_nonce_that_stands_twice_proves_no_more_than_once(service, model, proof, monkeypatch):
+    noise = bundled_noise(model.digest, "points", "float32", "float32")
+    monkeypatch.setattr(HonestNoise, "of", lambda *_: noise)
+    artifacts = [
+        {"nonce": record.nonce, "k_points_steps": record.points.tolist()}
+        for record in proof.records[:2]
+    ]
+    asked = job(nonces=[1, 0] + [1] * 20, validation={"artifacts": artifacts})
+    reply = service.client.post("/api/v1/inference/pow/generate", json=asked).json()
+    assert (reply["n_total"], reply["residual_test"]["checked"]) == (22, 2)
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,10 @@ def judge_vectors(
     if pipeline.texts == "published" and not points:
         return reply
     rates = {"alpha": account_alpha(settings.pins, settings.alpha), "beta": settings.beta}
-    residual = _residual(noise, errors, _places(nonces, request.node_count), rates, missing)
+    # The chain's client may name a nonce twice, and it proves no more than once.
+    first_places = np.sort(np.unique(nonces, return_index=True)[1])
+    positions = _places([nonces[i] for i in first_places], request.node_count)
+    residual = _residual(noise, errors[first_places], positions, rates, missing)
     if points:
         return reply | {"residual_test": residual}
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
