@@ -2,11 +2,14 @@
 
 import fcntl
 
+import numpy as np
 import pytest
 
 from assay.errors import StorageError
 from assay.files.sqlite import Database
+from assay.poc.protocol.records import Record
 from assay.poc.service.database import open_database
+from assay.poc.service.rounds import LARGEST_CALLBACK, ComputedBatch
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, cap, execute, failing
 from tests.waiting import until
 from tests.wordings import refuses
@@ -105,6 +108,19 @@ def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announce
         *range(checked),
         1000,
     ]  # nothing that was computed later, after a gap
+
+
+@pytest.mark.parametrize("kind", ["distance", "vector"])
+def test_no_callback_is_larger_than_receivers_take(service, kind):
+    """A validator takes 65 536 nonces and 1 MiB, whatever a node collects."""
+    service.post("/init", ROUND | {"callback_url": "http://127.0.0.1:9/"})
+    values = {"distance": 1.4142135} if kind == "distance" else {"vector": np.zeros(32, "<f2")}
+    records = [Record(2**50 + nonce, **values) for nonce in range(70_000)]
+    batch = ComputedBatch(0, 1, records, [True] * len(records), 70_000, 1.0)
+    service.controller.rounds.commit([batch], interval=600.0, most=70_000)
+    bodies = [body for _, body in service.controller.outbox.due(100)]
+    assert bodies
+    assert max(map(len, bodies)) <= LARGEST_CALLBACK
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):

@@ -303,11 +303,7 @@ class Rounds:
 
 
 def _fitting(most: int, record: Record) -> int:
-    """Return ``most``, or as many records with tokens or points as fill half of a callback that
-    receivers take.
-    """
-    if record.tokens is None and record.points is None:
-        return most
+    """Return ``most``, or as many records as fill half of a callback that receivers take."""
     packed = len(pack_record(record))
     text = packed * 4 // 3 if record.points is None else 4 * packed  # "15, " for a point
     return max(1, min(most, LARGEST_CALLBACK // (2 * (text + AROUND))))
