@@ -20,8 +20,11 @@ class Answer(NamedTuple):
 class Direct:
     """Calls the application of a running service in the service's own event loop."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(
+        self, service: Service, server: tuple[str, int] | None = ("127.0.0.1", 8100)
+    ) -> None:
         self._service = service
+        self._server = server
 
     def get(self, path: str) -> Answer:
         """Return the answer to a GET."""
@@ -45,7 +48,7 @@ class Direct:
             "query_string": b"",
             "headers": [(b"host", b"127.0.0.1"), (b"content-length", str(len(body)).encode())],
             "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 8100),
+            "server": self._server,
         }
         incoming = [{"type": "http.request", "body": body, "more_body": False}]
         status = 0

@@ -3,6 +3,7 @@
 import pytest
 from fastapi import FastAPI
 
+from tests.chain.asgi import Direct
 from tests.chain.client import PATH
 from tests.chain.mlnode import PUBLISHED
 from tests.end_to_end.receiver import FlakyReceiver
@@ -146,6 +147,14 @@ def test_a_body_without_a_type_is_read_for_the_chain_alone_and_not_from_another_
             body += b'"node_count": 1, "nonces": [1], "params": {"model": "fake", "seq_len": 4}}'
             answer = service.client.post(f"{prefix}/generate", content=body, headers=headers)
             assert answer.status_code == status, (prefix, headers, answer.text)
+
+
+def test_a_server_that_listens_on_a_file_answers_without_a_port(serving):  # noqa: F811
+    with serving() as service:
+        on_file = Direct(service, server=None)
+        begun = on_file.post(f"{PATH}/init/generate", OF_CHAIN)
+        assert (begun.status_code, begun.json()["results"][0]["port"]) == (200, None)
+        assert on_file.get(f"{PATH}/status").json()["backends"][0]["port"] is None
 
 
 def test_no_route_is_there_twice_of_which_vllm_would_take_the_last(serving, monkeypatch):  # noqa: F811

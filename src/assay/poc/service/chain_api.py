@@ -59,6 +59,12 @@ def describe_server(controller: Controller) -> JsonObject:
     return {"status": "GENERATING", "config": describe_config(controller), "stats": stats, **failed}
 
 
+def _port(request: Request) -> int | None:
+    """Return the port on which a request came; None where the server listens on a file."""
+    server = request.scope.get("server")
+    return server[1] if server else None
+
+
 def chain_router(
     controller: Controller, kind_of_route: type[APIRoute], *, prefix: str = CHAIN_PREFIX
 ) -> APIRouter:
@@ -73,7 +79,7 @@ def chain_router(
     def done(request: Request, state: str, word: str, about: JsonObject) -> Response:
         if not as_node:
             return JSONResponse({"status": "OK", "pow_status": {"status": state}})
-        result = {"port": request.scope["server"][1], "status": word}
+        result = {"port": _port(request), "status": word}
         return JSONResponse({"status": "OK", **about, "results": [result], "errors": None})
 
     @router.post("/init/generate", **changes)
@@ -96,7 +102,7 @@ def chain_router(
             return JSONResponse(server)
         if controller.deployment is None:
             return JSONResponse({"status": "NO_BACKENDS", "backends": []})
-        servers = [{"port": request.scope["server"][1], **server}]
+        servers = [{"port": _port(request), **server}]
         return JSONResponse({"status": server["status"], "backends": servers})
 
     @router.post("/generate", **checks, responses=works)
