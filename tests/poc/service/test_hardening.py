@@ -14,6 +14,7 @@ from assay.poc.service import ServiceSettings
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.database import open_database
 from assay.poc.service.outbox import open_outbox
+from assay.poc.service.round_worker import QUEUE
 from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
@@ -186,6 +187,20 @@ def test_a_round_that_failed_behind_its_callbacks_takes_another_share(serving):
         until(lambda: len(nonces_on_disk(service)) > len(written) + 8)
         assert {nonce % 4 for nonce in nonces_on_disk(service)[len(written) :]} == {3}
         assert service.controller.error is None
+
+
+def test_a_round_that_waits_for_its_receiver_ends_with_the_batch_that_runs(serving):
+    """It waited as long as a batch may take, and was then ended beneath its engine."""
+    pauses = {"callback_backoff": 60, "callback_backoff_max": 60, "callback_interval": 0.0}
+    with serving(max_pending=2, callback_nonces=4, drain=3.0, **pauses) as service:
+        service.post("/init/generate", ROUND | {"callback_url": DEAD_END})
+        until(lambda: len(service.controller.writer._queue) == QUEUE)
+        assert service.controller.paused == "callbacks"
+        service.close()
+        assert service.controller.ended
+        written = nonces_on_disk(service)
+        assert written == list(range(len(written)))
+        service.start()
 
 
 def test_verdicts_do_not_stop_a_round_and_have_a_bound(serving):

@@ -55,7 +55,7 @@ class Worker(EngineThread):
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-engine", load)
-        self._put = writer.put
+        self._writer = writer
         self._begun = begun
         self._background = jobs.step
         self._failed = failed
@@ -82,6 +82,11 @@ class Worker(EngineThread):
         """Say that there is background work."""
         self._has_background = True
         self._notify()
+
+    @override
+    def close(self, timeout: float | None = None) -> bool:
+        self._writer.make_room()  # or the batch that runs would wait for disk or receiver
+        return super().close(timeout)
 
     @override
     def _run(self) -> None:
@@ -132,7 +137,8 @@ class Worker(EngineThread):
                     wanted="a round that has nonces left",
                     do="begin another round",
                 )
-            is_current = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
+            batch = _batch(stored, epoch, records, time.perf_counter() - started)
+            is_current = self._writer.put(batch)
             if first and is_current:
                 self._begun(deployment, stored)
         except Exception as error:
@@ -197,19 +203,30 @@ class Writer(LoopThread):
         self._queue: deque[ComputedBatch] = deque()
         self._epoch = 0
         self._busy = False
+        self._has_room = False
         self.paused: Paused | None = None
 
     def put(self, batch: ComputedBatch) -> bool:
         """Queue a batch, waiting for room; False if its epoch has ended."""
         with self._state:
             self._state.wait_for(
-                lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed
+                lambda: (
+                    len(self._queue) < QUEUE
+                    or batch.epoch != self._epoch
+                    or self._closed
+                    or self._has_room
+                )
             )
             if batch.epoch != self._epoch or self._closed:
                 return False
             self._queue.append(batch)
             self._state.notify_all()
             return True
+
+    def make_room(self) -> None:
+        """Take every batch at once from now on: no more are computed than the one that runs."""
+        self._has_room = True
+        self._notify()
 
     def begin(self, epoch: int, timeout: float = 5.0) -> None:
         """End the current epoch and begin another.
