@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import sqlalchemy as sa
 import structlog
@@ -299,19 +298,15 @@ class Jobs:
             connection.execute(end.where(*still_open))
             if result is not None:
                 for row in rows:
-                    self._announce(connection, row, result)
+                    request = loads(row.request, "job")
+                    if request["url"]:
+                        names = ("block_hash", "block_height", "public_key", "node_id")
+                        about = {"request_id": row.id} | {name: request[name] for name in names}
+                        kind = "generated" if request["validation"] is None else "validated"
+                        body = about | result
+                        self._outbox.add(connection, None, kind, request["url"], body, row.client)
         for row in rows:
             self._tell(row.id, _state(row.id, status, stored, error))
-
-    def _announce(self, connection: sa.Connection, row: sa.Row[Any], result: JsonObject) -> None:
-        """Owe the callback of a job that asked for one."""
-        request = loads(row.request, "job")
-        if request.get("url"):
-            names = ("block_hash", "block_height", "public_key", "node_id")
-            about = {"request_id": row.id} | {name: request[name] for name in names}
-            kind = "generated" if request["validation"] is None else "validated"
-            body = about | result
-            self._outbox.add(connection, None, kind, request["url"], body, row.client)
 
     def _tell(self, job_id: str, state: JsonObject) -> None:
         future = self._waiting.pop(job_id, None)
