@@ -3,6 +3,7 @@
 import base64
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -204,3 +205,36 @@ def test_retry_after_is_a_number_of_seconds():
     }
     for value, seconds in given.items():
         assert retry_after(value) == seconds, value
+
+
+def test_names_of_a_client_that_are_not_answered_hold_no_callback_of_the_operator(
+    serving, receive, monkeypatch
+):
+    """Four look-ups that hang for half a minute each let a round wait, and its callbacks die."""
+    answered = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def hanging(host, *about, **options):
+        if host == "slow.example":
+            assert answered.wait(60)
+        return look_up("127.0.0.1", *about, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    receiver = receive()
+    client, operator = "client-" + "x" * 20, "operator-" + "x" * 20
+    with serving(validate_keys=(client,), api_keys=(operator,), callback_timeout=0.5) as service:
+
+        def post(path: str, body: dict[str, object], key: str) -> None:
+            headers = {"Authorization": f"Bearer {key}"}
+            service.client.post(PREFIX + path, json=body, headers=headers).raise_for_status()
+
+        try:
+            job = ARTIFACTS | {"url": "http://slow.example/"}
+            for nonce in range(4):
+                post("/generate", job | {"nonces": [nonce]}, client)
+            until(lambda: service.sql("SELECT sum(attempts > 0) FROM outbox") == [(4,)])
+            url = receiver.url.replace("127.0.0.1", "operator.example")
+            post("/init/generate", ROUND | {"callback_url": url}, operator)
+            until(lambda: receiver.seen)
+        finally:
+            answered.set()

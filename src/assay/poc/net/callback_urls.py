@@ -57,6 +57,8 @@ _HOST = re.compile(rf"{_NAME}|[0-9]+(\.[0-9]+){{3}}|.*:.*")
 
 _DNS = ThreadPoolExecutor(4, "assay-dns")
 """Threads of their own: a name server that does not answer holds each for many seconds."""
+_CLIENTS_DNS = ThreadPoolExecutor(4, "assay-clients-dns")
+"""Those for names that clients chose, so that the operator's never wait for them."""
 
 
 class Blocked(Exception):
@@ -120,8 +122,11 @@ async def call(
     headers: dict[str, str],
     content: bytes | None = None,
     params: dict[str, int] | None = None,
+    of_client: bool = False,
 ) -> httpx.Response:
     """Call a path below a URL at one checked address of it; the response body is not read.
+
+    ``of_client`` says that a client chose the URL, and not the operator.
 
     Raises:
         Blocked: An address of the host is not public.
@@ -129,7 +134,7 @@ async def call(
         httpx.HTTPError: There was no answer.
     """
     host = httpx.URL(url)
-    address = await resolve(url, allow_private=allow_private)
+    address = await resolve(url, allow_private=allow_private, of_client=of_client)
     # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two
     # names.
     written, mark, query = host.raw_path.partition(b"?")
@@ -152,7 +157,7 @@ async def call(
         raise httpx.RemoteProtocolError(f"{type(error).__name__}: {error}"[:200]) from None
 
 
-async def resolve(url: str, *, allow_private: bool) -> str:
+async def resolve(url: str, *, allow_private: bool, of_client: bool = False) -> str:
     """Return an address of a URL's host, after every address that it has was checked.
 
     Raises:
@@ -163,8 +168,9 @@ async def resolve(url: str, *, allow_private: bool) -> str:
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
     # As it is asked for: Python's own form of an international name can be that of another host.
     look_up = partial(socket.getaddrinfo, parsed.raw_host.decode(), port, type=socket.SOCK_STREAM)
+    threads = _CLIENTS_DNS if of_client else _DNS
     try:
-        entries = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
+        entries = await asyncio.get_running_loop().run_in_executor(threads, look_up)
     except UnicodeError as error:
         raise OSError(f"host name: {error}") from None
     addresses = [str(entry[4][0]) for entry in entries]

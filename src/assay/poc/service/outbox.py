@@ -178,7 +178,7 @@ class Outbox:
         now = time.time()  # where the clock was set back, a pause may be longer than any
         is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
         ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
-        query: sa.Select[Any] = sa.select(*self._columns, c.body).where(ready)
+        query: sa.Select[Any] = sa.select(*self._columns, c.client, c.body).where(ready)
         with self._db.read() as connection:
             # A client's wait for the operator's: its receiver may hang.
             query = query.order_by(c.client.is_not(None), c.next_attempt_at, c.seq)
@@ -403,6 +403,7 @@ class Delivery:
                     allow_private=self._settings.allow_private_callbacks,
                     headers=headers,
                     content=body.encode(),
+                    of_client=callback.client is not None,
                 )
                 words = "" if response.is_success else await _first_words(response)
                 await response.aclose()
