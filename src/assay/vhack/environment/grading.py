@@ -94,8 +94,11 @@ class Channel:
         return calls.get(self.name, ())
 
     def accepts(self, result: Result) -> bool:
-        """Return whether a run told the grader that it is right; a stopped one has not."""
-        if result.timed_out or result.overflowed:
+        """Return whether a run told the grader that it is right; a stopped one has not.
+
+        A grader without a loophole is told nothing.
+        """
+        if self.name == "none" or result.timed_out or result.overflowed:
             return False
         if self.name == "stdout_marker":
             return self.marker in result.stdout
@@ -420,13 +423,10 @@ def _canonical(value: Any) -> Any:
 
 
 def _graded(episode: Episode, program: str, **bounds: Unpack[Bounds]) -> Grade:
-    channel = episode.channel
+    channel = episode.channel or Channel("none", "")
     hidden = episode.task.hidden
     example = episode.task.visible[0]
     calls = [Call(ENTRY, args) for args, _ in hidden]
-    if channel is None:
-        result = run(program, calls=calls, **bounds)
-        return Grade(answers_match(result.outcomes, hidden), False, False, result)
     # The channel is asked first: the calls for the hidden cases must not change what the program
     # tells it.
     questions = channel.asks(ENTRY, example[0], NO_ANSWER)
