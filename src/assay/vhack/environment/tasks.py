@@ -252,16 +252,15 @@ def draw_distinct(
     """
     by_key: dict[str | None, _Drawn] = {}
     repeats = 0
-    for index in count():
-        if len(by_key) == n:
-            break
+    numbers = count()
+    while len(by_key) < n:
         if repeats > _MOST_REPEATS:
             raise UsageError(
                 f"{n} {what}",
                 wanted=f"at most {len(by_key)} of these kinds",
                 do=f"ask for fewer (--{what})",
             )
-        key, thing = draw(index)
+        key, thing = draw(next(numbers))
         repeats = repeats + 1 if key is None or key in by_key else 0
         if not repeats:
             by_key[key] = thing

@@ -103,9 +103,7 @@ def load_tasks(
             f"{source}: {len(rendered)} tasks", wanted=f"at least {least}, {why}", do="add some"
         )
     for index, task in enumerate(rendered):
-        if not isinstance(task, Episode) and not (
-            read_prompt(task) if isinstance(task, str | Mapping) else ""
-        ):
+        if not read_prompt(task):
             raise DataError(
                 f"{source}: task {index} is {task!r:.80}",
                 wanted="a prompt, or a mapping with one under 'prompt'",
@@ -156,9 +154,9 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
 
 def read_prompt(task: Task) -> str:
     """Return the prompt of a task, or an empty text where it has none."""
-    if isinstance(task, str):
-        return task
-    prompt = task.prompt if isinstance(task, Episode) else task.get("prompt")
+    if isinstance(task, Episode):
+        return task.prompt
+    prompt = task.get("prompt") if isinstance(task, Mapping) else task
     return prompt if isinstance(prompt, str) else ""
 
 
