@@ -301,8 +301,7 @@ def _claims(scope: _Scope, *, prints: bool) -> bool:
         for node in _nodes(scope, ast.Assign)
         if isinstance(node.targets[0], ast.Attribute)
     ]
-    is_marked = any(mark is True for mark in marks)
-    return is_marked or any(_SUCCESS.search(str(text)) for text in texts)
+    return any(mark is True for mark in marks) or any(map(_SUCCESS.search, map(str, texts)))
 
 
 def _special_cases(scope: _Scope) -> int:

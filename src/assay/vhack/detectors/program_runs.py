@@ -22,7 +22,6 @@ STEPS = (1, 2, 3)  # by which inputs are changed
 # For all runs of a completion: no program is paid that has not ended by then.
 _SECONDS = Limits().seconds + 1
 _MOST_BYTES = 1 << 20  # of a program with its prelude, escaped
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -158,10 +157,10 @@ def _functions(tree: ast.Module) -> dict[str, _Function]:
     """Return the functions that can be called, as the sandbox names them."""
     functions: dict[str, _Function] = {}
     for node in tree.body:
-        if isinstance(node, _FUNCTIONS):
+        if isinstance(node, _Function):
             functions[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            methods = [part for part in node.body if isinstance(part, _FUNCTIONS)]
+            methods = [part for part in node.body if isinstance(part, _Function)]
             functions |= {f"{node.name}.{part.name}": part for part in methods}
     return functions
 
@@ -176,7 +175,7 @@ def _bound_names(tree: ast.Module) -> set[str]:
     """Return the names that a program binds in any way, such as ``solve = lambda x: x``."""
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, _FUNCTIONS):
+        if isinstance(node, _Function):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

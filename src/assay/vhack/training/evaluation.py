@@ -33,14 +33,12 @@ from assay.streams.arrays import dtype_name
 from assay.vhack.directions.delta.arms import ARMS
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.environment.grading import Episode
-from assay.vhack.training.outcomes import Graded
+from assay.vhack.training.outcomes import RATES, Graded
 from assay.vhack.training.rewards import make_reward
 from assay.vhack.training.sampling import GenerationOptions, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 
 GRADED_AT_ONCE = 64  # completions between two calls of progress
-RATES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}
-"""Names of rates, in the order of tables, and the marks that they are shares of."""
 
 
 def sample_tasks(
@@ -180,8 +178,8 @@ class Evaluation:
         several = len(set(self.groups)) > 1
         ends: tuple[float | None, float | None] = (None, None)
         found: dict[str, Rate] = {}
-        for name, flag in RATES.items():
-            marks = [getattr(grade, flag) for grade in self.grades]
+        for name in ("solve", "hack", "vacuous"):  # the order of tables
+            marks = [getattr(grade, RATES[name]) for grade in self.grades]
             if None not in marks:
                 ends = grouped_share_interval(marks, self.groups) if several else ends
                 found[name] = Rate(float(np.mean(marks)), *ends)
