@@ -1,13 +1,15 @@
 """Messages that wait while the pins change: no node is judged by what was agreed on later."""
 
 import re
-from threading import Thread
+from threading import Event
+from unittest.mock import Mock
 
 import pytest
 
-from assay.poc.validator import recomputer
-from assay.poc.validator.recomputer import Budget, Recomputer
-from assay.poc.validator.validator_controller import ValidatorController
+from assay.poc.validator import recomputer, validator_controller
+from assay.poc.validator.claims import Claim
+from assay.poc.validator.laws import Noises
+from assay.poc.validator.recomputer import Budget
 from assay.poc.verdict.ledger import Ledger
 from tests.poc.validator.conftest import BLOCKS, body_of, nodes_text, pins_text, proof_of
 from tests.usual import usual
@@ -105,15 +107,15 @@ def test_pins_that_are_read_during_a_pass_bring_no_law_of_theirs_into_it(
 ):
     """Distances that the old pins allowed were judged by the law of the vectors of the new ones."""
     changed = pins_text(small_model, preset="artifact")
-    hold_against_pins = Recomputer._claimed
+    decode = Claim.decode
 
     def change_pins_after(*arguments):
-        claim = hold_against_pins(*arguments)
+        claim = decode(*arguments)
         (tmp_path / "pins.toml").write_text(changed)
         waiting.controller.tend()
         return claim
 
-    monkeypatch.setattr(Recomputer, "_claimed", change_pins_after)
+    monkeypatch.setattr(Claim, "decode", change_pins_after)
     updates = []
     append = Ledger.append
     monkeypatch.setattr(
@@ -130,21 +132,21 @@ def test_pins_that_are_read_while_the_model_begins_have_their_own_laws(
     validating, small_model, tmp_path, monkeypatch
 ):
     """The laws were those of the pins of the start, and messages were held against these."""
-    find_laws = ValidatorController._laws
-    readers = []
+    begun = Event()
+    changed = Event()
 
-    def change_pins_first(controller, registry, deployment):
-        if not readers:
-            (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="permutation"))
-            readers.append(Thread(target=controller.tend))
-            readers[0].start()
-            readers[0].join(0.5)
-        return find_laws(controller, registry, deployment)
+    def find_slowly(*arguments):
+        begun.set()
+        changed.wait(0.5)
+        return Noises(*arguments)
 
-    monkeypatch.setattr(ValidatorController, "_laws", change_pins_first)
+    monkeypatch.setattr(validator_controller, "Noises", find_slowly)
     with validating() as running:
+        assert begun.wait(20)
+        (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="permutation"))
+        running.controller.tend()
+        changed.set()
         until(lambda: running.controller.deployment)
-        readers[0].join()
         running.announce("block_beta", 8)
         about = {"block": "block_beta", "block_height": 8, "preset": "permutation"}
         running.send(body_of(proof_of(small_model, "node_A", **about)))
@@ -164,10 +166,10 @@ def test_what_is_dropped_gives_its_nonces_back_once(stopped, small_model, tmp_pa
     worker = stopped.controller.worker
     deployment = stopped.controller.loaded.result()
     with monkeypatch.context() as patched:
-        patched.setattr(recomputer, "recompute", lambda *_: 1 / 0)
+        patched.setattr(recomputer, "recompute", Mock(side_effect=RuntimeError))
         for _ in range(3):
-            with pytest.raises(ZeroDivisionError):
-                worker._record(deployment, stopped.controller.inbox.unfinished(9))
+            with pytest.raises(RuntimeError):
+                worker.step(deployment)
     assert worker.step(deployment) == 0.0
     assert sum(spent) == -16
     assert stopped.node("node_B")["recorded"] == 16

@@ -5,9 +5,11 @@ import math
 import random
 from collections import Counter
 from contextlib import ExitStack, closing
-from itertools import chain
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
+import sqlalchemy as sa
 
 from assay.files.sqlite import Database
 from assay.poc import Round, get_pipeline
@@ -204,18 +206,29 @@ def test_as_many_rounds_are_forgotten_as_a_network_has(opened, monkeypatch, forg
 
     whole = [(BLOCK, len(CHEAP), len(CHEAP))] * len(keys)
     least = min(forgotten, len(CHEAP) * len(keys))
-    writer = InboxWriter(inbox, ValidatorMetrics(), most=1, keep=-1, open_blocks=lambda: (BLOCK,))
-    # Only the first part waits for its time: what is left after it would pile up otherwise.
-    monkeypatch.setattr("assay.poc.validator.inbox_writer.PRUNE_EVERY", -1)
     for _ in range(math.ceil(len(CHEAP) * len(keys) / least)):
-        writer._rest(True)
-        monkeypatch.setattr("assay.poc.validator.inbox_writer.PRUNE_EVERY", 60)
+        inbox.prune(-1, [BLOCK])
         assert all(stated == there for _, stated, there in remembered())
         assert remembered()[-len(keys) :] == whole
     assert remembered() == whole
     # The room of what is still remembered, 800 bytes, is all that a node has used.
     assert not inbox.is_full(keys[0], 29_200)
     assert inbox.is_full(keys[0], 29_201)
+
+
+def test_what_a_deletion_leaves_waits_for_no_further_one(opened, monkeypatch):
+    """A part of it every five seconds was less than what arrives, so that a file only grew."""
+    monkeypatch.setattr("assay.poc.validator.inbox.FORGOTTEN", 7)
+    monkeypatch.setattr("assay.poc.net.runtime.TICK", 0.01)
+    seconds = chain([0.0], repeat(60.0))  # after the first deletion the clock stands still
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("assay.poc.validator.inbox_writer.time", clock)
+    inbox = opened()
+    inbox.add([message("one", HONEST)])
+    writer = InboxWriter(inbox, ValidatorMetrics(), most=1, keep=-1, open_blocks=list)
+    writer.start()
+    until(lambda: not inbox.database.rows(sa.select(inbox.database["round_nonces"])))
+    writer.close()
 
 
 def test_the_room_of_nonces_is_counted_and_given_back(opened):
