@@ -125,7 +125,7 @@ async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
         vllm_config = settings_of_vllm({"model.max_model_len": 65, "scheduler.policy": "fcfs"})
 
         async def collective_rpc(self, method: str, args: tuple):
-            return [{"problems": [], "device": device} for device in devices]
+            return [{"device": device} for device in devices]
 
     client = Client(LLM(), Throttle(ThrottleSettings(), lambda: 0, 4))
     await client.install()

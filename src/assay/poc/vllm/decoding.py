@@ -95,7 +95,6 @@ class Decoding:
         stream.decodes[nonce] = Decode(
             drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0], claimed, buffer
         )
-        stream.fill(nonce)
 
     def read(self, states_ND: Tensor, step_row: StepRow) -> None:
         """Keep what a step says of a nonce, and note the noise of its next token."""

@@ -128,7 +128,6 @@ class Chains:
         stream.decodes[nonce] = ChainState(
             chain, stated, margins=torch.full((steps + 1,), torch.nan, device=self._runner.device)
         )
-        stream.fill(nonce)
 
     def values(self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
         """Return the points, or the margins of a replay, of finished nonces."""

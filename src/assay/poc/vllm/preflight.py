@@ -99,17 +99,14 @@ def check_server() -> None:
     """
     version = check_installed()
     from vllm import AsyncEngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
     serves = sys.argv[1:2] == ["serve"]
     if serves:
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-
         ServeSubcommand().subparser_init(parser.add_subparsers())
     else:
-        from vllm.entrypoints.cli.serve import make_arg_parser
-
         make_arg_parser(parser)
     arguments = parser.parse_args()
     settings = PluginSettings()

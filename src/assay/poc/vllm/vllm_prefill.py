@@ -94,6 +94,8 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         **options: Any,
     ) -> None:
         self._version = check_installed()
+        from vllm import LLM
+
         self._dtype = dtype
         if fixed := sorted(set(options) & set(FIXED)):
             flag = "--" + fixed[0].replace("_", "-")
@@ -108,21 +110,10 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         for header in receipts:
             check_model(header, self.model)
         self.batch_size, self._likeliest = batch_size, min(LIKELIEST, self.model.vocab_size)
-        self._engine = self._started(str(resolve(reference).checkpoint), options)
-        with ExitStack() as failed:
-            failed.callback(self.close)
-            check_numbers(self._engine.llm_engine.vllm_config)
-            with explain_start():
-                self._engine.collective_rpc("assay_sketch", args=(True,))
-            failed.pop_all()
-
-    def _started(self, directory: str, options: dict[str, Any]) -> Any:
-        from vllm import LLM
-
         with explain_start():
-            return LLM(
-                model=directory,
-                dtype=self._dtype,
+            self._engine = LLM(
+                model=str(resolve(reference).checkpoint),
+                dtype=dtype,
                 logprobs_mode="raw_logits",
                 max_logprobs=self._likeliest,
                 enable_prefix_caching=False,  # a prompt of the cache has no logits
@@ -130,6 +121,12 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
                 worker_extension_cls=RESPONSE_EXTENSION,
                 **options,
             )
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            check_numbers(self._engine.llm_engine.vllm_config)
+            with explain_start():
+                self._engine.collective_rpc("assay_sketch", args=(True,))
+            failed.pop_all()
 
     @override
     @property

@@ -81,7 +81,6 @@ class WorkerExtension:
                 runner, config, self.assay_hooks.transform, activations=measured
             )
         return {
-            "problems": [],
             "decodes": decoding_blocker(runner, config) is None,
             **describe(runner, config),
         }
@@ -94,19 +93,16 @@ class WorkerExtension:
         ``frame`` is the file of the checkpoint's frame, for the presets that have one.
         """
         try:
-            opened_frame = None if frame is None else Frame.from_bytes(frame)
-            embeds = self.vllm_config.model_config
-            if (
-                opened_frame is None
-                and not get_pipeline(preset).steps
-                and not embeds.enable_prompt_embeds
-            ):
+            pipeline = get_pipeline(preset)
+            takes_embeds = self.vllm_config.model_config.enable_prompt_embeds
+            if frame is None and not pipeline.steps and not takes_embeds:
                 raise UsageError(
                     f"{preset} without --enable-prompt-embeds",
                     wanted="input embeddings",
                     do="serve with --enable-prompt-embeds, or agree on tokens-1",
                 )
-            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), opened_frame))
+            opened_frame = None if frame is None else Frame.from_bytes(frame)
+            self.assay_hooks.open(key, Spec(Round(**round), pipeline, opened_frame))
         except Exception as error:
             return reason_of(error)[:LONGEST_REASON]
         return None
@@ -295,19 +291,17 @@ class Hooks:
         if stepper := self._steppers.get(pipeline.output):
             claimed = (request.sampling_params.extra_args or {}).get(CLAIMED)
             stepper.begin(stream, nonce, request, claimed)
-            return False
-        if pipeline.framed:
+        elif pipeline.framed:
             _check_tokens(stream.spec, nonce, request)
-            stream.fill(nonce)
-            return False
-        sent = request.prompt_embeds
-        seq_len = stream.spec.round.seq_len
-        length = len(request.prompt_token_ids if sent is None else sent)
-        if length != seq_len:
-            raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
-        # Later stages of a pipeline get hidden states, so only the first one makes noise.
-        if sent is None and is_first_stage():
-            return True
+        else:
+            sent = request.prompt_embeds
+            seq_len = stream.spec.round.seq_len
+            length = len(request.prompt_token_ids if sent is None else sent)
+            if length != seq_len:
+                raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
+            # Later stages of a pipeline get hidden states, so only the first one makes noise.
+            if sent is None and is_first_stage():
+                return True
         stream.fill(nonce)
         return False
 
@@ -442,14 +436,13 @@ class Hooks:
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
     def _make_transform(self, spec: Spec) -> Transform:
-        vocab_size = int(self._model.get_vocab_size())
         round, pipeline, frame = spec
         return Transform(
             round,
             pipeline,
             frame=frame,
             hidden_size=self._width,
-            vocab_size=vocab_size,
+            vocab_size=int(self._model.get_vocab_size()),
             device=self._runner.device,
         )
 
