@@ -1148,6 +1148,8 @@ def tries_of_plugin(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     """Headers that seed an answer of a vLLM server, parsed without vLLM."""
     from types import SimpleNamespace
 
+    from starlette.datastructures import Headers
+
     from assay.poc.vllm.preflight import PluginSettings
     from assay.poc.vllm.recorded_answers import REQUEST_ID, USER_SEED, Responses
 
@@ -1157,15 +1159,13 @@ def tries_of_plugin(opened: ExitStack, folder: Path, model: Any, checkpoint: Pat
     for header in (REQUEST_ID, USER_SEED):
         for value in HEADERS:
 
-            def act(header: bytes = header, value: bytes = value) -> tuple[str, bool]:
-                headers = {REQUEST_ID: b"r", header: value}
+            def act(header: str = header, value: bytes = value) -> tuple[str, bool]:
+                headers = Headers({REQUEST_ID: "r", header: value.decode("latin-1")})
                 found = asyncio.run(responses.accept(headers, "/v1/completions", None))
                 text = str(found.request_id if header == REQUEST_ID else found.user_seed)
                 return f"taken: {text!a:.60}", text.isprintable() and len(text) <= 1024
 
-            yield watch(
-                "plugin", f"{header.decode()}: {value[:24]!r}", "refused, or printable", act
-            )
+            yield watch("plugin", f"{header}: {value[:24]!r}", "refused, or printable", act)
 
 
 def tries_of_supply(opened: ExitStack, folder: Path, model: Any, checkpoint: Path) -> Iterator[Row]:

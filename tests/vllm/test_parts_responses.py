@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from assay.errors import ModelError, StorageError, UsageError
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses import Prompt, ResponseSeed, Sampling
-from assay.poc.responses.adapters import Adapter, digest_adapter
+from assay.poc.responses.receipts import Adapter, digest_adapter
 from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
@@ -444,7 +444,8 @@ async def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
     responses, sink, client = application(monkeypatch)
     first = await client.post("/v1/completions", json={})
     responses.post("0xé")
-    named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
+    # Of two, one of a proxy, vLLM reads the first.
+    named = [("X-Request-Id", "mine"), ("X-Request-Id", "proxy"), ("X-Assay-User-Seed", "s")]
     second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
     responses.chat_template = "f" * 64
     third = await client.post("/v1/chat/completions", json={"seed": 5})

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
@@ -33,8 +34,8 @@ from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 
 RECEIPT = b"x-assay-receipt"
 BLOCK = b"x-assay-block"
-REQUEST_ID = b"x-request-id"
-USER_SEED = b"x-assay-user-seed"
+REQUEST_ID = "x-request-id"
+USER_SEED = "x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
 
 
@@ -99,22 +100,22 @@ class Responses:
         )
 
     async def accept(
-        self, headers: dict[bytes, bytes], path: str, client: str | None
+        self, headers: Headers, path: str, client: str | None
     ) -> AcceptedRequest | None:
-        """Fix the seed of a request's answer; None where it is not recorded."""
+        """Fix the seed of a request's answer; None where it is not recorded.
+
+        Of a header that comes twice the first one counts, as it does for vLLM.
+        """
         if self.sink is None:
             return None
-        named = headers.get(REQUEST_ID)
-        seed = headers.get(USER_SEED)
-        request_id = named.decode("latin-1") if named is not None else secrets.token_hex(16)
+        request_id = headers.get(REQUEST_ID, secrets.token_hex(16))
+        user_seed = headers.get(USER_SEED)
         check_name("X-Request-Id", request_id, do="send such an id, or none")
-        user_seed = None if seed is None else seed.decode("latin-1")
-        if user_seed is not None:
-            check_name("X-Assay-User-Seed", user_seed, do="send such a seed, or none", fewest=0)
+        check_name("X-Assay-User-Seed", user_seed or "", do="send such a seed, or none", fewest=0)
         self.sink.check(client)
         later = self.settings.responses_block == "next"
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
-        chosen_by: Literal["client", "server"] = "server" if named is None else "client"
+        chosen_by: Literal["client", "server"] = "client" if REQUEST_ID in headers else "server"
         template = self.chat_template if path.endswith("/chat/completions") else None
         return (
             None
@@ -151,9 +152,7 @@ class ReceiptMiddleware:
             return
         try:
             client = client_of(scope["client"][0]) if scope.get("client") else None
-            accepted = await self._responses.accept(
-                dict(scope["headers"]), route_path(scope), client
-            )
+            accepted = await self._responses.accept(Headers(scope=scope), route_path(scope), client)
         except AssayError as error:
             await answer(refusal_of(error))(scope, receive, send)
             return
@@ -163,7 +162,7 @@ class ReceiptMiddleware:
         # VLLM makes the id of its answer from it.
         if accepted.chosen_by == "server":
             scope = dict(scope) | {
-                "headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]
+                "headers": [*scope["headers"], (REQUEST_ID.encode(), accepted.request_id.encode())]
             }
         token = ACCEPTED.set(accepted)
         guarded = _Guarded(scope, receive, send, accepted)

@@ -26,8 +26,7 @@ import numpy as np
 from assay.errors import AssayError, ModelError, reason_of
 from assay.files.names import normal_form
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.responses.adapters import Adapter, digest_adapter
-from assay.poc.responses.receipts import Prompt, Receipt
+from assay.poc.responses.receipts import Adapter, Prompt, Receipt, digest_adapter
 from assay.poc.responses.sampling import ResponseSeed, Sampling
 from assay.poc.service.receipt_keeper import ReceiptSink
 from assay.poc.vllm.client import call_workers
