@@ -7,7 +7,8 @@ import pytest
 
 from assay.models import load_model
 from assay.poc.responses import Receipts, read_requests, respond
-from assay.poc.responses.adapters import Adapter, load_adapter
+from assay.poc.responses.adapters import load_adapter
+from assay.poc.responses.receipts import Adapter
 from tests.lora import write_adapter
 
 MODEL = ("--model", "reference:qwen3", "--device", "cpu")

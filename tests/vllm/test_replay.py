@@ -8,7 +8,8 @@ import pytest
 from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc.responses import HFPrefill, Receipts, Request, Sampling, replay, respond
-from assay.poc.responses.adapters import Adapter, load_adapter
+from assay.poc.responses.adapters import load_adapter
+from assay.poc.responses.receipts import Adapter
 from assay.poc.vllm.vllm_prefill import VLLMPrefill
 from tests.lora import write_adapter
 from tests.vllm.conftest import SMALL_ENGINE

@@ -18,8 +18,8 @@ from assay.errors import ModelError, ProofFormatError, ProofMismatch, UsageError
 from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.models import Model
 from assay.poc.responses import Receipt, ReceiptPins, Receipts, replay, respond
-from assay.poc.responses.adapters import Adapter, digest_adapter, load_adapter
-from assay.poc.responses.receipts import parse_receipt
+from assay.poc.responses.adapters import load_adapter
+from assay.poc.responses.receipts import Adapter, digest_adapter, parse_receipt
 from tests.lora import write_adapter
 from tests.poc.responses.conftest import REQUESTS
 from tests.wordings import refuses

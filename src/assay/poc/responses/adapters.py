@@ -22,8 +22,7 @@ from assay.errors import ModelError, UsageError
 from assay.files.jsonl import read_json
 from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.models.model import Model
-from assay.poc.responses.receipts import Adapter as Adapter
-from assay.poc.responses.receipts import digest_adapter as digest_adapter
+from assay.poc.responses.receipts import digest_adapter
 
 _PREFIX = "base_model.model."
 """What stands before the name that a module has in the model."""
