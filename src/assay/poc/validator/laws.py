@@ -1,20 +1,17 @@
 """The noise laws of the builds that a network pins."""
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject
+from assay.poc.net.deployment import Deployment
 from assay.poc.net.server_settings import ServerSettings
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
+from assay.poc.validator.registry import Registry
 from assay.poc.verdict.calibration_file import Calibration, describe_promise, find_build_noise
 from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
 from assay.poc.verdict.sample_plan import LARGEST_SAMPLE, plan_sample
-
-if TYPE_CHECKING:
-    from assay.poc.net.deployment import Deployment
-from assay.poc.validator.registry import Registry
 
 KEPT = 256  # noises of builds and blocks
 
@@ -31,7 +28,7 @@ class Noises:
         self,
         settings: ServerSettings,
         registry: Registry,
-        deployment: "Deployment",
+        deployment: Deployment,
         batch_size: int,
     ) -> None:
         self.registry = registry

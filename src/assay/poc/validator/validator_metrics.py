@@ -29,21 +29,20 @@ class ValidatorMetrics(Exported):
 
     def __init__(self) -> None:
         super().__init__("assay_validator", SHOWN)
-        counter = self.counter
-        self.messages = counter(
+        self.messages = self.counter(
             "messages",
             "Messages on disk, by kind; repeated ones were there already.",
             {"kind": KINDS, "as": ("new", "repeated")},
         )
-        self.refused = counter(
+        self.refused = self.counter(
             "refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS}
         )
-        self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
-        self.dropped = counter(
+        self.nonces = self.counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
+        self.dropped = self.counter(
             "dropped_draws", "Draws without evidence, because the pins have changed."
         )
-        self.failures = counter("engine_failures", "Batches that the engine failed on.")
-        self.verdicts = counter(
+        self.failures = self.counter("engine_failures", "Batches that the engine failed on.")
+        self.verdicts = self.counter(
             "verdict_changes", "Verdicts that changed, by the new one.", {"verdict": VERDICTS}
         )
-        self.polls = counter("polls", "Questions to nodes, by outcome.", {"outcome": OUTCOMES})
+        self.polls = self.counter("polls", "Questions to nodes, by outcome.", {"outcome": OUTCOMES})
