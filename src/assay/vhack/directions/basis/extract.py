@@ -103,6 +103,10 @@ class PairGradients:
         """Return hack minus clean of one module, [N, R]."""
         return self.hack[module] - self.clean[module]
 
+    def both_sides(self, module: str) -> Tensor:
+        """Return the gradients of one module, of hack sides and then of clean ones, [2N, R]."""
+        return torch.cat([self.hack[module], self.clean[module]])
+
     @cached_property
     def _grams(self) -> dict[str, Tensor]:
         return {name: gram(self.differences(name)) for name in self.hack}

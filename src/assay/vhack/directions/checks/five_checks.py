@@ -128,12 +128,11 @@ def check(
     report = check_gradients(gradients, basis=basis, settings=settings)
     sides = {pair.key: pair.samples() for pair in pairs}
     samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
-    gradients_of_sides = {
-        name: torch.cat([rows_NR, gradients.clean[name]])
-        for name, rows_NR in gradients.hack.items()
-    }
     evidence = collect_evidence(
-        samples, model, gradients=gradients_of_sides, tokenizer=options.get("tokenizer")
+        samples,
+        model,
+        gradients={name: gradients.both_sides(name) for name in gradients.hack},
+        tokenizer=options.get("tokenizer"),
     )
     return replace(report, detectors=compare_sides(evidence, gradients.groups, gradients.groups))
 
@@ -283,7 +282,7 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     hack_BN, clean_BN = design.held_out
     swapped = slice(1, 1 + settings.n_null)
     geometry = design.geometry
-    gradients = map(geometry.samples, geometry.names)  # all folds share the frames
+    gradients = map(geometry.gradients.both_sides, geometry.names)  # all folds share the frames
     haar_BS = haar_scores(
         gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator
     )

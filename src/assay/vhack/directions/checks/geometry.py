@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from assay.vhack.directions.basis.axes import ROUNDING, shrinkage
+from assay.vhack.directions.basis.axes import ROUNDING, gram, shrinkage
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.checks.check_report import CheckSettings
 
@@ -51,16 +51,10 @@ class Geometry:
         self.gradients = gradients
         self.names = tuple(gradients.hack)
         self.n = len(gradients)
-        self.gram_MSS = torch.stack(
-            [(rows := self.samples(name).double()) @ rows.T for name in self.names]
-        )
+        self.gram_MSS = torch.stack([gram(gradients.both_sides(name)) for name in self.names])
         self.ranks_M = torch.tensor([rows.shape[1] for rows in gradients.hack.values()])
         lengths_MS = self.gram_MSS.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         self.lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
-
-    def samples(self, name: str) -> Tensor:
-        """Return the gradients of one module, [S, R]."""
-        return torch.cat([self.gradients.hack[name], self.gradients.clean[name]])
 
     def fit_pairs(self, pairs_T: Tensor, settings: CheckSettings) -> FittedAxes:
         """Return the basis of hack minus clean of these pairs."""
@@ -159,7 +153,8 @@ class Geometry:
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S], zero where a module has fewer axes."""
-        along = [axes[name].double() @ self.samples(name).double().T for name in self.names]
+        both_sides = self.gradients.both_sides
+        along = [axes[name].double() @ both_sides(name).double().T for name in self.names]
         return pad_sequence(along, batch_first=True)
 
     def overlaps(self, frame: FittedAxes, other_frame: FittedAxes) -> Tensor:

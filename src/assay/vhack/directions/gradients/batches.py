@@ -108,8 +108,7 @@ class SampleBatch:
     @cached_property
     def sample(self) -> Tensor:
         """Number of the sample that each row belongs to, [N]."""
-        rows = torch.arange(self.ids.numel(), device=self.ids.device)
-        return torch.searchsorted(self.segments.offsets[1:], rows, right=True)
+        return torch.repeat_interleave(self.segments.offsets.diff())
 
     @cached_property
     def is_token(self) -> Tensor:
