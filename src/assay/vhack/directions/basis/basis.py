@@ -390,16 +390,13 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
 
 def check_covered(gradients: Mapping[str, Tensor], basis: Basis) -> None:
     """Raise UsageError unless gradients are of every module of a basis, in its coordinates."""
-    seen = "" if basis.axes else "a basis without modules"
-    for name, axes_KR in basis.axes.items():
-        if name not in gradients:
-            seen = f"no gradients of {name}"
-        elif gradients[name].shape[1] != axes_KR.shape[1]:
-            seen = (
-                f"gradients of {name} with {gradients[name].shape[1]} coordinates, and axes with "
-                f"{axes_KR.shape[1]}"
-            )
-    if seen:
+    missing = [
+        f"no gradients of {name} with {axes_KR.shape[1]} coordinates"
+        for name, axes_KR in basis.axes.items()
+        if name not in gradients or gradients[name].shape[1] != axes_KR.shape[1]
+    ]
+    if missing or not basis.axes:
+        seen = missing[0] if missing else "a basis without modules"
         raise UsageError(
             seen,
             wanted="gradients of every module of the basis",

@@ -129,10 +129,9 @@ class DeltaS(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Return δS by module name, [R] float32, without gradient."""
-        pairs = zip(self.groups, self.delta, strict=True)
         return {
             name: row_R
-            for group, rows in pairs
+            for group, rows in zip(self.groups, self.delta, strict=True)
             for name, row_R in zip(group.names, rows.detach(), strict=True)
         }
 

@@ -84,10 +84,12 @@ class Factors:
         """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
-        left_OR = self.left[:, :rank].clone()
-        values_R = self.values[:rank].clone()
-        right_RI = self.right[:rank].clone()
-        return replace(self, left=left_OR, values=values_R, right=right_RI)
+        return replace(
+            self,
+            left=self.left[:, :rank].clone(),
+            values=self.values[:rank].clone(),
+            right=self.right[:rank].clone(),
+        )
 
 
 def factorise(
