@@ -14,6 +14,7 @@ from assay.poc.service import ServiceSettings
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.database import open_database
 from assay.poc.service.outbox import open_outbox
+from assay.poc.service.request_bodies import InitRequest
 from assay.poc.service.round_worker import QUEUE
 from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
@@ -26,6 +27,21 @@ DEAD_END = "http://127.0.0.1:9/"
 
 
 # Restarts
+
+
+def test_an_engine_that_fails_while_a_round_is_ended_does_not_end_the_next(service):
+    """Its error waited for the calls that ended the round and began another."""
+    controller = service.controller
+    service.generate(4)
+    with controller._lock:
+        service.rig.fail = RuntimeError("the engine is gone")
+        until(lambda: controller.worker._round is None)
+        service.rig.fail = None
+        controller.stop()
+        controller.init(InitRequest(**(ROUND | {"block_hash": "next"})), "init/generate")
+    until(lambda: service.checked() > 4)
+    status = service.status()
+    assert (status["state"], status["error"]) == ("GENERATING", None)
 
 
 def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):

@@ -316,7 +316,7 @@ class Jobs:
 
 def _state(job_id: str, status: str, result: str | None, error: str | None) -> JsonObject:
     """Return what a client is told of a job, from columns of its row."""
-    told = {"status": status, "request_id": job_id}
+    state = {"status": status, "request_id": job_id}
     if error:
-        told["error"] = error
-    return told | (loads(result, "job result") if result else {})
+        state["error"] = error
+    return state | (loads(result, "job result") if result else {})

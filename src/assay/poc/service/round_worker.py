@@ -42,7 +42,7 @@ class Worker(EngineThread):
 
     Validations come first, then the round, whose batches go to ``writer``, then artifact jobs.
     ``begun`` is called after the first batch of a round and of what is left of one, and ``failed``
-    receives the error that ended a round.
+    receives the error that ended a round, and the epoch of its batch.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Worker(EngineThread):
         jobs: Jobs,
         *,
         begun: Callable[[Deployment, StoredRound], None],
-        failed: Callable[[Exception], None],
+        failed: Callable[[Exception, int | None], None],
     ) -> None:
         super().__init__("assay-engine", load)
         self._writer = writer
@@ -117,7 +117,7 @@ class Worker(EngineThread):
 
     @override
     def _turn_failed(self, error: Exception) -> None:
-        self._failed(error)
+        self._failed(error, None)
         self._wait(1.0)
 
     def _generate(self, deployment: Deployment, stored: StoredRound, epoch: int) -> None:
@@ -144,11 +144,9 @@ class Worker(EngineThread):
         except Exception as error:
             self._drop_stream()
             with self._state:
-                current = self._epoch == epoch
-                if current:
+                if self._epoch == epoch:
                     self._round = None
-            if current:
-                self._failed(error)
+            self._failed(error, epoch)
             return
         if not is_current:
             self._drop_stream()

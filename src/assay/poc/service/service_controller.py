@@ -386,8 +386,10 @@ class Controller(Runtime):
         checks.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
 
-    def _engine_failed(self, error: Exception) -> None:
+    def _engine_failed(self, error: Exception, epoch: int | None = None) -> None:
         with self._lock:
+            if epoch not in (None, self._epoch):  # another call ended that round first
+                return
             if self.closing.is_set():
                 # An engine that is torn down beneath its batch fails. The round must continue after
                 # the next start.
