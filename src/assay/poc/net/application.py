@@ -208,8 +208,9 @@ def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[st
         "Content-Security-Policy": policy,
         "Cache-Control": "no-cache",
         "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
     }
-    return page, headers | {"X-Content-Type-Options": "nosniff"}
+    return page, headers
 
 
 def part(name: str, package: str = "assay.poc.net.assets") -> str:

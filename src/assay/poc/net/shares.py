@@ -26,27 +26,24 @@ class Shares:
     def __init__(self, most: int, share: int | None = None) -> None:
         self.most = most
         self._share = share
-        self._held: Counter[str] = Counter()
+        self._held: Counter[str | None] = Counter()
         self._all = 0
 
     def fits(self, client: str | None, amount: int = 1) -> bool:
         """Return whether a client may hold so much more."""
-        held_by_client = 0 if client is None else self._held[client]
+        own = self._held[client]
         if client is None or self._share is None:
-            return amount <= room_of(client, self.most, self._all, held_by_client)
-        return self._all + amount <= self.most and held_by_client + amount <= self._share
+            return amount <= room_of(client, self.most, self._all, own)
+        return self._all + amount <= self.most and own + amount <= self._share
 
     def take(self, client: str | None, amount: int = 1) -> None:
         """Count what a client holds from now on."""
         self._all += amount
-        if client is not None:
-            self._held[client] += amount
+        self._held[client] += amount
 
     def give(self, client: str | None, amount: int = 1) -> None:
         """Count what a client no longer holds."""
         self._all -= amount
-        if client is None:
-            return
         self._held[client] -= amount
         if not self._held[client]:
             # Otherwise the addresses of all clients that ever came would stay in memory.
@@ -60,10 +57,7 @@ class Shares:
         if not self.fits(client):
             raise Refusal(
                 429,
-                (
-                    f"{self._held[client or '']} {what} of one client are open, of {self._all} in "
-                    f"all"
-                ),
+                f"{self._held[client]} {what} of one client are open, of {self._all} in all",
                 wanted="fewer at the same time",
                 do=do,
                 retry_after=retry_after,

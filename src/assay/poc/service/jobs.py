@@ -196,7 +196,6 @@ class Jobs:
                 or self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id))
                 != "running"
             ):
-                self._running = None
                 job = self._running = self._next(deployment)
             if job is None:
                 return False

@@ -57,10 +57,12 @@ class Received:
         )
         self._received = self._db["received"]
 
-    def add(self, message_id: str, kind: str, body: str) -> bool:
-        """Keep a callback; return False if its id was known. It is on disk when this returns."""
+    def add(self, message_id: str, kind: str, body: str, values: JsonObject) -> bool:
+        """Keep a callback, whose body has these ``values``; return False if its id was known.
+
+        It is on disk when this returns.
+        """
         received = self._received
-        values = loads(body, "callback")
         lists = [
             values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)
         ]
@@ -165,7 +167,7 @@ def create_receiver(store: Received, settings: ListenerSettings) -> FastAPI:
         if values and kind != kind_of_body:
             raise unsigned(400, f"the body of another callback under /{kind}")
         known_as = message_id(request.headers)
-        new = await run_in_threadpool(store.add, known_as, kind, body)
+        new = await run_in_threadpool(store.add, known_as, kind, body, values)
         budget.info(log, "callback", kind=kind, id=known_as, new=new)
         return JSONResponse({"status": "OK", "new": new})
 

@@ -198,7 +198,7 @@ class Writer(LoopThread):
         self._settings = settings
         self._committed = committed
         self._failed = failed
-        self._queue: deque[ComputedBatch] = deque()
+        self._queue: list[ComputedBatch] = []
         self._epoch = 0
         self._busy = False
         self._has_room = False
@@ -254,9 +254,9 @@ class Writer(LoopThread):
                 self._state.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                self._busy, batches = True, list(self._queue)
-                is_current = batches[0].epoch == self._epoch
-            error = self._write(batches, is_current=is_current)
+                self._busy = True
+                batches = self._queue.copy()
+            error = self._write(batches)
             with self._state:
                 self._busy = False
             self._notify()
@@ -264,12 +264,12 @@ class Writer(LoopThread):
                 # Only now: the receiver of the error may wait for this thread to be idle.
                 self._failed(error)
 
-    def _write(self, batches: list[ComputedBatch], *, is_current: bool) -> Exception | None:
+    def _write(self, batches: list[ComputedBatch]) -> Exception | None:
         """Commit what is queued, or wait a moment if that is not possible now; return what waiting
         does not cure.
         """
-        failure: Exception | None = None
         try:
+            is_current = batches[0].epoch == self._epoch
             owed = self._rounds.owed(batches[0].round_id, "generated") if is_current else 0
             if owed >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
@@ -284,19 +284,17 @@ class Writer(LoopThread):
             self._pause("storage", STORAGE_PAUSE)
             return None
         except Exception as error:  # two results for one nonce, or a round that was deleted
-            failure = error
-        with self._state:
-            # What was computed after these would leave a gap.
-            if failure is not None:
+            with self._state:
+                # What was computed after these would leave a gap.
                 self._queue.clear()
                 self._epoch = ENDED
-            for _ in range(min(len(batches), len(self._queue))):
-                self._queue.popleft()
-        self._notify()
-        if failure is None:
-            self._pause(None)
-            self._committed(batches, time.perf_counter() - started)
-        return failure
+            return error
+        with self._state:
+            del self._queue[: len(batches)]
+            self._state.notify_all()
+        self._pause(None)
+        self._committed(batches, time.perf_counter() - started)
+        return None
 
     def _pause(self, reason: Paused | None, seconds: float = 0.0) -> None:
         if reason != self.paused:
