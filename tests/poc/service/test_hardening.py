@@ -13,11 +13,11 @@ from assay.poc.net import callback_urls as _callback_guard
 from assay.poc.service import ServiceSettings
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.database import open_database
-from assay.poc.service.outbox import open_outbox
+from assay.poc.service.outbox import Outbox, open_outbox
 from assay.poc.service.request_bodies import InitRequest
 from assay.poc.service.round_worker import QUEUE
 from assay.poc.service.service_controller import Controller
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, execute, failing
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
 from tests.wordings import refuses
@@ -27,6 +27,17 @@ DEAD_END = "http://127.0.0.1:9/"
 
 
 # Restarts
+
+
+def test_a_start_that_fails_leaves_no_thread_and_no_lock(service, monkeypatch):
+    service.close()
+    full = failing(monkeypatch, Outbox, "counts", FULL)
+    with pytest.raises(StorageError):
+        service.start()
+    assert service.controller.ended
+    assert service.controller.closing.is_set()
+    full.clear()
+    service.start()
 
 
 def test_an_engine_that_fails_while_a_round_is_ended_does_not_end_the_next(service):

@@ -110,15 +110,16 @@ def run_with(
     async def lifespan(host: FastAPI) -> AsyncIterator[Any]:
         async with inner(host) as state:
             await asyncio.to_thread(runtime.start)
-            await feed.refresh()
-            tasks = [asyncio.create_task(kept_running(loop)) for loop in (feed.run, *loops)]
+            tasks: list[asyncio.Task[None]] = []
             try:
+                await feed.refresh()
+                tasks += [asyncio.create_task(kept_running(loop)) for loop in (feed.run, *loops)]
                 yield state
             finally:
                 runtime.closing.set()
                 for task in tasks:
                     task.cancel()
-                await asyncio.wait(tasks)
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await asyncio.to_thread(runtime.close)
 
     app.router.lifespan_context = lifespan
