@@ -218,6 +218,19 @@ def test_top_p_is_not_judged_by_a_part_of_the_logits(
     assert found.matches >= 31
 
 
+@pytest.mark.parametrize("batch_size", [-1, 0])
+def test_a_batch_has_one_response_at_least(small_model: Model, batch_size: int):
+    with refuses(UsageError, "a batch has one response at least"):
+        HFPrefill(small_model, batch_size=batch_size)
+
+
+def test_stop_texts_are_not_looked_for_without_a_tokenizer(small_model: Model):
+    request = Request(prompt=(5, 9), request_id="r", max_tokens=20)
+    receipts = respond(small_model, [request], block_hash="b", public_key="k", end_tokens=())
+    with refuses(UsageError, "stop texts are not looked for without a tokenizer"):
+        replay(receipts, small_model, requests=[replace(request, stop=("x",))])
+
+
 @pytest.mark.parametrize(
     ("seed", "gaps"),
     [(0, (0.001, 0.0, 0.001)), (1, (0.001, 0.0, 0.2055)), (2, (0.0, 1.001, 0.6283))],

@@ -26,6 +26,7 @@ from assay.models.model import Model
 from assay.models.precision import own_precision
 from assay.models.shared_passes import pass_kind, steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.checks import check_batch_size
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.transforms import sketch_states
@@ -87,10 +88,13 @@ class Prefill(Protocol):
 class HFPrefill(Prefill):
     """Prefills with transformers, a number of sequences at once, or one for batch-invariant bits.
 
-    A ModelError says that the model has no head that reads the last hidden state.
+    Raises:
+        UsageError: The batch size is out of range.
+        ModelError: The model has no head that reads the last hidden state.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
+        check_batch_size(batch_size)
         self.model = model
         self.batch_size = batch_size
         # Refuses a model without one before any response is read.

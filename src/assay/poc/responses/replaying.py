@@ -313,6 +313,7 @@ def replay(
             that ends it.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
+        UsageError: A request has stop texts, and the model no tokenizer.
 
     Example:
         >>> import assay

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from assay.errors import UsageError
 from assay.models.token_text import added_text, decode_tokens
 
 # What tokenizers write for a byte that is no text.
@@ -28,6 +29,9 @@ class StopSearch:
 
     A text may be looked for by a server that leaves special tokens out, or by one that does not: it
     is found in either, or with ``views`` in the text that leaves them out (True) or has them.
+
+    Raises:
+        UsageError: There are stop texts, and no tokenizer.
     """
 
     def __init__(
@@ -38,6 +42,12 @@ class StopSearch:
         *,
         views: Sequence[bool] = VIEWS,
     ) -> None:
+        if stops and tokenizer is None:
+            raise UsageError(
+                "stop texts for a model without a tokenizer",
+                wanted="stops of token ids",
+                do="give stop_token_ids in place of stop",
+            )
         self._views = [
             _GrowingText(stops, prompt, tokenizer, skips=skips) for skips in views if stops
         ]

@@ -17,6 +17,7 @@ from assay.errors import ModelError, UsageError
 from assay.models.device import processor
 from assay.models.load import identify, load_tokenizer
 from assay.models.resolve import resolve
+from assay.poc.protocol.checks import check_batch_size
 from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
@@ -79,7 +80,8 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
     Raises:
         BackendUnavailable: vLLM is not installed, or was not tested in this version.
-        UsageError: vLLM has no such option, or one that this engine sets itself.
+        UsageError: vLLM has no such option, or one that this engine sets itself, or the batch size
+            is out of range.
         ProofMismatch: A header of ``receipts`` is of another checkpoint.
         ModelError: vLLM does not start.
     """
@@ -93,6 +95,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         receipts: Sequence[ReceiptHeader] = (),
         **options: Any,
     ) -> None:
+        check_batch_size(batch_size)
         self._version = check_installed()
         from vllm import LLM
 
