@@ -247,11 +247,9 @@ def sketch_response(
 ) -> Float16[Tensor, "S K"]:
     """Return the sketches of the final states of some steps, on their device.
 
-    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a
-    state is not finite.
+    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. The states are
+    finite, as :func:`check_finite` has found.
     """
-    if not bool(torch.isfinite(hidden_SD).all()):
-        raise not_finite("a hidden state that is NaN or infinite")
     seeds_S = step_seeds(words, steps)
     spans = [
         slice(start, start + SKETCHES_AT_ONCE)

@@ -90,13 +90,10 @@ class NonceStream:
     async def next(self) -> Rows | None:
         """Return the next batch of values, None after the last; raise for a failed nonce."""
         assert self._producer is not None
-        getting = asyncio.ensure_future(self._batches.get())
+        getting = self._start(self._batches.get())
         await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
-        if not getting.done() and (
-            self._producer.cancelled() or self._producer.exception() is not None
-        ):
-            getting.cancel()
-            self._producer.result()  # raises
+        if not getting.done():
+            self._producer.result()  # raises if it has failed
         batch = await getting
         return None if batch is None else await batch
 

@@ -224,9 +224,10 @@ class Collector:
                     if ranges[name][1] >= choice.due:
                         choice.wake()
             except Exception as error:
-                reason = reason_of(error)[:300]
                 failed = ModelError(
-                    f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM"
+                    f"no sketches: {reason_of(error)[:300]}",
+                    wanted="workers that run",
+                    do="see the log of vLLM",
                 )
                 for choice in self._called.values():
                     choice.wake(failed)
