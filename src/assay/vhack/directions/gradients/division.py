@@ -33,11 +33,16 @@ class Division:
     devices: tuple[torch.device, ...]
     group: dist.ProcessGroup | None = None
 
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the weights."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
     def own(self, names: list[str]) -> list[str]:
         """Return the matrices whose factors this process keeps, a share of all."""
         if self.group is None:
             return names
-        return names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        return names[self.rank :: dist.get_world_size(self.group)]
 
     def gather(self, value: Any) -> list[Any]:
         """Return what each process passes, in their order."""
