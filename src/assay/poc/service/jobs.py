@@ -101,8 +101,8 @@ class Jobs:
                     do="send it again later",
                     retry_after=10,
                 )
-            undelivered = announced + self._outbox.owed_of_jobs(connection)
-            my_calls += self._outbox.owed_of_jobs(connection, client=client)
+            undelivered = announced + self._outbox.owed_of_jobs()
+            my_calls += self._outbox.owed_of_jobs(client=client)
             room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
             # A verdict is short, and the chain takes its absence for a fault of the prover.
             votes = request.chain and request.validation is not None

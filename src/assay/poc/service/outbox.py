@@ -265,20 +265,20 @@ class Outbox:
         )
         return row._asdict()
 
-    def owed(self, connection: sa.Connection, round_id: int, kind: Kind) -> int:
+    def owed(self, round_id: int, kind: Kind) -> int:
         """Return how many callbacks of one kind of a round are undelivered."""
-        return self._count_owed(connection, self._c.round_id == round_id, self._c.kind == kind)
+        return self._count_owed(self._c.round_id == round_id, self._c.kind == kind)
 
-    def owed_of_jobs(self, connection: sa.Connection, *, client: str | None = None) -> int:
+    def owed_of_jobs(self, *, client: str | None = None) -> int:
         """Return how many callbacks of jobs are undelivered, of all or of those of a client."""
         of_jobs = self._c.round_id.is_(None) & (self._c.kind != RECEIPTS)
         if client is not None:
             of_jobs &= self._c.client == client
-        return self._count_owed(connection, of_jobs)
+        return self._count_owed(of_jobs)
 
-    def _count_owed(self, connection: sa.Connection, *where: sa.ColumnElement[bool]) -> int:
+    def _count_owed(self, *where: sa.ColumnElement[bool]) -> int:
         query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), *where)
-        return int(connection.execute(query).scalar_one())
+        return int(self._db.scalar(query))
 
     def rows(self, statuses: Sequence[str], limit: int) -> Sequence[Callback]:
         """Return callbacks of some statuses: dead ones first, then the newest."""

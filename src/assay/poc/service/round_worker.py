@@ -21,6 +21,7 @@ from assay.poc.net.runtime import EngineThread, LoopThread
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.records import Record, is_distance, is_valid
 from assay.poc.service.jobs import STORAGE_PAUSE, Jobs
+from assay.poc.service.outbox import Outbox
 from assay.poc.service.rounds import ComputedBatch, Rounds, StoredRound
 from assay.poc.service.service_settings import ServiceSettings
 
@@ -188,6 +189,7 @@ class Writer(LoopThread):
     def __init__(
         self,
         rounds: Rounds,
+        outbox: Outbox,
         settings: ServiceSettings,
         *,
         committed: Callable[[list[ComputedBatch], float], None],
@@ -195,6 +197,7 @@ class Writer(LoopThread):
     ) -> None:
         super().__init__("assay-writer")
         self._rounds = rounds
+        self._outbox = outbox
         self._settings = settings
         self._committed = committed
         self._failed = failed
@@ -270,7 +273,7 @@ class Writer(LoopThread):
         """
         try:
             is_current = batches[0].epoch == self._epoch
-            owed = self._rounds.owed(batches[0].round_id, "generated") if is_current else 0
+            owed = self._outbox.owed(batches[0].round_id, "generated") if is_current else 0
             if owed >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None

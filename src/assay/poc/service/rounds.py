@@ -18,7 +18,7 @@ from assay.files.sqlite_connections import damaged
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.records import Record, pack_record
 from assay.poc.protocol.round import Round
-from assay.poc.service.outbox import Kind, Outbox
+from assay.poc.service.outbox import Outbox
 from assay.poc.service.states import State
 
 RECENT = 256
@@ -252,11 +252,6 @@ class Rounds:
                 self._outbox.announce(
                     connection, round_id, url, valid, interval=interval, most=most
                 )
-
-    def owed(self, round_id: int, kind: Kind) -> int:
-        """Return how many callbacks of one kind of a round are undelivered."""
-        with self._db.read() as connection:
-            return self._outbox.owed(connection, round_id, kind)
 
     def recent_valid(
         self, round_id: int, *, after: int | None = None, limit: int = RECENT

@@ -102,7 +102,11 @@ class Controller(Runtime):
             self.progress = Progress(stored, self.rounds) if stored else None
             self._files = opened.pop_all()
         self.writer = Writer(
-            self.rounds, settings, committed=self._committed, failed=self._engine_failed
+            self.rounds,
+            self.outbox,
+            settings,
+            committed=self._committed,
+            failed=self._engine_failed,
         )
         self.writers = (self.writer, self.receipts)
         self.worker = Worker(
@@ -168,7 +172,7 @@ class Controller(Runtime):
             stored = self._check_same_model(self.state)
             epoch = self._epoch
         checks.check_validation(request, stored, self.settings)
-        owed = self.rounds.owed(stored.id, "validated")
+        owed = self.outbox.owed(stored.id, "validated")
         if owed >= self.settings.max_pending:
             raise Refusal(
                 429,
