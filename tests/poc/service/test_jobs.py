@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import threading
 import time
 from dataclasses import replace
 
@@ -97,6 +98,22 @@ def test_a_full_queue_asks_to_come_back(serving):
         service.rig.open.set()
         until(lambda: finished(service, first["request_id"]))
         until(lambda: service.client.post(f"{PREFIX}/generate", json=JOB).status_code == 200)
+
+
+def test_a_long_queue_is_counted_while_a_round_is_written(serving):
+    """A client that asked again and again held up the rounds and receipts of all."""
+    with serving(max_queued_nonces=4) as service:
+        statuses = []
+
+        def ask() -> None:
+            statuses.append(service.client.post(f"{PREFIX}/generate", json=JOB).status_code)
+
+        asking = threading.Thread(target=ask)
+        with service.controller.database.write():
+            asking.start()
+            until(lambda: statuses)
+        asking.join()
+        assert statuses == [429]
 
 
 @pytest.mark.parametrize("bound", [{"max_queued_nonces": 20}, {"max_pending_jobs": 4}])

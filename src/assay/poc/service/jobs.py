@@ -61,6 +61,7 @@ class Jobs:
         self._table = database["jobs"]
         self._c = self._table.c
         self._is_open = self._c.status.in_(["queued", "running"])
+        self._submitting = threading.Lock()
         self._waiting: dict[str, Future[JsonObject]] = {}
         self._running: _Running | None = None
         # What the last process was at begins again.
@@ -76,64 +77,66 @@ class Jobs:
         A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine,
         which may fill the queue.
         """
-        settings = self._settings
         job_id = uuid.uuid4().hex
-        with self._db.write() as connection:
-            has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            nonces = sa.func.sum(self._c.nonces)
-            is_of_client = self._c.client == client
-            calls = sa.func.count().filter(has_url)
-            counts = sa.select(
-                nonces,
-                nonces.filter(is_of_client),
-                calls,
-                sa.func.count().filter(has_url & is_of_client),
-            )
-            waiting, mine, announced, my_calls = (
-                n or 0 for n in connection.execute(counts.where(self._is_open)).one()
-            )
-            room = room_of(client, settings.max_queued_nonces, waiting, mine)
-            if len(request.nonces) > room:
-                raise Refusal(
-                    429,
-                    f"{waiting} nonces are queued, {mine} of them of this client",
-                    wanted=f"{max(0, room)} more at most",
-                    do="send it again later",
-                    retry_after=10,
-                )
-            undelivered = announced + self._outbox.owed_of_jobs()
-            my_calls += self._outbox.owed_of_jobs(client=client)
-            room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
-            # A verdict is short, and the chain takes its absence for a fault of the prover.
-            votes = request.chain and request.validation is not None
-            if request.url is not None and not votes and room < 1:
-                raise Refusal(
-                    429,
-                    f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of "
-                    f"them of this client",
-                    wanted=f"fewer than {settings.max_pending_jobs}, half of what the others leave",
-                    do="repair their receivers, or send the job without a url and ask for its "
-                    "result",
-                    retry_after=10,
-                )
-            last = sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0)).scalar_subquery()
-            connection.execute(
-                self._table.insert().values(
-                    id=job_id,
-                    seq=last + 1,
-                    status="queued",
-                    nonces=len(request.nonces),
-                    request=request.bounded().model_dump_json(),
-                    created_at=time.time(),
-                    client=client,
-                    digest=digest,
-                )
-            )
+        last = sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0)).scalar_subquery()
+        new = self._table.insert().values(
+            id=job_id,
+            seq=last + 1,
+            status="queued",
+            nonces=len(request.nonces),
+            request=request.bounded().model_dump_json(),
+            created_at=time.time(),
+            client=client,
+            digest=digest,
+        )
+        # Counting a long queue takes long, and rounds and receipts must be written meanwhile.
+        with self._submitting:
+            waiting = self._check_room(request, client)
+            self._db.change(new)
         return {
             "status": "queued",
             "request_id": job_id,
-            "queued_count": int(waiting) + len(request.nonces),
+            "queued_count": waiting + len(request.nonces),
         }
+
+    def _check_room(self, request: GenerateRequest, client: str | None) -> int:
+        """Refuse a job for which there is no room; return how many nonces wait before it."""
+        settings = self._settings
+        has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
+        nonces = sa.func.sum(self._c.nonces)
+        is_of_client = self._c.client == client
+        counts = [
+            nonces,
+            nonces.filter(is_of_client),
+            sa.func.count().filter(has_url),
+            sa.func.count().filter(has_url & is_of_client),
+        ]
+        (row,) = self._db.rows(sa.select(*counts).where(self._is_open))
+        waiting, mine, announced, my_calls = (int(n or 0) for n in row)
+        room = room_of(client, settings.max_queued_nonces, waiting, mine)
+        if len(request.nonces) > room:
+            raise Refusal(
+                429,
+                f"{waiting} nonces are queued, {mine} of them of this client",
+                wanted=f"{max(0, room)} more at most",
+                do="send it again later",
+                retry_after=10,
+            )
+        undelivered = announced + self._outbox.owed_of_jobs()
+        my_calls += self._outbox.owed_of_jobs(client=client)
+        room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
+        # A verdict is short, and the chain takes its absence for a fault of the prover.
+        votes = request.chain and request.validation is not None
+        if request.url is not None and not votes and room < 1:
+            raise Refusal(
+                429,
+                f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of "
+                f"them of this client",
+                wanted=f"fewer than {settings.max_pending_jobs}, half of what the others leave",
+                do="repair their receivers, or send the job without a url and ask for its result",
+                retry_after=10,
+            )
+        return waiting
 
     def watch(self, job_id: str) -> "Future[JsonObject]":
         """Return a future of a job's final state, for its sender."""
