@@ -14,7 +14,6 @@ from assay.poc.service import ServiceSettings
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.database import open_database
 from assay.poc.service.outbox import Outbox, open_outbox
-from assay.poc.service.request_bodies import InitRequest
 from assay.poc.service.round_worker import QUEUE
 from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, execute, failing
@@ -40,19 +39,25 @@ def test_a_start_that_fails_leaves_no_thread_and_no_lock(service, monkeypatch):
     service.start()
 
 
-def test_an_engine_that_fails_while_a_round_is_ended_does_not_end_the_next(service):
-    """Its error waited for the calls that ended the round and began another."""
-    controller = service.controller
+def test_an_engine_that_fails_while_its_round_is_ended_leaves_no_error(service, monkeypatch):
+    """Its error waited for the call that ended the round, and stopped the round that came next."""
     service.generate(4)
-    with controller._lock:
+    enter = service.controller.rounds.enter
+
+    def enter_slowly(*values, **options):
+        monkeypatch.undo()
         service.rig.fail = RuntimeError("the engine is gone")
-        until(lambda: controller.worker._round is None)
+        batches = service.rig.batches
+        until(lambda: service.rig.batches > batches)
+        time.sleep(0.2)  # in which the error reaches what this call holds
         service.rig.fail = None
-        controller.stop()
-        controller.init(InitRequest(**(ROUND | {"block_hash": "next"})), "init/generate")
-    until(lambda: service.checked() > 4)
-    status = service.status()
-    assert (status["state"], status["error"]) == ("GENERATING", None)
+        return enter(*values, **options)
+
+    monkeypatch.setattr(service.controller.rounds, "enter", enter_slowly)
+    service.post("/stop")
+    # The engine's thread does it after all that it did before.
+    service.post("/generate", ARTIFACTS | {"nonces": [0], "wait": True})
+    assert service.status()["error"] is None
 
 
 def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
@@ -221,7 +226,7 @@ def test_a_round_that_waits_for_its_receiver_ends_with_the_batch_that_runs(servi
     pauses = {"callback_backoff": 60, "callback_backoff_max": 60, "callback_interval": 0.0}
     with serving(max_pending=2, callback_nonces=4, drain=3.0, **pauses) as service:
         service.post("/init/generate", ROUND | {"callback_url": DEAD_END})
-        until(lambda: len(service.controller.writer._queue) == QUEUE)
+        until(lambda: service.rig.returned * 4 > service.checked() + 4 * QUEUE)
         assert service.controller.paused == "callbacks"
         service.close()
         assert service.controller.ended

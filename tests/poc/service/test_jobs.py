@@ -233,7 +233,9 @@ def test_more_jobs_than_a_statement_takes_values_are_cancelled(service):
     def few_values(connection, record, proxy) -> None:
         connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 16)
 
-    sa.event.listen(service.controller.database._engine.pool, "checkout", few_values)
+    with service.controller.database.write() as connection:
+        pool = connection.engine.pool
+    sa.event.listen(pool, "checkout", few_values)
     jobs.cancel_open()
     assert jobs.counts() == {"queued": 0, "running": 0}
     assert {finished(service, job["request_id"])["status"] for job in queued} == {"cancelled"}
