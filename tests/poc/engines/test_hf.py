@@ -2,13 +2,19 @@
 memory.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
+from assay.poc.engines.base import Values
 from assay.poc.engines.hf import shapes as _shapes
 from assay.poc.engines.hf.shapes import auto_batch
+from assay.poc.protocol.pipelines import get_pipeline
 from tests.wordings import refuses
 
 
@@ -33,6 +39,26 @@ def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(
     with pytest.raises(RuntimeError), engine.between_layers("signs", round_):
         raise RuntimeError
     assert torch.equal(engine.read(inputs), before)
+
+
+@pytest.mark.parametrize("preset", ["layer-reflections", "layer-signs"])
+def test_a_run_that_waits_between_two_batches_leaves_other_runs_as_they_are(
+    engine: HFEngine, round_: Round, preset: str
+):
+    def run(name: str) -> Iterator[Values]:
+        inputs = replace(round_, preset=name).inputs(range(8))
+        return engine.run(inputs, get_pipeline(name))
+
+    alone = list(run("poc-2.0"))
+    waiting = list(run(preset))
+    first = run(preset)
+    assert equal_values(next(first), waiting[0])
+    assert all(map(equal_values, run("poc-2.0"), alone))
+    assert equal_values(next(first), waiting[1])
+
+
+def equal_values(some: Values, others: Values) -> bool:
+    return all(np.array_equal(rows, others[name]) for name, rows in some.items())
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ vocabulary, D hidden size, S sketches.
 """
 
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from typing import Any
@@ -344,24 +344,42 @@ class HFEngine(Engine):
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
 
-    @contextmanager
-    def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        """Apply a transform after every decoder layer inside the block."""
-        layers = [] if step == "none" else list(decoder_layers(self.model.module))
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-                if step == "signs":
-                    seeds = streams.seeds([round.block_text("layer_signs", index)])
-                    drawn_D = as_tensor(self._streams.signs(seeds, self.hidden_size))[0]
-                else:
-                    drawn_D = layer_reflection(self._streams, round, index, self.hidden_size)
-                hook = partial(_transform_output, step, drawn_D.to(self.model.dtype))
-                hooks.enter_context(layer.register_forward_hook(hook))
-            self._hooked = step != "none"
-            try:
-                yield
-            finally:
-                self._hooked = False
+    def between_layers(self, step: LayerStep, round: Round) -> "LayerTransforms":
+        """Return what applies a transform after every decoder layer while it is open."""
+        return LayerTransforms(self, step, round)
+
+
+class LayerTransforms(AbstractContextManager[None]):
+    """The transforms of a block between the layers of an engine's model, drawn once.
+
+    They are on the model while this is open. It is opened for each forward pass: between two
+    batches the caller may run other inputs on the model.
+    """
+
+    def __init__(self, engine: HFEngine, step: LayerStep, round: Round) -> None:
+        self._engine = engine
+        self._hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._opened = ExitStack()
+        layers = [] if step == "none" else decoder_layers(engine.model.module)
+        for index, layer in enumerate(layers):
+            if step == "signs":
+                seeds = streams.seeds([round.block_text("layer_signs", index)])
+                drawn_D = as_tensor(engine._streams.signs(seeds, engine.hidden_size))[0]
+            else:
+                drawn_D = layer_reflection(engine._streams, round, index, engine.hidden_size)
+            hook = partial(_transform_output, step, drawn_D.to(engine.model.dtype))
+            self._hooks.append((layer, hook))
+
+    @override
+    def __enter__(self) -> None:
+        for layer, hook in self._hooks:
+            self._opened.enter_context(layer.register_forward_hook(hook))
+        self._engine._hooked = bool(self._hooks)
+
+    @override
+    def __exit__(self, *error: object) -> None:
+        self._engine._hooked = False
+        self._opened.close()
 
 
 def plain_batches(
@@ -370,11 +388,12 @@ def plain_batches(
     """Yield the values of a pipeline a batch at a time; the last batch is padded, then cut."""
     round = inputs[0].round  # of the block of all inputs
     transform = make_transform(engine, round, pipeline)
-    with engine.between_layers(pipeline.layers, round):
-        for count, padded in padded_batches(inputs, engine.batch_size, engine.batch_size):
-            reading = transform.reading(padded, engine.seq_len)
+    between_layers = engine.between_layers(pipeline.layers, round)
+    for count, padded in padded_batches(inputs, engine.batch_size, engine.batch_size):
+        reading = transform.reading(padded, engine.seq_len)
+        with between_layers:
             states_BD = engine.read(engine.embeddings(padded), reading)
-            yield {pipeline.output: transform(states_BD, padded).cpu().numpy()[:count]}
+        yield {pipeline.output: transform(states_BD, padded).cpu().numpy()[:count]}
 
 
 def overlapped_batches(
@@ -388,6 +407,7 @@ def overlapped_batches(
     input_stream, forward, tail = _cuda_streams(engine.device)
     with torch.cuda.stream(tail):
         transform = make_transform(engine, round, pipeline)
+    between_layers = engine.between_layers(pipeline.layers, round)
 
     def queue(padded: list[Input]) -> tuple[Tensor, torch.cuda.Event]:
         """Queue the inputs and the forward pass; return the states, and the event of their end."""
@@ -395,7 +415,7 @@ def overlapped_batches(
             embeddings_BTD = engine.embeddings(padded)
             reading = transform.reading(padded, engine.seq_len)
         forward.wait_stream(input_stream)
-        with torch.cuda.stream(forward):
+        with torch.cuda.stream(forward), between_layers:
             for value in (embeddings_BTD, *(reading or ())):
                 if isinstance(value, Tensor):
                     # Its memory is not reused before this is done.
@@ -413,18 +433,17 @@ def overlapped_batches(
         return {pipeline.output: values.numpy()[:count]}
 
     before: tuple[int, list[Input], Tensor, torch.cuda.Event] | None = None
+    # The model was loaded on this stream, and the steps between its layers were prepared on it.
+    for stream in (input_stream, forward, tail):
+        stream.wait_stream(torch.cuda.current_stream(engine.device))
     # No stream stays current across a yield: the caller may use the device for something else.
-    with engine.between_layers(pipeline.layers, round):
-        # The model was loaded on this stream, and the steps between its layers were prepared on it.
-        for stream in (input_stream, forward, tail):
-            stream.wait_stream(torch.cuda.current_stream(engine.device))
-        for count, padded in padded_batches(inputs, engine.batch_size, engine.batch_size):
-            batch = count, padded, *queue(padded)
-            if before is not None:
-                yield finish(*before)
-            before = batch
+    for count, padded in padded_batches(inputs, engine.batch_size, engine.batch_size):
+        batch = count, padded, *queue(padded)
         if before is not None:
             yield finish(*before)
+        before = batch
+    if before is not None:
+        yield finish(*before)
 
 
 @cache
