@@ -112,6 +112,8 @@ def test_a_cheaper_model_is_far_from_an_honest_one(halved, proof):
         {"left_out": np.array([3, 1], np.int32)},
         {"left_out": np.arange(8, dtype=np.int32)},
         {"left_out": np.array([8], np.int32)},
+        # Their differences in 32 bits are all above 0.
+        {"left_out": np.array([0, 2**31 - 1, -(2**31), -2, 3], np.int32)},
         {"left_out": np.array([[3], [1]], np.int32)},
         {"mean": np.ones((4, 1), np.float32), "scale": np.ones((4, 1), np.float32)},
         {"scale": np.full(4, 1e-45, np.float32)},  # whose inverse is infinite

@@ -81,7 +81,7 @@ class Frame:
     def __post_init__(self) -> None:
         left_out = self.left_out.ravel()
         first, last = left_out[[0, -1]] if left_out.size else (0, 0)
-        is_sorted = bool((np.diff(left_out) > 0).all())
+        is_sorted = bool((left_out[1:] > left_out[:-1]).all())
         are_rows = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
         for holds, fault, wanted in (
             (
