@@ -222,6 +222,7 @@ GROUP_0 = ("config_groups", "group_0")
         (TENSORS, ("format",), "nvfp4-pack-quantized", "format 'nvfp4-pack-quantized'"),
         (TENSORS, ("format",), "pack-quantized", "input_activations"),
         (TENSORS, ("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
+        (TENSORS, ("transform_config",), {"config_groups": {"R4": {}}}, "transform_config"),
         (TENSORS, ("config_groups",), {}, "config_groups"),
         (TENSORS, (*GROUP_0, "weights", "num_bits"), 4, "num_bits 4"),
         (TENSORS, (*GROUP_0, "weights", "strategy"), "group", "strategy 'group'"),

@@ -28,6 +28,7 @@ _ACCEPTED: dict[str, dict[str, tuple[object, ...]]] = {
     "compressed-tensors": {
         "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized"),
         "kv_cache_scheme": (None, {}),
+        "transform_config": (None, {}),  # rotations that other engines take around products
     },
     "awq": {"bits": (4,), "version": ("gemm", "GEMM", None), "zero_point": (True,)},
     "gptq": {
