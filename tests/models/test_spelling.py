@@ -132,3 +132,12 @@ def test_spaces_that_a_special_token_takes_in_are_no_part_of_the_text(name):
     else:
         ids, n_prompt = encode_parts(tokenizer, prompt, "    return x")
         assert decoded(tokenizer, ids[n_prompt:]) == "    return x"
+
+
+def test_spaces_before_a_special_token_are_looked_at_once():
+    tokenizer = copy.deepcopy(family("byte-level"))
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True)})
+    spaces = " " * 2**19  # the square of their number would take an hour
+    ids, n_prompt = encode_parts(tokenizer, "x =", f"{spaces}1  <mask> ")
+    assert decoded(tokenizer, ids[:n_prompt]) == "x ="
+    assert decoded(tokenizer, ids) == f"x ={spaces}1<mask> "

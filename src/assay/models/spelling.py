@@ -5,7 +5,6 @@ away from every text that they return. A completion that is tokenised or decoded
 gains a space or loses one, which in Python is another indentation.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ from assay.models.token_text import decode_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SPACES = r"\s*"
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
@@ -97,8 +94,11 @@ def _decode_all(
 def _swallowed(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     """Return a text without the spaces that special tokens take in, as those of Phi-3 do."""
     for token in tokenizer.added_tokens_decoder.values():
-        content = re.escape(token.content)
-        parts = re.split(_SPACES * token.lstrip + content + _SPACES * token.rstrip, text)
+        parts = text.split(token.content)
+        if token.lstrip:
+            parts[:-1] = [part.rstrip() for part in parts[:-1]]
+        if token.rstrip:
+            parts[1:] = [part.lstrip() for part in parts[1:]]
         text = token.content.join(parts)
     return text
 
