@@ -57,8 +57,9 @@ def test_the_fewest_mismatches_are_those_of_the_exact_test(n, rule):
     assert accused == [count >= fewest for count in range(n + 1)]
 
 
-def test_honest_machines_are_accused_within_the_bound_and_cheats_are_caught():
-    found = exported(build(), alpha=0.001)
+@pytest.mark.parametrize("checked", [200, 20_000])
+def test_honest_machines_are_accused_within_the_bound_and_cheats_are_caught(checked):
+    found = exported(build(), checked=checked, alpha=0.001)
     (measured,) = of(found, "measured")
     assert found.parameters.p_value_threshold == 0.001
     assert 0 <= measured.low <= measured.false_accusation <= measured.high <= 0.001

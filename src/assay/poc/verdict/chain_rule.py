@@ -11,8 +11,10 @@ distance, that one is taken which catches a small share of cheap nonces best on 
 """
 
 import math
+import sys
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,12 +27,12 @@ from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.honest_noise import unpack_scores
 from assay.poc.verdict.sample_plan import ALPHA, EFFECT
 from assay.stats import proportion_interval
-from assay.stats.chord import FloatArray, IntArray
+from assay.stats.chord import FloatArray
 
 CHAIN_PRESET = "artifact"
 CHAIN_SAMPLE = 200  # nonces of an audit on the chain, unless its parameters say otherwise
 MULTIPLES = np.geomspace(1.0, 20.0, 121)  # thresholds that are tried, over the typical size
-DIGITS = 3  # of a published parameter
+DIGITS = 3  # of a published parameter, at least
 _interval = cache(proportion_interval)
 
 
@@ -44,8 +46,13 @@ class ChainRule:
 
     def fewest(self, n: int) -> int:
         """Return the fewest mismatches of n nonces that are called fraud; n + 1 where none are."""
-        p_values = scipy.stats.binom.sf(np.arange(-1, n), n, self.p_mismatch)
-        return int(np.searchsorted(-p_values, -self.p_value_threshold, side="right"))
+
+        def is_fraud(count: int) -> bool:
+            return bool(
+                scipy.stats.binom.sf(count - 1, n, self.p_mismatch) < self.p_value_threshold
+            )
+
+        return bisect_left(range(n + 1), True, key=is_fraud)
 
 
 DEFAULTS = {
@@ -163,25 +170,28 @@ def _bounded_rule(
     threshold: float, tails: "Sequence[_Tail]", checked: int, alpha: float
 ) -> ChainRule:
     """Return the rule of a threshold that accuses honest machines as often as alpha allows."""
-    counts = np.arange(1, checked + 1)
-    accused_M = np.max([tail.bound(threshold, counts) for tail in tails], axis=0)
-    fewest = 1 + int(np.searchsorted(-accused_M, -alpha))
+    upper_ends = [(tail, tail.intervals(threshold)[:, 1]) for tail in tails]
+
+    def is_bounded(count: int) -> bool:
+        return all(tail.accused(rate_S, count) <= alpha for tail, rate_S in upper_ends)
+
+    fewest = 1 + bisect_left(range(1, checked + 1), True, key=is_bounded)
     # The largest rate against which so many mismatches have a p-value of alpha.
     p_mismatch = 1.0
     if fewest <= checked:
         p_mismatch = float(scipy.stats.beta.ppf(alpha, fewest, checked - fewest + 1))
-    return ChainRule(
-        dist_threshold=threshold,
-        p_mismatch=_rounded(p_mismatch, math.floor),
-        p_value_threshold=alpha,
-    )
+    rule = ChainRule(dist_threshold=threshold, p_mismatch=p_mismatch, p_value_threshold=alpha)
+    for digits in range(DIGITS, sys.float_info.dig + 1):
+        rule = replace(rule, p_mismatch=_rounded(p_mismatch, math.floor, digits))
+        # Against a smaller rate, one mismatch less may be fraud: in long audits, three digits are
+        # not enough.
+        if rule.fewest(checked) >= fewest:
+            break
+    return rule
 
 
 class _Tail:
-    """How often residuals of one build are above a threshold, on machines of every scale.
-
-    Suffixes: S scales of machines, M numbers of mismatches.
-    """
+    """How often residuals of one build are above a threshold, on machines of every scale, [S]."""
 
     def __init__(self, build: BuildNoise, checked: int) -> None:
         self._build = build
@@ -195,33 +205,25 @@ class _Tail:
         honest_S = self._shares(rule.dist_threshold)
         cheap_S = self._shares(rule.dist_threshold / cheat.multiple)
         rate_S = (1 - cheat.share) * honest_S + cheat.share * cheap_S
-        return float(self._accused(rate_S, rule.fewest(self._checked)))
-
-    def bound(self, threshold: float, counts_M: IntArray) -> FloatArray:
-        """Return the upper ends of the chance that an honest machine has so many mismatches, [M].
-
-        They are those of the share of measured residuals above the threshold.
-        """
-        ends_S = np.array([high for _, high in self._intervals(threshold)])
-        accused_MS = scipy.stats.binom.sf(counts_M[:, None] - 1, self._checked, ends_S)
-        return np.asarray(accused_MS @ self._weights_S, np.float64)
+        return self.accused(rate_S, rule.fewest(self._checked))
 
     def cost(self, name: str, rule: ChainRule) -> RuleCost:
         """Return what a rule costs."""
         fewest = rule.fewest(self._checked)
-        ends_S2 = np.array(self._intervals(rule.dist_threshold))
+        low_S, high_S = self.intervals(rule.dist_threshold).T
         formats = dict.fromkeys(" / ".join(pair) for pair in self._build.formats)
         measured = " and ".join(formats) or f"{len(self._build.machines)} machines"
         return RuleCost(
             rule=name,
             machines=measured,
             false_accusation=self.power(rule, Cheat(0.0, 1.0)),
-            low=self._accused(ends_S2[:, 0], fewest),
-            high=self._accused(ends_S2[:, 1], fewest),
+            low=self.accused(low_S, fewest),
+            high=self.accused(high_S, fewest),
             power={str(cheat): self.power(rule, cheat) for cheat in CHEATS},
         )
 
-    def _accused(self, rate_S: FloatArray, fewest: int) -> float:
+    def accused(self, rate_S: FloatArray, fewest: int) -> float:
+        """Return the chance of so many mismatches, over machines, each at a rate of its own."""
         accused_S = scipy.stats.binom.sf(fewest - 1, self._checked, rate_S)
         return min(1.0, float(self._weights_S @ accused_S))
 
@@ -233,14 +235,15 @@ class _Tail:
         below_S = np.searchsorted(self._scores, threshold_S / self.size, side="right")
         return np.asarray(1 - below_S / len(self._scores), np.float64)
 
-    def _intervals(self, threshold: float) -> list[tuple[float, float]]:
+    def intervals(self, threshold: float) -> FloatArray:
+        """Return the 95 % intervals of the share of residuals above a threshold, [S, 2]."""
         # Scores may be quantiles, which say nothing of the tail beyond them.
         kept = self._build.n if self._scores is None else len(self._scores)
         n = min(self._build.n, kept)
-        return [_interval(math.ceil(share * n), n) for share in self._shares(threshold)]
+        return np.array([_interval(math.ceil(share * n), n) for share in self._shares(threshold)])
 
 
-def _rounded(value: float, direction: Callable[[float], int]) -> float:
-    """Return a positive number with three significant digits, rounded by ``direction``."""
-    step = 10.0 ** (math.floor(math.log10(value)) - DIGITS + 1)
-    return float(f"{direction(round(value / step, 9)) * step:.{DIGITS}g}")
+def _rounded(value: float, direction: Callable[[float], int], digits: int = DIGITS) -> float:
+    """Return a positive number with so many significant digits, rounded by ``direction``."""
+    step = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{direction(round(value / step, 9)) * step:.{digits}g}")
