@@ -112,6 +112,11 @@ def test_a_model_that_cannot_be_loaded_is_no_row(tmp_path: Path):
         run_selftest(Launch(model=str(tmp_path / "none"), device="cpu"), ROUND)
 
 
+def test_no_nonces_are_refused_before_a_model_is_loaded(tmp_path: Path):
+    with pytest.raises(UsageError):
+        run_selftest(Launch(model=str(tmp_path / "none"), device="cpu"), ROUND, nonces=0)
+
+
 def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch):
     """Without vLLM: the options that its engine is given, and a build that refuses one of them."""
     asked = []

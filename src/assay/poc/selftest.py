@@ -22,6 +22,7 @@ from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.launch import Launch, load
 from assay.poc.one_machine import engine_variant
+from assay.poc.protocol.checks import MAX_NONCE, check_number
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import Record, pack_record, published_form
@@ -159,10 +160,10 @@ def run_selftest(
         UsageError: An option is out of range.
         ModelError: The model cannot be loaded, or not run in its usual setting.
     """
+    chosen = _spaced(nonces)
     settings = _hf_variants if launch.engine == "hf" else _started_variants
     (_, open_usual), *others = settings(launch, round, batch_size).items()
     total = len(others) + 1
-    chosen = range(0, 2 * nonces, 2)  # so that others have a place between them
     rows: list[SettingResult] = []
     with open_usual() as (model, engine):
         run = _runner(engine, round)
@@ -211,9 +212,10 @@ def run_remote_selftest(
         noise: Honest noise between two engines like this one.
 
     Raises:
+        UsageError: The number of nonces is out of range.
         ModelError: The server does not answer, or refuses.
     """
-    chosen = range(0, 2 * nonces, 2)
+    chosen = _spaced(nonces)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(timeout=ANSWER_SECONDS, headers=headers) as client:
         ask = _asker(client, url.rstrip("/"), round)
@@ -224,6 +226,12 @@ def run_remote_selftest(
         again = ask(smaller)(chosen)
         rows.append(compare(f"batches of {smaller}", usual, again, noise, reason=reason))
     return SelfTest(comparisons=tuple(rows), engine={"url": url})
+
+
+def _spaced(nonces: int) -> range:
+    """Return so many nonces, between which others have a place."""
+    check_number("nonces", nonces, 1, MAX_NONCE // 2)
+    return range(0, 2 * nonces, 2)
 
 
 def _repeated(

@@ -27,13 +27,18 @@ from assay.poc.responses import (
     respond,
 )
 from assay.poc.responses.replaying import compute_gaps, measure_margins
-from assay.poc.responses.response_calibration import bundled_response_noise, check_enough_tokens
+from assay.poc.responses.response_calibration import (
+    bundled_response_noise,
+    check_enough_tokens,
+    check_one_checkpoint,
+)
 from assay.poc.responses.response_verdict import noise_between, sample_receipts
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.token_fit import fit_token_noise
 from assay.stats.token_law import COLUMNS, SCALES
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
+from tests.poc.service.receipts import header as make_header
 from tests.stats.tokens import drawn, law_at, token_profile
 from tests.wordings import refuses
 
@@ -382,6 +387,16 @@ def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
     assert min(cheat.result.tokens.log_e_max, cheat.result.sketches.log_e_max) > math.log(1000)
     assert "passes 1/0.001" in cheat.reason
     assert len(cheat.updates()) == 8
+
+
+def test_receipts_of_more_engines_than_a_calibration_holds_are_refused():
+    """Of 257, a file was written that could not be read."""
+    header = make_header()
+    engines = [replace(header.fingerprint, threads=number) for number in range(257)]
+    headers = [replace(header, fingerprint=engine) for engine in engines]
+    check_one_checkpoint(headers[1:])
+    with pytest.raises(UsageError):
+        check_one_checkpoint(headers)
 
 
 @pytest.mark.slow

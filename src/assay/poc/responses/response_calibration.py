@@ -164,8 +164,8 @@ def calibrate_responses(
         The calibration.
 
     Raises:
-        UsageError: The receipts are of several checkpoints, or there are too few tokens or
-            sketches.
+        UsageError: The receipts are of several checkpoints or too many engines, or there are too
+            few tokens or sketches.
     """
     headers = [header for header, _ in measured]
     digest = check_one_checkpoint(headers)
@@ -193,7 +193,9 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of all receipts; a UsageError for several checkpoints or formats."""
+    """Return the digest of all receipts; a UsageError for several checkpoints or formats, or for
+    more engines than a calibration holds.
+    """
     formats = sorted({header.fingerprint.dtype for header in headers})
     if len(formats) > 1:
         raise UsageError(
@@ -208,6 +210,13 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
             f"receipts of {len(digests)} checkpoints: {names}",
             wanted="honest receipts of one",
             do="calibrate each by itself",
+        )
+    engines = {header.fingerprint for header in headers}
+    if len(engines) > _MOST_PROVERS:
+        raise UsageError(
+            f"receipts of {len(engines)} engines that differ",
+            wanted=f"{_MOST_PROVERS} at most, as many as a calibration holds",
+            do="leave some files of RECEIPTS out",
         )
     return digests.pop()
 
