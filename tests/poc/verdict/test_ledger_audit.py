@@ -408,6 +408,16 @@ def written(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def test_an_export_does_not_replace_its_ledger(tmp_path: Path):
+    path = filled(tmp_path / "l.sqlite3", 1)
+    (tmp_path / "link").symlink_to(path)
+    with Ledger(path, read_only=True) as ledger:
+        for output in (path, tmp_path / "link"):
+            with pytest.raises(UsageError):
+                ledger.export(output, overwrite=True)
+    assert audit_ledger(path).clean
+
+
 def test_an_export_is_audited_like_the_ledger(clean: Path, lines: list[str], tmp_path: Path):
     assert [json.loads(line).keys() & {"kind", "law", "seq", "head"} for line in lines] == [
         {"kind"}, {"law"}, {"law", "seq"}, {"law", "seq"}, {"law", "seq"}, {"law"}, *[{"law", "seq"}] * 6, {"head"}

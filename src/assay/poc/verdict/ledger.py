@@ -385,9 +385,15 @@ class Ledger(AbstractContextManager["Ledger"]):
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
         """Write everything that an audit elsewhere needs as JSON Lines; return the head.
 
-        A UsageError refuses a file that exists where ``overwrite`` is not set. A file that cannot
-        be written is a StorageError.
+        A UsageError refuses the ledger itself, and a file that exists where ``overwrite`` is not
+        set. A file that cannot be written is a StorageError.
         """
+        if Path(path).exists() and self.path.samefile(path):
+            raise UsageError(
+                f"an export to {path}, the ledger itself",
+                wanted="another file: an export cannot be added to",
+                do="choose another name with --output",
+            )
         with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
             out.restart()
             for line in export_lines(connection):
