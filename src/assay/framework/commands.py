@@ -254,20 +254,21 @@ class Command(click.Command):
 
     def check_files(self, instances: Sequence[Settings], values: Mapping[str, Any]) -> None:
         """Refuse results that cannot be written and files that cannot be read, before torch."""
-        may_replace = "overwrite" not in self.settings
+        chosen = {name: value for instance in instances for name, value in instance}
+        may_replace = "overwrite" not in chosen
         for name in (name for name in values if self.settings[name].flag.file):
-            check_new_file(values[name], overwrite=bool(values.get("overwrite", may_replace)))
-            if may_replace and Path(values[name]).exists():
+            check_new_file(chosen[name], overwrite=chosen.get("overwrite", may_replace))
+            if may_replace and chosen[name].exists():
                 flag = self.settings[name].spelling
-                if not is_result(Path(values[name])):
+                if not is_result(chosen[name]):
                     raise UsageError(
-                        f"{values[name]} exists, and is no result of this command",
+                        f"{chosen[name]} exists, and is no result of this command",
                         wanted="a new name",
                         do=f"choose another with {flag}",
                     )
-                say(f"warning: {values[name]} exists, and the result will replace it ({flag})")
-        for setting in self.settings.values():
-            setting.check_files(getattr(instances[self.kinds.index(setting.kind)], setting.name))
+                say(f"warning: {chosen[name]} exists, and the result will replace it ({flag})")
+        for name, setting in self.settings.items():
+            setting.check_files(chosen[name])
 
     def _advised(self, fault: AssayError, cause: BaseException, words: Sequence[str]) -> AssayError:
         """Return an error that names the flag or key that it is about, and what a repetition does.

@@ -10,6 +10,9 @@ from assay.errors import AssayError
 from assay.framework.lazy_imports import imported
 from assay.settings import Settings, Spelling, words_of
 
+LONG = 2**22
+"""Bytes of a file that takes long to read."""
+
 
 class Setting:
     """A field of a settings class, as a command shows and reads it."""
@@ -101,17 +104,16 @@ class Setting:
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
 
     def check_files(self, value: Any) -> None:
-        """Refuse a file that cannot be read, is a pipe or is too long, before torch is imported."""
-        for path in (
-            (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ()
-        ):
-            if (
-                not path.exists()
-                or path.is_dir()
-                or (path.is_file() and path.stat().st_size <= 2**22)
-            ):
-                try:
-                    imported(self.flag.reads)(path)
-                except AssayError as error:
-                    error.field = error.field or self.name
-                    raise
+        """Refuse files that cannot be read, before torch is imported; the command reads a long one
+        once.
+        """
+        if not self.flag.reads or value is None:
+            return
+        for path in value if isinstance(value, tuple) else [value]:
+            if path.is_file() and path.stat().st_size > LONG:
+                continue
+            try:
+                imported(self.flag.reads)(path)
+            except AssayError as error:
+                error.field = error.field or self.name
+                raise
