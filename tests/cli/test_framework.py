@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import tracemalloc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from assay.errors import UsageError
 from assay.framework.commands import Command
 from assay.framework.groups import leaves
 from assay.framework.interruption import resumable
+from assay.framework.results import is_result
 from assay.framework.variables import NAMES
 from assay.poc.vllm.preflight import PluginSettings
 from assay.poc.vllm.throttle import OperatorsThrottle
@@ -372,6 +374,26 @@ def test_a_result_does_not_replace_its_source(assay, refused, tmp_path):
         tmp_path / "c",
     )
     assert "No such file" in merged.err, "builds are added to a calibration file"
+
+
+@pytest.mark.parametrize("word", ["false", "0"])
+def test_a_refusal_to_overwrite_is_read_by_its_meaning(word, assay, tmp_path):
+    """Any text but an empty one was taken for a permission."""
+    (tmp_path / "pairs.jsonl").write_text("mine")
+    words = ("vhack", "pairs", "generate", "-n", 2, "-o", tmp_path / "pairs.jsonl")
+    assert assay(*words, "--set", f"overwrite={word}").code == 2
+    assert (tmp_path / "pairs.jsonl").read_text() == "mine"
+    assert assay(*words, "--set", "overwrite=true").code == 0
+
+
+def test_a_long_file_in_the_place_of_a_result_is_not_read_whole(tmp_path):
+    (tmp_path / "mine").touch()
+    os.truncate(tmp_path / "mine", 2**30)  # without a line end
+    tracemalloc.start()
+    assert not is_result(tmp_path / "mine")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**28
 
 
 @pytest.mark.parametrize("content", ["nodes = [1]\n", '{"prompt": "a"}\n{"prompt": "b"}\n', "\0"])

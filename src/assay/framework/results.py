@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import UsageError
+from assay.files.jsonl import LONGEST_LINE
 from assay.framework.setting import Setting
 
 
@@ -28,7 +29,7 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
 def is_result(path: Path) -> bool:
     """Whether a file is empty, a page, or one line of JSON that names a form of assay."""
     with path.open("rb") as file:
-        first = file.readline()
+        first = file.readline(LONGEST_LINE)
         return not first or first.startswith(b"<!") or (b'"assay.' in first and not file.read(1))
 
 
