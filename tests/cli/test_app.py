@@ -111,6 +111,17 @@ def test_version(assay):
     assert assay("--version").out == f"assay {package.__version__}\n"
 
 
+@pytest.mark.parametrize("words", ["assay nothing ", "assay poc nothing ", "assay poc prov"])
+def test_completion_behind_an_unknown_word_is_silent(words, capsys, monkeypatch):
+    monkeypatch.setenv("_ASSAY_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", "2")
+    run([])
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "prove" in said.out or "nothing" in words
+
+
 MAIN = "from assay.__main__ import main; main()"
 SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -114,7 +114,9 @@ def run(arguments: list[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if instruction := os.environ.get("_ASSAY_COMPLETE"):
-        return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
+        with suppress(AssayError):  # behind words that are no command
+            return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
+        return 2
     try:
         with _stoppable(), warnings.catch_warnings():
             # As commands print them, without a line of source.
