@@ -2,6 +2,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
 from assay.pages.figures import INK, MUTED, PAPER, RULE, SERIES, figure, legend, to_svg
@@ -28,6 +29,21 @@ def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
     links = {target.removeprefix("#") for name, target in attributes if name.endswith("href")}
     assert links
     assert links <= ids
+
+
+def test_the_settings_of_a_user_change_no_figure():
+    """A matplotlibrc that asks for LaTeX is read at the import, from the working directory too."""
+
+    def drawn():
+        fig, ax = figure()
+        ax.semilogy([0.1, 10], color=SERIES[0], linewidth=1, label="a_b")
+        legend(ax)
+        return to_svg(fig, prefix="f", description="d")
+
+    usual = drawn()
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 20, "svg.fonttype": "path"}):
+        assert drawn() == usual
+        assert matplotlib.rcParams["text.usetex"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ to load.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,17 @@ _VARIABLES = {
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    """Let matplotlib draw by its own defaults: a user's may ask for LaTeX, which is not there."""
+    from matplotlib import style
+
+    # Text stays text, and ids and bytes are the same in every run.
+    with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "assay"}]):
+        yield
+
+
+@_style()
 def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
     """Return an empty figure in the style of the pages, and its axes; sizes are in inches."""
     from matplotlib.figure import Figure
@@ -55,11 +68,13 @@ def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
     return fig, ax
 
 
+@_style()
 def legend(ax: "Axes", **options: Any) -> None:
     """Add a legend without a box, in the ink of the page; options go to ``Axes.legend``."""
     ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
 
 
+@_style()
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     """Return a figure as an ``<svg>`` element: deterministic, scalable, coloured by CSS variables.
 
@@ -68,12 +83,8 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
         prefix: Text before every id, so that ids of figures on one page do not collide.
         description: Text for a screen reader.
     """
-    import matplotlib as mpl
-
     buffer = BytesIO()
-    # Text stays text, and ids and bytes are the same in every run.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
-        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()
     # Without the XML declaration, which a page has not.
     svg = svg[svg.index("<svg") :]
