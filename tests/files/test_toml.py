@@ -33,10 +33,11 @@ def test_many_short_keys_are_read():
         b"a = 1\na = 2",
         b"a = 0x" + b"f" * 17,
         b"a = \xff",
+        b'a = ["b\\u0000"]',
         b"a = " + b"[" * 5000 + b"]" * 5000,
         b"#" * (LONGEST_TOML + 1),
     ],
-    ids=["a key twice", "a number of 68 bits", "no UTF-8", "too deep", "too long"],
+    ids=["a key twice", "a number of 68 bits", "no UTF-8", "no path", "too deep", "too long"],
 )
 def test_a_file_that_is_no_toml_of_assay_is_named(tmp_path, content):
     path = tmp_path / "settings.toml"

@@ -31,6 +31,8 @@ def parse_toml(text: str) -> JsonObject:
     while pending:
         value = pending.pop()
         pending += parts(value)
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a text with a zero byte, which no path may have")
         # Python reads a whole number of any size in hexadecimal digits, and cannot print it.
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
