@@ -4,6 +4,7 @@ import os
 import sqlite3
 import stat
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from assay.errors import StorageError
 from assay.files import sqlite
 from assay.files.sqlite import Database
+from assay.files.sqlite_connections import connect_to_read
 from assay.files.sqlite_schema import table_names
 
 MIGRATIONS = (("CREATE TABLE notes (text TEXT)",),)
@@ -68,6 +70,19 @@ def test_a_name_in_the_working_directory_is_that_of_a_file(tmp_path, monkeypatch
     with reader.read() as connection:
         assert connection.execute(sa.text("SELECT text FROM notes")).scalar_one() == "a note"
     reader.close()
+
+
+def test_a_link_in_a_directory_that_cannot_be_written_shows_what_a_writer_just_wrote(
+    tmp_path, monkeypatch
+):
+    """Its journal lies beside the file, and not beside the link."""
+    database = Database(tmp_path / "data", name="notes.sqlite3", migrations=MIGRATIONS)
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "notes.sqlite3"
+    link.symlink_to(database.path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != link.parent)
+    with closing(database), closing(connect_to_read(link)) as connection:
+        assert connection.execute("SELECT count(*) FROM migrations").fetchone() == (1,)
 
 
 def test_a_directory_on_a_network_is_refused_before_a_file_is_made(tmp_path, monkeypatch):

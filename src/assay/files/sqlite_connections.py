@@ -82,7 +82,8 @@ def storage_errors(path: Path, flag: str) -> Iterator[None]:
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Return a connection to another process's file, which it cannot change."""
-    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro"
+    path = path.resolve()  # SQLite keeps journals beside what a link leads to
+    uri = f"file:{quote(os.fsencode(path))}?mode=ro"
     if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
         # No writer has it open, and the journal that SQLite would begin has no place.
         uri += "&immutable=1"
