@@ -38,6 +38,15 @@ def test_a_narrow_terminal_shows_names_and_numbers_whole(width, capsys, monkeypa
     assert all(word in shown for word in ("pretrained:smollm2", *columns, "134.5 M", "49152"))
 
 
+@pytest.mark.parametrize("columns", ["0", "²"])
+def test_a_width_that_is_none_is_not_taken(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        _output.table(("model", "layers"), [("pretrained:smollm2", 30)])
+        assert "pretrained:smollm2" in capsys.readouterr().out
+
+
 def test_what_others_wrote_does_not_steer_the_terminal(capsys):
     hostile = "\x1b]0;title\x07 of a key\r"
     _output.table(("key", "why"), [(hostile, "µ ≤ 2\nand more")])

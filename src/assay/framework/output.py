@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from shutil import get_terminal_size
 from textwrap import fill
 from typing import Any, TextIO
 
@@ -30,6 +31,7 @@ from assay.loading_progress import listening
 
 # Columns of a file or a pipe, which have no width of their own.
 WIDEST = 1000
+HEIGHT = 24  # lines, for which rich would ask the terminal
 # Characters; names and reasons that assay writes are shorter.
 LONGEST_CELL = 500
 COLUMN = 90  # characters of a reason in a line of a file
@@ -123,7 +125,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     On a terminal that is too narrow for three columns, every row is a table of its own.
     """
     boxed = _is_terminal(sys.stdout)
-    console = Console(width=None if boxed else WIDEST)
+    # Rich itself takes COLUMNS=0 for a width, and a dumb terminal for one of 80 columns.
+    console = Console(width=get_terminal_size().columns if boxed else WIDEST, height=HEIGHT)
     texts = [
         ["" if cell is None else visible(str(cell), LONGEST_CELL) for cell in row] for row in rows
     ]
