@@ -1,6 +1,5 @@
 """``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from assay.cli.flags import (
     Seed,
     Unsandboxed,
 )
-from assay.errors import AssayError, DataError, UsageError
+from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps, read_json, read_jsonl
 from assay.files.storage import check_folder, write_atomic
 from assay.framework.groups import Group, extension
@@ -30,6 +29,7 @@ from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
+    from assay.files.jsonl import JsonObject
     from assay.stats.bootstrap import BootstrapInterval
     from assay.vhack.detectors.comparison import Comparison
     from assay.vhack.training.settings import TrainSettings
@@ -318,56 +318,61 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     command = f"assay vhack report {first}"
     is_log = bool(more) or first.suffix != ".json"
     # What can be refused before torch is imported.
-    if first.is_dir():
-        if not any(first.glob("*.jsonl")) and not any(first.glob("*/log.jsonl")):
-            raise DataError(
-                f"{first} without a log",
-                wanted="the directory of a run, with its log",
-                do="wait for a step, or name another directory",
-            )
-    elif is_log:
-        _, head = next(read_jsonl(first), (0, None))
-        if head is None:
-            raise DataError(
-                f"{first} is empty",
-                wanted="the log of a run",
-                do="wait for a step, or name another file",
-            )
-        if head.get("schema") not in (LOG, STUDY):
-            raise DataError(
-                f"{first}, line 1",
-                wanted=f"the log of a run, {LOG}",
-                do="name logs of a study, or of assay vhack train",
-            )
-    parsed = {} if is_log else read_json(first)
-    is_check = parsed.get("schema") == CHECK
-    if not is_log and not is_check and not isinstance(parsed.get("log_history"), list):
+    head = _read_head(first) if is_log else read_json(first)
+    is_check = not is_log and head.get("schema") == CHECK
+    if not is_log and not is_check and not isinstance(head.get("log_history"), list):
         raise DataError(
             f"{first} is no check and no log of TRL",
             wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
             do="name another file",
         )
+    if more or (is_log and head.get("schema") != LOG):
+        extension("vhack report --runs")(chosen, as_json)
+        return
     from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.training.page import training_page
 
     values = {"path": str(chosen.output)}
-    page = None
     if is_check:
-        read = assay.vhack.checks.CheckReport.from_dict(parsed)
+        read = assay.vhack.checks.CheckReport.from_dict(head)
         page = make_page(read, command=command)
         values["verdict"] = read.verdict
-    elif not more:
-        with suppress(*((AssayError, OSError) if is_log else ())):  # research reads other logs
-            page = training_page(first, command=command)
-    if page is None:
-        extension("vhack report --runs")(chosen, as_json)
-        return
+    else:
+        page = training_page(first, command=command)
     if chosen.check:
         raise UsageError(
             f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out"
         )
     page.write(chosen.output)
     show_values("assay.vhack.report/1", values, as_json)
+
+
+def _read_head(path: Path) -> "JsonObject":
+    """Return the first line of the log of a run; empty for a directory of several runs."""
+    if path.is_dir():
+        if not any(path.glob("*.jsonl")) and not any(path.glob("*/log.jsonl")):
+            raise DataError(
+                f"{path} without a log",
+                wanted="the directory of a run, with its log",
+                do="wait for a step, or name another directory",
+            )
+        path = path / "log.jsonl"
+        if not path.exists():
+            return {}
+    _, head = next(read_jsonl(path), (0, None))
+    if head is None:
+        raise DataError(
+            f"{path} is empty",
+            wanted="the log of a run",
+            do="wait for a step, or name another file",
+        )
+    if head.get("schema") not in (LOG, STUDY):
+        raise DataError(
+            f"{path}, line 1",
+            wanted=f"the log of a run, {LOG}",
+            do="name logs of a study, or of assay vhack train",
+        )
+    return head
 
 
 @vhack.add(

@@ -128,6 +128,15 @@ def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, cap
         assert f"a step with {name} " in capsys.readouterr().err
 
 
+def test_an_error_of_a_log_does_not_ask_for_a_package(tmp_path, capsys, monkeypatch):
+    """Logs of a study are read by assay-research; nobody needs it for one that assay wrote."""
+    monkeypatch.setattr("assay.framework.groups.entry_points", lambda **_: ())
+    (tmp_path / "log.jsonl").write_text('{"kind":"run","schema":"assay.vhack.train/1"}\n')
+    for path in (tmp_path, tmp_path / "log.jsonl"):
+        assert run(["vhack", "report", str(path), "-o", str(tmp_path / "page.html")]) == 2
+        assert "a log without steps" in capsys.readouterr().err
+
+
 def test_steps_that_are_not_numbers_of_python_are_refused(tmp_path):
     for history in (
         [{"step": 1, "reward": math.nan}],
