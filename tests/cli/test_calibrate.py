@@ -107,6 +107,9 @@ def measured(small_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     calibration = folder / "calibration.json"
     pins = folder / "pins.toml"
+    beside = folder / "calibration.json.part"
+    beside.mkdir()
+    (beside / "notes.json").touch()
     shape = ("--seq-len", "16", "--blocks", "8", "--nonces", "32", "--formats", "bfloat16,float32")
     alone = ("poc", "calibrate", "--model", small_checkpoint, "--device", "cpu", *shape)
     assert run(with_file(*alone, "-o", calibration, "--pins", pins, folder=folder)) == 0
@@ -234,6 +237,11 @@ def test_one_command_gives_law_frame_and_pins_of_tokens(assay, small_checkpoint,
     )
 
 
+def test_files_of_a_user_in_the_folder_of_a_measurement_stay(measured):
+    folder = measured[0].with_name("calibration.json.part")
+    assert [path.name for path in folder.iterdir()] == ["notes.json"]
+
+
 def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
     rate = ("poc", "calibrate", "--valid-rate", 0.1)
     assert "block_rate_low" not in told(*rate)
@@ -260,7 +268,9 @@ def test_too_few_nonces_are_refused_before_a_model_is_loaded(refused, tmp_path):
     )
 
 
-def test_a_chain_gets_parameters_with_their_costs(assay, refused, told, small_model, tmp_path):
+def test_a_chain_gets_parameters_with_their_costs(
+    assay, refused, told, small_model, tmp_path, monkeypatch
+):
     """The JSON has the names of the chain, and the last line of the table can be pasted."""
     measured = [
         made(small_model, range(64), preset="artifact", block_hash=f"c{number}")
@@ -290,6 +300,7 @@ def test_a_chain_gets_parameters_with_their_costs(assay, refused, told, small_mo
     assert document["stat_test"].keys() == names
     assert {cost["rule"] for cost in document["costs"]} >= {"measured"}
     assert all(0 <= cost["low"] <= cost["high"] <= 1 for cost in document["costs"])
+    monkeypatch.setenv("ASSAY_DEVICE", "cpu")  # a variable is for all commands
     shown = assay(*words)
     assert json.loads(shown.out.splitlines()[-1]) == document["stat_test"]
     assert "--model" in refused(*words, "--model", "reference:qwen3")

@@ -1,10 +1,10 @@
 """``assay poc calibrate``: the honest noise of a model, and the r_target of a valid rate."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from shlex import join
-from shutil import rmtree
 from typing import Annotated, Literal
 
 import click
@@ -217,11 +217,11 @@ def _give_target(chosen: CalibrateSettings, rate: float, as_json: bool) -> None:
 def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
     """Print the parameters of a chain's rule, and what they and its defaults cost."""
     unused = chosen.model_fields_set - {"export", "calibration", "checked", "alpha"}
-    if unused or chosen.calibration is None:
-        flags = ", ".join(chosen.spelling(name) for name in sorted(unused)) or "no --calibration"
+    chosen.refuse(sorted(unused), "--export", wanted="--calibration and nothing else")
+    if chosen.calibration is None:
         raise UsageError(
-            f"--export with {flags}",
-            wanted="a calibration that was measured before, and nothing else",
+            "--export with no --calibration",
+            wanted="a calibration that was measured before",
             do="`assay poc calibrate --export gonka --calibration calibration.json`",
         )
     from assay.poc.verdict.chain_rule import export_rule
@@ -314,7 +314,13 @@ def _write_law(
     from assay.poc.measurement import describe
 
     measured.save(output)
-    rmtree(_partial_folder(output), ignore_errors=True)
+    folder = _partial_folder(output)
+    # By the names that a measurement gives: the folder may hold files of the user.
+    with suppress(OSError):
+        for pattern in (f"{'[0-9a-f]' * 32}.json*", ".assay-*.tmp"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        folder.rmdir()
     for build in measured.builds:
         values = {"path": str(output), **describe(build)}
         if not as_json:
