@@ -129,7 +129,7 @@ def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, cap
 
 
 def test_an_error_of_a_log_does_not_ask_for_a_package(tmp_path, capsys, monkeypatch):
-    """Logs of a study are read by assay-research; nobody needs it for one that assay wrote."""
+    """Only logs of a study are read by assay-research."""
     monkeypatch.setattr("assay.framework.groups.entry_points", lambda **_: ())
     (tmp_path / "log.jsonl").write_text('{"kind":"run","schema":"assay.vhack.train/1"}\n')
     for path in (tmp_path, tmp_path / "log.jsonl"):

@@ -360,7 +360,7 @@ class LayerTransforms(AbstractContextManager[None]):
         self._engine = engine
         self._hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._opened = ExitStack()
-        layers = [] if step == "none" else decoder_layers(engine.model.module)
+        layers = nn.ModuleList() if step == "none" else decoder_layers(engine.model.module)
         for index, layer in enumerate(layers):
             if step == "signs":
                 seeds = streams.seeds([round.block_text("layer_signs", index)])
