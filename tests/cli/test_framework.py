@@ -431,4 +431,4 @@ def test_advice_names_the_key_of_a_file_where_the_help_has_no_flag(refused, tmp_
     known = ("--model", "reference:qwen3", "--block-hash", "b", "--public-key", "k")
     said = refused("poc", "prove", *known, "--config", config, "-o", tmp_path / "p.jsonl")
     assert "leave `kernels` out" in said
-    assert "[poc.prove] of --config" in said
+    assert "[poc.prove] in a file for --config" in said

@@ -11,7 +11,7 @@ import click
 from pydantic import Field
 
 import assay
-from assay.cli.flags import ARGUMENT, OUTPUT, BlockNonces, Blocks
+from assay.cli.flags import ARGUMENT, CALIBRATION, OUTPUT, BlockNonces, Blocks
 from assay.cli.poc import PresetName, poc
 from assay.devices import Device
 from assay.errors import UsageError
@@ -24,7 +24,6 @@ from assay.framework.output import (
     in_column,
     progress_bar,
     say,
-    say_next,
     show_values,
     table,
 )
@@ -60,7 +59,7 @@ class CalibrateSettings(Settings):
     valid_rate: Annotated[float | None, "SHARE"] = Field(
         None, gt=0, le=1, description="Wanted share of valid nonces."
     )
-    calibration: Path | None = Field(
+    calibration: Annotated[Path | None, CALIBRATION] = Field(
         None, description="Calibration that --valid-rate or --export read."
     )
     export: Annotated[Literal["gonka"] | None, "CHAIN"] = Field(
@@ -149,7 +148,14 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
             "a measurement without -o", wanted="a file to write it to", do="add -o calibration.json"
         )
     if chosen.pins is not None:
-        _check_pins(chosen.pins)
+        if chosen.pins.exists():
+            raise UsageError(
+                f"{chosen.pins} exists",
+                wanted="a new file name",
+                do=f"choose another name, or remove {chosen.pins} if nobody edited it",
+                field="pins",
+            )
+        check_new_file(chosen.pins)
     proofs = _read_proofs(chosen.proofs)
     merged = [*map(assay.poc.Calibration.load, chosen.merge)]
     if merging:
@@ -163,19 +169,6 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     for calibration in merged:
         measured = measured.merged(calibration)
     _write_law(chosen, measured, chosen.output, as_json)
-
-
-def _check_pins(path: Path) -> None:
-    """Refuse a pins file that exists before anything is measured: an operator edits it."""
-    try:
-        check_new_file(path)
-    except UsageError as error:
-        raise UsageError(
-            error.seen,
-            wanted=error.wanted,
-            do=f"choose another name (--pins), or remove {path} if nobody edited it",
-            field="pins",
-        ) from None
 
 
 def _read_proofs(paths: Sequence[Path]) -> "list[assay.poc.Proof]":
@@ -199,8 +192,6 @@ def _read_proofs(paths: Sequence[Path]) -> "list[assay.poc.Proof]":
 def _give_target(chosen: CalibrateSettings, rate: float, as_json: bool) -> None:
     """Print the r_target of a share of valid nonces."""
     proofs = _read_proofs(chosen.proofs)
-    if chosen.calibration is not None:
-        assay.poc.Calibration.load(chosen.calibration)
     from assay.poc.measurement import target_for
 
     options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
@@ -349,9 +340,9 @@ def _write_law(
         frame=_frame_file(chosen, first.preset, output),
     )
     show_values("assay.poc.pins.new/1", written, as_json, title="pins")
-    say_next(
-        f"assay poc prove {join(['--pins', str(chosen.pins)])} --block-hash BLOCK --public-key KEY "
-        f"-o proof.jsonl"
+    say(
+        f"next: assay poc prove {join(['--pins', str(chosen.pins)])} --block-hash BLOCK "
+        f"--public-key KEY -o proof.jsonl"
     )
 
 

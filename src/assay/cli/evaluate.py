@@ -19,14 +19,13 @@ from assay.cli.flags import (
 )
 from assay.cli.vhack import WeightLoadSettings, WeightSettings, keep_result, vhack
 from assay.errors import UsageError
-from assay.files.jsonl import dumps, read_jsonl
+from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.reading import digest_file
 from assay.files.storage import check_folder, write_jsonl
 from assay.framework.output import progress_bar, show_values, table
 from assay.settings import Flag
 
 if TYPE_CHECKING:
-    from assay.files.jsonl import JsonObject
     from assay.vhack.training.settings import SampleSettings
     from assay.vhack.training.tasks import Task
 
@@ -210,7 +209,7 @@ def _sampled(
     reference: str,
     tasks: "list[Task]",
     path: Path,
-) -> "tuple[list[JsonObject], int]":
+) -> tuple[list[JsonObject], int]:
     """Return completions that are sampled into a file, and how many of them an earlier call had
     left there.
     """
@@ -241,7 +240,7 @@ def _sampled(
     return [record for _, record in read_jsonl(path)], first
 
 
-def _at_limit(records: "list[JsonObject]") -> int:
+def _at_limit(records: list[JsonObject]) -> int:
     """Return the number of completions that are as long as was allowed, and so may have been cut
     off.
     """

@@ -1,11 +1,9 @@
 """``assay models``, ``streams`` and ``doctor``: loadable models, random numbers, self-checks."""
 
 import importlib.util
-import json
 import shutil
 from dataclasses import asdict
 from hashlib import sha256
-from importlib.resources import files
 from itertools import product
 from typing import Annotated, Any, Literal
 
@@ -16,9 +14,10 @@ import assay
 from assay.cli.flags import ARGUMENT, DtypeName, FolderSettings
 from assay.devices import device_name
 from assay.errors import BackendUnavailable, how_to_install
+from assay.files.references import CATALOGUE
 from assay.files.storage import check_new_folder
 from assay.framework.groups import Group
-from assay.framework.output import emit_json, show_tables, show_text, show_values, table
+from assay.framework.output import show_tables, show_text, show_values
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
@@ -63,9 +62,7 @@ class RandomSettings(FolderSettings, InfoSettings):
 @models.add("list", example="assay models list")
 def list_(as_json: bool) -> None:
     """List the bundled models and the shape presets."""
-    catalogue = json.loads(
-        (files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8")
-    )
+    catalogue = [dict(entry) for entry in CATALOGUE.values()]
     for entry in catalogue:
         wheel = entry.pop("wheel", None)
         if wheel and not all(map(importlib.util.find_spec, wheel["packages"])):
@@ -194,50 +191,56 @@ def doctor(as_json: bool) -> int:
     sandboxes = [
         {"backend": name, "in_use": name == in_use, "why_not": unusable(name)} for name in BACKENDS
     ]
-    origin = provenance()
+    origin: dict[str, Any] = provenance()
     absent = [
         (name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None
     ]
     absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
     exact = all(row["exact"] for row in backends if row["available"])
-    if as_json:
-        values = {
-            "exact": exact,
-            "backends": backends,
-            "sandboxes": sandboxes,
-            "missing": [
-                {"name": name, "needed_for": purpose, "get_it": advice}
-                for name, purpose, advice in absent
-            ],
-        }
-        emit_json("assay.doctor/1", values | origin)
-        return 0 if exact else 1
-    versions: Any = origin.pop("versions")
-    facts = versions | {name: "none" if value is None else value for name, value in origin.items()}
-    table(("", "here"), list(facts.items()), title="Versions and devices")
-    rows = []
+    values = {
+        "exact": exact,
+        "backends": backends,
+        "sandboxes": sandboxes,
+        "missing": [
+            {"name": name, "needed_for": purpose, "get_it": advice}
+            for name, purpose, advice in absent
+        ],
+    }
+    facts = {
+        name: "none" if value is None else value
+        for name, value in {**origin["versions"], **origin}.items()
+        if name != "versions"
+    }
     # Without a GPU, what the other tables call missing is left out.
-    for row in (row for row in backends if row["available"] or facts["gpu"] != "none"):
-        state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
-        of_all = (
-            sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16]
-            if row["available"]
-            else ""
-        )
-        rows.append((row["backend"], row["device"], state, of_all))
-    table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
+    shown = [row for row in backends if row["available"] or origin["gpu"]]
     states = [
         (row["backend"], "in use" if row["in_use"] else row["why_not"] or "works, not in use")
         for row in sandboxes
     ]
-    table(("sandbox", "state"), states, title="Isolation of programs")
-    if absent:
-        table(("missing", "needed for", "how to get it"), absent)
-    click.echo("Compare the SHA-256 column between two machines.")
-    lacking = ", ".join(name for name, *_ in absent)
-    good = f"all good; optional, and not installed: {lacking}" if lacking else "all good"
-    click.echo(good if exact else "not good: a backend gives different bits")
+    show_tables(
+        "assay.doctor/1",
+        values | origin,
+        as_json,
+        (("", "here"), list(facts.items()), "Versions and devices"),
+        (("streams", "device", "state", "SHA-256"), [*map(_stream, shown)], "Bit-exactness"),
+        (("sandbox", "state"), states, "Isolation of programs"),
+        *([(("missing", "needed for", "how to get it"), absent, "")] if absent else []),
+    )
+    if not as_json:
+        click.echo("Compare the SHA-256 column between two machines.")
+        lacking = ", ".join(name for name, *_ in absent)
+        good = f"all good; optional, and not installed: {lacking}" if lacking else "all good"
+        click.echo(good if exact else "not good: a backend gives different bits")
     return 0 if exact else 1
+
+
+def _stream(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return a backend, its device and state, and one hash over those of all kinds of numbers."""
+    state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
+    if not row["available"]:
+        return row["backend"], row["device"], state, ""
+    of_all = sha256(repr(sorted(row["sha256"].items())).encode())
+    return row["backend"], row["device"], state, of_all.hexdigest()[:16]
 
 
 def _backends() -> list[dict[str, Any]]:

@@ -33,14 +33,13 @@ from assay.cli.flags import (
     RoundSettings,
 )
 from assay.errors import UsageError
-from assay.files.storage import check_folder, check_new_file
+from assay.files.storage import check_folder
 from assay.framework.groups import Group
 from assay.framework.output import (
     emit_document,
     in_column,
     progress_bar,
     say,
-    say_next,
     show_values,
     table,
 )
@@ -222,7 +221,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     shown = {name: value for name, value in values.items() if as_json or says.get(name, True)}
     show_values("assay.poc.prove/1", shown, as_json)
     if not as_json:
-        say_next(_verifying(chosen, proof, task.proving.model))
+        say(f"next: {_verifying(chosen, proof, task.proving.model)}")
 
 
 def _verifying(chosen: ProveSettings, proof: "assay.poc.Proof", model: str) -> str:
@@ -289,7 +288,6 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     drawn, and what centres and scales the states. Publish it, and pin it: assay poc pins new
     --frame frame.safetensors.
     """
-    check_new_file(chosen.output, overwrite=chosen.overwrite)
     model = assay.models.load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
     with progress_bar("measuring", "sequences") as progress:
         measured = assay.poc.measure_frame(model, progress=progress)

@@ -21,7 +21,7 @@ from assay.cli.flags import (
     Unsandboxed,
 )
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps, read_json, read_jsonl
+from assay.files.jsonl import JsonObject, dumps, read_json, read_jsonl
 from assay.files.storage import check_folder, write_atomic
 from assay.framework.groups import Group, extension
 from assay.framework.output import emit_document, progress_bar, say, show_tables, show_values, table
@@ -29,7 +29,6 @@ from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
-    from assay.files.jsonl import JsonObject
     from assay.stats.bootstrap import BootstrapInterval
     from assay.vhack.detectors.comparison import Comparison
     from assay.vhack.training.settings import TrainSettings
@@ -347,7 +346,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     show_values("assay.vhack.report/1", values, as_json)
 
 
-def _read_head(path: Path) -> "JsonObject":
+def _read_head(path: Path) -> JsonObject:
     """Return the first line of the log of a run; empty for a directory of several runs."""
     if path.is_dir():
         if not any(path.glob("*.jsonl")) and not any(path.glob("*/log.jsonl")):

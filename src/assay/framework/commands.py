@@ -112,6 +112,11 @@ class Command(click.Command):
         names = filterfalse(self.is_option, self.settings)
         return next((name for name in names if flag in self.settings[name].flag.names), None)
 
+    def without_flag(self, name: str, words: Sequence[str]) -> str:
+        """Return what to do about a field that has no flag: where else it is written."""
+        on_the_line = "" if self.settings[name].flag.secret else f"--set {name}=…, or "
+        return f"write {on_the_line}`{name} = …` under [{'.'.join(words)}] in a file for --config"
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, which are made when they are first asked for."""
         if not self.params:
@@ -283,9 +288,7 @@ class Command(click.Command):
             fault.seen = re.sub(flag, f"`{name}`", fault.seen)
             fault.do, count = re.subn(flag, f"`{name}`", fault.do)
             if count:
-                on_the_line = "" if self.settings[name].flag.secret else f"--set {name}=…, or "
-                table = ".".join(words)
-                fault.do += f"; write {on_the_line}`{name}` under [{table}] of --config"
+                fault.do += f"; {self.without_flag(name, words)}"
         full_disk = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG)
         if full_disk and (self.resumable or "resumable" in vars(fault) | vars(cause)):
             fault.do += f"; {CONTINUES}"
@@ -319,9 +322,7 @@ def in_three_parts(error: click.UsageError) -> UsageError:
         if not isinstance(command, Command):
             do = nearest(error.option_name, flags, look)
         elif key := command.key_of(error.option_name):
-            on_the_line = "" if command.settings[key].flag.secret else f"--set {key}=…, or "
-            table = ".".join(name.split()[1:])
-            do = f"write {on_the_line}`{key} = …` under [{table}] in a file for --config"
+            do = command.without_flag(key, name.split()[1:])
         elif error.option_name.lstrip("-") in flags:
             do = "pass its value without the flag"
         else:

@@ -4,9 +4,8 @@ import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import requires
-from operator import attrgetter
+from pkgutil import resolve_name
 from typing import Any
 
 from assay.errors import BackendUnavailable, how_to_install
@@ -16,10 +15,9 @@ EXTRAS = ("serve", "train")  # in which the packages are that a command may miss
 
 def imported(where: str) -> Any:
     """Return what ``module:name`` says; a BackendUnavailable where a package is missing."""
-    module, _, name = where.partition(":")
     try:
         with without_collection():
-            return attrgetter(name)(import_module(module))
+            return resolve_name(where)
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
 

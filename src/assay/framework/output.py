@@ -106,11 +106,6 @@ def say(text: str) -> None:
         click.echo(visible(text, len(text)), err=True)
 
 
-def say_next(command: str) -> None:
-    """Print the command that comes next on stderr, to be pasted."""
-    say(f"next: {command}")
-
-
 def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
     parts = {name: getattr(error, name) for name in ("seen", "wanted", "do")}

@@ -121,5 +121,5 @@ sys.exit(run(["poc", "serve", "--model", "none"]))
 def test_an_error_never_says_to_write_a_secret_on_the_command_line(capsys):
     assert run(["poc", "receive", "--host", "0.0.0.0"]) == 2
     error = capsys.readouterr().err
-    assert "write `callback_secrets` under [poc.receive] of --config" in error
+    assert "write `callback_secrets = …` under [poc.receive] in a file" in error
     assert "--set callback_secrets" not in error
