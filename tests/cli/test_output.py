@@ -76,6 +76,16 @@ def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):
     ]
 
 
+def test_progress_in_a_terminal_without_a_cursor_is_lines_too(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(_output, "PAUSE", 0.0)
+    monkeypatch.setenv("TERM", "dumb")
+    with _output.progress_bar("proving") as progress:
+        for done in range(3):
+            progress(done, 3)
+    assert "proving: 2 of 3 nonces" in capsys.readouterr().err
+
+
 def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatch):
     clock = iter([0.0, 0.5, *[2.0] * 3, *[8.0] * 3, *[9.0] * 3])
     monkeypatch.setattr(_output.time, "monotonic", lambda: next(clock))

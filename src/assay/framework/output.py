@@ -179,8 +179,10 @@ _bars: list[Progress] = []  # what is on the terminal now
 
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr; without a terminal, a line every few seconds."""
-    if not _is_terminal(sys.stderr):
+    """Show a progress bar on stderr; without a terminal that can, a line every few seconds."""
+    console = Console(stderr=True)
+    # Rich alone shows nothing where a terminal cannot move its cursor, as that of an editor.
+    if not (_is_terminal(sys.stderr) and console.is_interactive):
         # The first update, which may come long after a model loads, and the first step after it.
         marks: list[tuple[float, int]] = []
         spoke = 0.0
@@ -215,7 +217,7 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
                 MofNCompleteColumn(),
                 _Rate(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=console,
                 transient=True,
             )
             _bars.append(stack.enter_context(progress))
