@@ -206,7 +206,7 @@ def test_names_that_cannot_be_files_are_storage_errors(tmp_path, write, name):
         write(name if name in {".", "/"} else tmp_path / name)
 
 
-@pytest.mark.parametrize("home", ["missing", "without an entry"])
+@pytest.mark.parametrize("home", ["missing", "without an entry", "with a cache of root"])
 def test_a_user_without_a_home_has_a_cache_of_their_own(tmp_path, monkeypatch, home):
     """`make demo` ended with a RuntimeError, or with a folder that cannot be made."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -214,6 +214,14 @@ def test_a_user_without_a_home_has_a_cache_of_their_own(tmp_path, monkeypatch, h
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     if home == "without an entry":
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    if home == "with a cache of root":
+        (tmp_path / "nobody" / ".cache").mkdir(parents=True)
+        access = os.access
+        monkeypatch.setattr(
+            os,
+            "access",
+            lambda path, mode: access(path, mode) and (path.name, mode) != (".cache", os.W_OK),
+        )
     folder = cache_folder()
     assert folder == cache_folder() == tmp_path / f"assay-{os.geteuid()}"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -103,7 +103,10 @@ def cache_folder() -> Path:
         return Path(asked) / "assay"
     with suppress(RuntimeError):  # a user without a home
         caches = Path.home() / ".cache"
-        if any(os.access(folder, os.W_OK) for folder in (caches, caches.parent)):
+        # The first that is there is written into: ~/.cache may belong to root, and the home not.
+        folders = (caches / "assay", caches, caches.parent)
+        nearest = next((folder for folder in folders if os.access(folder, os.F_OK)), None)
+        if nearest is not None and os.access(nearest, os.W_OK):
             return caches / "assay"
     own = Path(gettempdir()) / f"assay-{os.geteuid()}"
     with suppress(FileExistsError):
