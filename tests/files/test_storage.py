@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 import subprocess
@@ -204,6 +205,23 @@ def test_write_atomic_replaces_in_one_step_and_leaves_nothing_behind_when_it_fai
 def test_names_that_cannot_be_files_are_storage_errors(tmp_path, write, name):
     with pytest.raises(StorageError):
         write(name if name in {".", "/"} else tmp_path / name)
+
+
+def test_a_directory_that_takes_files_and_shows_none_is_written_into(tmp_path, monkeypatch):
+    """The file had its name, and the command ended with an error."""
+    opened = os.open
+
+    def refusing(path, flags, *mode):
+        if flags == os.O_RDONLY and path == tmp_path:
+            raise PermissionError(errno.EACCES, "", path)
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    write_atomic(tmp_path / "text", "text")
+    with PartialFile(tmp_path / "lines") as file:
+        file.append_lines(["{}"])
+        file.commit()
+    assert {*names(tmp_path)} == {"text", "lines"}
 
 
 @pytest.mark.parametrize("home", ["missing", "without an entry", "with a cache of root"])

@@ -55,12 +55,13 @@ def _storing(path: Path) -> Iterator[None]:
 
 
 def _sync_directory(path: Path) -> None:
-    # A rename is durable only once the directory is on disk.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # A rename is durable only once the directory is on disk. One that takes files may not be read.
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
