@@ -8,13 +8,14 @@ import shutil
 import struct
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
 import torch
 
-from assay.errors import BadWeights, ModelError, ModelNotFound
-from assay.models import load_model, model_info
+from assay.errors import BackendUnavailable, BadWeights, ModelError, ModelNotFound
+from assay.models import gguf_file, load_model, model_info
 from assay.models.gguf_file import find_in_wheel
 from tests.wordings import refuses
 
@@ -285,3 +286,15 @@ def test_a_missing_wheel_names_its_command_and_its_terms(monkeypatch):
         load_model("pretrained:smollm2")
     with refuses(ModelNotFound, "a missing wheel names its command and its terms, 2"):
         load_model("pretrained:gemma3-270m")
+
+
+def test_without_the_package_gguf_the_error_says_how_to_install_it(write, monkeypatch):
+    def without_gguf(package):
+        if package == "gguf":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(gguf_file, "version", without_gguf)
+    with pytest.raises(BackendUnavailable) as refused:
+        model_info(write())
+    assert "smollm2" in refused.value.do

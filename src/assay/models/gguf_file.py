@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -147,18 +147,10 @@ def read_header(file: Path) -> GGUFHeader:
     """Return the header of a GGUF file, read by the package gguf within the bounds of the file.
 
     Raises:
-        BackendUnavailable: The package gguf is missing.
         BadWeights: The file is cut short, no GGUF, or states what cannot be.
         ModelError: A tensor is in a format that the package gguf does not restore.
     """
-    try:
-        from gguf import GGUFReader, GGUFValueType
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"{file} is a GGUF file, and the package gguf is missing",
-            wanted="gguf 0.17 or newer",
-            do=how_to_install("smollm2"),
-        ) from error
+    from gguf import GGUFReader, GGUFValueType
 
     class BoundedReader(GGUFReader):
         """Reader that ends where the file does: counts and lengths are claims of its author."""
@@ -288,9 +280,20 @@ def _check_count(file: Path, header: GGUFHeader, parameters: int) -> None:
 
 
 def folder_of(file: Path) -> Path:
-    """Return the cache folder of a GGUF file's checkpoint, named for its bytes and its readers."""
+    """Return the cache folder of a GGUF file's checkpoint, named for its bytes and its readers.
+
+    Raises:
+        BackendUnavailable: The package gguf, which reads such files, is missing.
+    """
+    try:
+        readers = f"{version('transformers')}-{version('gguf')}"
+    except PackageNotFoundError as error:
+        raise BackendUnavailable(
+            f"{file} is a GGUF file, and the package gguf is missing",
+            wanted="gguf 0.17 or newer",
+            do=how_to_install("smollm2"),
+        ) from error
     digest = digest_file(file).hex()
-    readers = f"{version('transformers')}-{version('gguf')}"
     return cache_folder() / "gguf" / f"{digest}-{readers}-{_LAYOUT}"
 
 
