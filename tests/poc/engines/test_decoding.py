@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from torch import nn
 
-from assay.errors import UsageError
+from assay.errors import BadWeights, UsageError
+from assay.models import load_model
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
 from assay.poc.protocol.pipelines import runs_on_vllm
@@ -39,8 +41,6 @@ def honest(engine: HFEngine):
 def test_a_nonce_has_the_same_bits_wherever_it_stands(
     small_checkpoint, dtype: str, batch_size: int
 ):
-    from assay.models import load_model
-
     engine = HFEngine(
         load_model(small_checkpoint, dtype=dtype, device="cpu"),
         batch_size=batch_size,
@@ -61,6 +61,15 @@ def test_a_nonce_has_the_same_bits_wherever_it_stands(
             found.setdefault(nonce, set()).add(bits)
     assert {len(bits) for bits in found.values()} == {1}
     assert len({bits for of_nonce in found.values() for bits in of_nonce}) == len(found)
+
+
+def test_logits_beyond_the_dtype_are_an_error_and_no_tokens(small_checkpoint):
+    model = load_model(small_checkpoint, dtype="float16", device="cpu")
+    head_VD = model.module.get_output_embeddings().weight.detach()
+    model.module.lm_head.weight = nn.Parameter(head_VD * (6e4 / head_VD.abs().max()))
+    engine = HFEngine(model, batch_size=16, seq_len=PROMPT)
+    with pytest.raises(BadWeights):
+        list(engine.run(ROUND.inputs(range(2)), PIPELINE))
 
 
 def test_a_replay_says_what_the_model_gives_after_any_tokens(engine: HFEngine, honest):

@@ -58,7 +58,7 @@ class StepDraws(ABC):
         """Return what the model decodes, one step after the other.
 
         Raises:
-            BadWeights: A state behind a point is NaN or infinite.
+            BadWeights: The score of a token or a point is NaN or infinite.
         """
         passes = steps_of_passes(self.model.config, self.prompts.shape[1], self.steps)
         # A pass begins with an empty cache here.
@@ -106,6 +106,11 @@ class StepDraws(ABC):
         states_RTD: Tensor = output.last_hidden_state
         return states_RTD
 
+    def _finite(self, scores: Tensor) -> Tensor:
+        if not bool(torch.isfinite(scores).all()):
+            raise not_finite(f"{self.model.reference} returned NaN or infinity")
+        return scores
+
     def begin(self, cached: int, length: int) -> None:  # noqa: B027 - only a mixture's routers ask
         """Say that the next pass has ``length`` positions behind ``cached`` others."""
 
@@ -145,6 +150,7 @@ class Draws(StepDraws):
         self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(device)
         self._sketch_BS = drawn_seeds(inputs, "sketch", self._sketched)
         self._tokens: list[Tensor] = []
+        self._scores: list[Tensor] = []
         self._states: list[Tensor] = []
 
     def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:
@@ -163,11 +169,15 @@ class Draws(StepDraws):
             self._states.append(state_RD.float())
         scores_RV = self._logits(state_RD)
         self.add_noise(scores_RV, step)
-        self._tokens.append(scores_RV.argmax(dim=-1, keepdim=True))
-        return self._tokens[-1]
+        tokens_R1 = scores_RV.argmax(dim=-1, keepdim=True)
+        self._tokens.append(tokens_R1)
+        # The best of scores among which one is NaN is NaN.
+        self._scores.append(scores_RV.gather(1, tokens_R1))
+        return tokens_R1
 
     @override
     def decoded(self) -> Values:
+        self._finite(torch.cat(self._scores, dim=1))
         tokens_RN = torch.cat(self._tokens, dim=1).cpu().numpy().astype(np.uint32)
         return {"tokens": tokens_RN, "sketches": self.sketches(torch.stack(self._states, dim=1))}
 
@@ -253,8 +263,3 @@ class ChainDraws(StepDraws):
         claimed_BN = torch.from_numpy(claimed_RN[:count].astype(np.int64)).to(scores_RNQ.device)
         rows = [margins(*row) for row in zip(scores_RNQ[:count], claimed_BN, strict=True)]
         return {"margins": torch.stack(rows).cpu().numpy()}
-
-    def _finite(self, scores_RNQ: Float32[Tensor, "R N Q"]) -> Float32[Tensor, "R N Q"]:
-        if not bool(torch.isfinite(scores_RNQ).all()):
-            raise not_finite(f"{self.model.reference} returned NaN or infinity")
-        return scores_RNQ
