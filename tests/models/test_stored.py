@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model, number_formats
-from assay.models.eight_bits import EightBitExperts, EightBitLinear
+from assay.models.eight_bits import EightBitExperts, EightBitLinear, round_rows
 from assay.models.load import identify
 from assay.models.number_formats import check_format, read_format
 from assay.poc import HFEngine, Round, calibrate, prove, verify
@@ -300,6 +300,23 @@ def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint, tmp
     configure(path, tie_word_embeddings=False)
     with refuses(BadWeights, "a head that is neither stored nor tied is missing"):
         load_model(path, device="cpu")
+
+
+@pytest.mark.parametrize("in_eight_bits", [False, True])
+def test_a_stored_head_is_apart_from_the_embedding_to_which_it_would_be_tied(
+    small_checkpoint, tmp_path, in_eight_bits
+):
+    path = store(small_checkpoint, tmp_path / "model", "channel-tensors")
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    head = {"lm_head.weight": -embedding}
+    if in_eight_bits:
+        head = dict(
+            zip(("lm_head.weight", "lm_head.weight_scale"), round_rows(-embedding), strict=True)
+        )
+    rewrite(path, lambda tensors: tensors.update(head))
+    module = load_model(path, device="cpu").module
+    assert torch.equal(module.get_input_embeddings().weight, embedding)
+    assert torch.equal(module.lm_head.weight.float(), head["lm_head.weight"].float())
 
 
 def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint, tmp_path):

@@ -66,7 +66,6 @@ def load_stored(
     with torch.device("meta") if headers_only else nullcontext():
         module = build(source.config, dtype)
         _fill(module, "", reader)
-        module.tie_weights()
     if reader.unread:
         raise reader.refusal(min(reader.unread), f"is surplus, one of {len(reader.unread)}")
     return module
@@ -259,6 +258,11 @@ def _fill(owner: nn.Module, prefix: str, reader: _TensorReader) -> None:
 def _fill_linear(part: nn.Linear, path: str, reader: _TensorReader) -> nn.Module:
     in_eight_bits = reader.is_rounded(f"{path}.weight")
     in_four_bits = reader.is_packed(path)
+    if path == "lm_head" and reader.is_tied:
+        if not (in_four_bits or reader.has(f"{path}.weight")):
+            return part
+        # A head that is stored is not the input embedding; transformers loads it so as well.
+        part.weight = nn.Parameter(torch.empty_like(part.weight))
     if (in_eight_bits or in_four_bits) and part.bias is not None:
         part.bias.data = reader.read_plain(f"{path}.bias", part.bias.shape)
     if in_eight_bits:
@@ -266,7 +270,7 @@ def _fill_linear(part: nn.Linear, path: str, reader: _TensorReader) -> nn.Module
         return EightBitLinear(weight, part.bias, reader.form.arithmetic)
     if in_four_bits:
         part.weight.data = reader.read_packed(path, part.weight.shape)
-    elif reader.has(f"{path}.weight") or path != "lm_head" or not reader.is_tied:
+    else:
         _fill(part, f"{path}.", reader)
     return part
 
