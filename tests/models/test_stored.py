@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models import load_model, number_formats
 from assay.models.eight_bits import EightBitExperts, EightBitLinear, round_rows
-from assay.models.load import identify
+from assay.models.load import check_loadable, identify
 from assay.models.number_formats import check_format, read_format
 from assay.poc import HFEngine, Round, calibrate, prove, verify
 from tests.models.storing import (
@@ -300,6 +300,19 @@ def test_a_head_that_is_neither_stored_nor_tied_is_missing(small_checkpoint, tmp
     configure(path, tie_word_embeddings=False)
     with refuses(BadWeights, "a head that is neither stored nor tied is missing"):
         load_model(path, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_an_expert_that_is_stored_in_another_way_than_the_first_is_refused(
+    mixture_checkpoint, tmp_path, dtype
+):
+    path = store(mixture_checkpoint, tmp_path / "model", "channel-tensors")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    rewrite(path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    for load in (check_loadable, load_model):
+        with pytest.raises(BadWeights) as refused:
+            load(path, device="cpu")
+        assert name in refused.value.seen
 
 
 @pytest.mark.parametrize("in_eight_bits", [False, True])

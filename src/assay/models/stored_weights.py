@@ -138,6 +138,8 @@ class _TensorReader:
     def read_rounded(self, layer: str, shape: Sequence[int]) -> Rounded:
         """Return a weight in eight bits with its scales, as its layer takes them."""
         values = self.read(f"{layer}.weight", shape)
+        if not self.is_rounded(f"{layer}.weight"):
+            raise self.refusal(f"{layer}.weight", "is not in eight bits, as other experts are")
         names = [f"{layer}.{end}" for end in _SCALES if self.has(f"{layer}.{end}")]
         if len(names) != 1:
             raise self.refusal(f"{layer}.weight", f"has {len(names)} tensors of scales")
