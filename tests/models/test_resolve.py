@@ -162,6 +162,10 @@ def test_an_unreadable_configuration(checkpoint, text):
         ),
         ({"model_type": "qwen3_vl", "vision_config": {"depth": 5000}}, "depth = 5000"),
         ({"model_type": "xlstm", "num_blocks": 5000}, "num_blocks = 5000"),
+        (
+            {"model_type": "cohere2_moe", "first_k_dense_replace": 10**6},
+            "first_k_dense_replace = 1000000",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )

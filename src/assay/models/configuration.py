@@ -36,9 +36,9 @@ _SIZES = (
 )
 _LONGEST_CONFIG = 2**22  # bytes
 _MOST_LAYERS = 2**12
-# Words in the names of numbers of which the library makes a list: of a decoder, or beside it, where
-# towers of pictures have a depth and those of sounds have blocks.
-_LISTS = ("layer", "depth", "block")
+# Words in the names of numbers of which the library makes a list: of a decoder, whose first layers
+# may have no experts, or beside it, where towers of pictures have a depth and of sounds blocks.
+_LISTS = ("layer", "depth", "block", "first_k_dense")
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
     "use_bidirectional_attention": (True, "all"),
