@@ -159,8 +159,10 @@ class _TensorReader:
         self.check(names[0], lambda: bool((scales > 0).all()), fault)
         return Rounded(values, scales.contiguous())
 
-    def read_packed(self, layer: str, shape: Sequence[int]) -> Tensor:
-        """Return a weight that is stored in four bits, [R, C], in the dtype of the model."""
+    def read_unrounded(self, layer: str, shape: Sequence[int]) -> Tensor:
+        """Return a weight that is plain or in four bits, [R, C], in the dtype of the model."""
+        if not self.is_packed(layer):
+            return self.read_plain(f"{layer}.weight", shape)
         rows, columns = shape
         group = self.form.group or columns
         if columns % group or columns % NUMBERS_OF_A_WORD or rows % NUMBERS_OF_A_WORD:
@@ -258,22 +260,17 @@ def _fill(owner: nn.Module, prefix: str, reader: _TensorReader) -> None:
 
 
 def _fill_linear(part: nn.Linear, path: str, reader: _TensorReader) -> nn.Module:
-    in_eight_bits = reader.is_rounded(f"{path}.weight")
-    in_four_bits = reader.is_packed(path)
     if path == "lm_head" and reader.is_tied:
-        if not (in_four_bits or reader.has(f"{path}.weight")):
+        if not (reader.is_packed(path) or reader.has(f"{path}.weight")):
             return part
         # A head that is stored is not the input embedding; transformers loads it so as well.
         part.weight = nn.Parameter(torch.empty_like(part.weight))
-    if (in_eight_bits or in_four_bits) and part.bias is not None:
+    if part.bias is not None:
         part.bias.data = reader.read_plain(f"{path}.bias", part.bias.shape)
-    if in_eight_bits:
+    if reader.is_rounded(f"{path}.weight"):
         weight = reader.read_rounded(path, part.weight.shape)
         return EightBitLinear(weight, part.bias, reader.form.arithmetic)
-    if in_four_bits:
-        part.weight.data = reader.read_packed(path, part.weight.shape)
-    else:
-        _fill(part, f"{path}.", reader)
+    part.weight.data = reader.read_unrounded(path, part.weight.shape)
     return part
 
 
@@ -291,14 +288,9 @@ def _fill_experts(part: Any, path: str, reader: _TensorReader) -> nn.Module:
             for name, shape in shapes.items()
         ]
 
-    def read_unrounded(layer: str, shape: Sequence[int]) -> Tensor:
-        if reader.is_packed(layer):
-            return reader.read_packed(layer, shape)
-        return reader.read_plain(f"{layer}.weight", shape)
-
     # The first expert says how all are stored; the readers refuse one that is not.
     if not reader.is_rounded(f"{path}.0.gate_proj.weight"):
-        gates, ups, downs = read_all(read_unrounded)
+        gates, ups, downs = read_all(reader.read_unrounded)
         pairs = zip(gates, ups, strict=True)
         part.gate_up_proj.data = torch.stack([torch.cat(pair) for pair in pairs])
         part.down_proj.data = torch.stack(downs)
