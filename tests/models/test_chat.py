@@ -115,6 +115,8 @@ def test_a_completion_that_a_template_changes_is_refused(template, content):
             {},
         ),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined", {}),
+        ("{{ 'ab' | random }}", "No filter named 'random'", {}),
+        ("{{ lipsum() }}", "'lipsum' is undefined", {}),
         ("{{ messages.__class__.__mro__ }}", "SecurityError", {}),
         (f"{{{{ 'a' * {LONGEST_TEXT + 1} }}}}", "makes 16777217 characters", {}),
         ("hi", "does not use", {"tools": [{"name": "f"}]}),

@@ -1,8 +1,8 @@
 """Messages for chat models, and the text that the chat template of a checkpoint makes of them.
 
 A template is a program of the model's author. It runs as in transformers, in a sandbox of jinja,
-but in a process of its own with bounds (:mod:`assay.models.templates`), and without a clock, so
-that a validator renders the text of yesterday's request again; a date is set by
+but in a process of its own with bounds (:mod:`assay.models.templates`), and without a clock or
+chance, so that a validator renders the text of yesterday's request again; a date is set by
 ``chat_template_kwargs``.
 """
 
@@ -269,7 +269,7 @@ def _render(
         reason = answer[1:].decode()
     raise UsageError(
         f"messages that {name} refuses: {reason:.200}",
-        wanted="roles and contents in an order that it takes; it has no clock",
+        wanted="roles and contents in an order that it takes; it has no clock and no chance",
         do="correct the messages; set what the template needs, such as a date, in "
         "chat_template_kwargs",
     )

@@ -2,7 +2,7 @@
 
 :mod:`assay.models.chat` starts this file as a program. It imports nothing of assay, so that it is
 there in a tenth of a second. Its environment of jinja is that of transformers (the tests compare
-their texts), but without a clock.
+their texts), but without a clock and without chance.
 """
 
 import json
@@ -57,6 +57,9 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _as_json
+    # They give another text to each who renders.
+    del environment.filters["random"]
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)
 
