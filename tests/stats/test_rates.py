@@ -194,6 +194,7 @@ REFUSED = [
     # A statistic that some draws do not have, or none.
     (group_bootstrap, (spread, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 50}),
     (group_bootstrap, (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 1}),
+    (group_bootstrap, (sum, [[1.0, math.inf]], [["a", "b"]]), {"n_resamples": 50}),
     (grouped_share_interval, ([0.5, 0.5], ["a"]), {}),
     (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}),
     (grouped_share_interval, ([math.nan], ["a"]), {}),

@@ -49,7 +49,7 @@ def group_bootstrap(
 
     Raises:
         UsageError: Labels and rows differ in number, there are fewer than 2 groups, no draw fills
-            every sample, or the statistic is not a number for the samples or for a draw.
+            every sample, or the statistic is no finite number for the samples or for a draw.
     """
     arrays = [np.asarray(sample) for sample in samples]
     rows = rows_of_groups(arrays, groups)
@@ -62,12 +62,13 @@ def group_bootstrap(
     generator = np.random.default_rng(seed)
     value = float(statistic(*arrays))
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
-    if undefined := np.count_nonzero(np.isnan([value, *draws])):
+    # Between infinities, a quantile is not a number.
+    if undefined := np.count_nonzero(~np.isfinite([value, *draws])):
         raise UsageError(
-            f"a statistic that is not a number in {undefined} of {n_resamples} draws and the "
+            f"a statistic that is no finite number in {undefined} of {n_resamples} draws and the "
             f"samples themselves",
-            wanted="a number for every draw of groups",
-            do="leave rows without a number out, or choose a statistic that every draw has",
+            wanted="a finite number for every draw of groups",
+            do="leave rows without one out, or choose a statistic that every draw has",
         )
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return BootstrapInterval(value, float(low), float(high))
