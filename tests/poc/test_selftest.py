@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from assay import stats
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError, OutOfMemory, UsageError
 from assay.poc import HFEngine, Noise, Record, Round
 from assay.poc.launch import Launch
 from assay.poc.selftest import SelfTest, SettingResult, compare, run_selftest
@@ -118,12 +118,14 @@ def test_no_nonces_are_refused_before_a_model_is_loaded(tmp_path: Path):
 
 
 def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch):
-    """Without vLLM: the options that its engine is given, and a build that refuses one of them."""
+    """Without vLLM: the options that its engine is given, where two of them cannot run."""
     asked = []
 
     @contextmanager
     def stand_in(launch, dtype, *, batch_size, seq_len, frame, options):
         asked.append((batch_size, dict(options)))
+        if options["enable_prefix_caching"]:
+            raise OutOfMemory("a device without room", wanted="room", do="free some")
         if "speculative_config" in options:
             raise UsageError("vLLM with speculation", wanted="none", do="leave it out")
         yield small_model, HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
@@ -133,7 +135,10 @@ def test_every_switch_of_vllm_has_an_engine_or_a_reason(small_model, monkeypatch
     launch = Launch(model="small", engine="vllm")
     result = run_selftest(launch, ROUND, batch_size=8, nonces=8)
     rows = {row.setting: row for row in result.comparisons}
-    assert rows["speculative decoding"].outcome == "not run"
+    assert [name for name, row in rows.items() if row.outcome == "not run"] == [
+        "prefix cache",
+        "speculative decoding",
+    ]
     assert rows["speculative decoding"].reason == "vLLM with speculation"
     assert rows["chunked prefill"].outcome == "same bits"
     assert result.exit_code == 0

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from assay.errors import BackendUnavailable, CalibrationError, ModelError, UsageError, reason_of
+from assay.errors import AssayError, CalibrationError, ModelError, reason_of
 from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
@@ -181,7 +181,7 @@ def run_selftest(
                 law, reason = _law(header, engine, calibration)
                 again = _runner(engine, round)(chosen)
             rows.append(compare(name, usual, again, law, reason=reason))
-        except (UsageError, ModelError, BackendUnavailable) as error:
+        except AssayError as error:
             rows.append(SettingResult(setting=name, outcome="not run", reason=error.seen))
     if progress:
         progress(total, total)
