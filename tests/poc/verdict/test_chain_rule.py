@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy
 
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration, Fingerprint
 from assay.poc.verdict.build_noise import BuildNoise, Sizes, describe_machines
-from assay.poc.verdict.chain_rule import CHEATS, TARGET, ChainRule, export_rule
-from assay.poc.verdict.honest_noise import pack_scores
+from assay.poc.verdict.chain_rule import CHEATS, DEFAULTS, TARGET, ChainRule, export_rule
+from assay.poc.verdict.honest_noise import pack_scores, unpack_scores
 from assay.stats.noise_laws import Spread
 from tests.wordings import refuses
 
@@ -133,6 +134,18 @@ def test_of_more_nonces_than_there_are_scores_no_more_count():
     """1024 quantiles of 20 000 say nothing of what one in 10 000 does."""
     many = build(n=20_000)
     assert exported(many).costs == exported(replace(many, n=1024)).costs
+
+
+def test_the_interval_is_that_of_the_residuals_above_the_threshold():
+    """Of 200, one more was counted: 200 times 1 − 198/200 is a little more than 2."""
+    measured = build(median=0.0105, n=200, spread=0.0)
+    above = int((unpack_scores(measured.scores) * measured.law.size > 0.02).sum())
+    (cost,) = of(exported(measured), "default of its vLLM")
+    rule = DEFAULTS[cost.rule]
+    fewest = rule.fewest(200)
+    ends = scipy.stats.binom.sf(fewest - 1, 200, stats.proportion_interval(above, 200))
+    assert above > 0
+    assert (cost.low, cost.high) == tuple(ends)
 
 
 def test_a_quick_law_is_refused():

@@ -240,7 +240,9 @@ class _Tail:
         # Scores may be quantiles, which say nothing of the tail beyond them.
         kept = self._build.n if self._scores is None else len(self._scores)
         n = min(self._build.n, kept)
-        return np.array([_interval(math.ceil(share * n), n) for share in self._shares(threshold)])
+        # Rounded, because the product of a share of n and n may lie above the number that it is.
+        counts_S = np.ceil(np.round(self._shares(threshold) * n, 9)).astype(int)
+        return np.array([_interval(int(count), n) for count in counts_S])
 
 
 def _rounded(value: float, direction: Callable[[float], int], digits: int = DIGITS) -> float:
