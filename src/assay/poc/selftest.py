@@ -218,12 +218,12 @@ def run_remote_selftest(
     chosen = _spaced(nonces)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(timeout=ANSWER_SECONDS, headers=headers) as client:
-        ask = _asker(client, url.rstrip("/"), round)
-        usual = ask(batch_size)(chosen)
+        ask = partial(_ask, client, url.rstrip("/"), round)
+        usual = ask(batch_size, chosen)
         reason = "no calibration of this preset"
-        rows = _repeated(ask(batch_size), usual, chosen, noise, reason)
+        rows = _repeated(partial(ask, batch_size), usual, chosen, noise, reason)
         smaller = max(1, batch_size // 4)
-        again = ask(smaller)(chosen)
+        again = ask(smaller, chosen)
         rows.append(compare(f"batches of {smaller}", usual, again, noise, reason=reason))
     return SelfTest(comparisons=tuple(rows), engine={"url": url})
 
@@ -337,35 +337,35 @@ def _started_variants(launch: Launch, round: Round, batch_size: int) -> Variants
     }
 
 
-def _asker(client: httpx.Client, url: str, round: Round) -> Callable[[int], Run]:
-    """Return a function that gives, for a batch size, one that asks a server for nonces."""
+def _ask(
+    client: httpx.Client, url: str, round: Round, batch_size: int, nonces: Sequence[int]
+) -> list[Record]:
+    """Return the records of nonces that a server computes in batches of a size."""
     pipeline = get_pipeline(round.preset)
     shared = ("block_hash", "block_height", "public_key", "node_id", "node_count")
-    body = {name: getattr(round, name) for name in shared} | {"wait": True}
-    body["params"] = {
-        "model": round.model,
-        "seq_len": round.seq_len,
-        "k_dim": pipeline.vector_size,
-        "preset": round.preset,
+    body = {name: getattr(round, name) for name in shared} | {
+        "wait": True,
+        "params": {
+            "model": round.model,
+            "seq_len": round.seq_len,
+            "k_dim": pipeline.vector_size,
+            "preset": round.preset,
+        },
+        "nonces": list(nonces),
+        "batch_size": batch_size,
     }
-
-    def ask(size: int, nonces: Sequence[int]) -> list[Record]:
-        try:
-            answer = client.post(
-                f"{url}/generate", json=body | {"nonces": list(nonces), "batch_size": size}
-            )
-            answer.raise_for_status()
-            texts = {
-                artifact["nonce"]: artifact["vector_b64"] for artifact in answer.json()["artifacts"]
-            }
-            form = published_form(pipeline)
-            return [form.unpack(nonce, texts[nonce], pipeline) for nonce in nonces]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"{url}/generate: {reason_of(error)}"[:500],
-                wanted="the vectors of all nonces that were asked for",
-                do="check the address, the key, the model and the preset, and ask for fewer nonces "
-                "where the server takes longer than a minute",
-            ) from error
-
-    return lambda size: partial(ask, size)
+    try:
+        answer = client.post(f"{url}/generate", json=body)
+        answer.raise_for_status()
+        texts = {
+            artifact["nonce"]: artifact["vector_b64"] for artifact in answer.json()["artifacts"]
+        }
+        form = published_form(pipeline)
+        return [form.unpack(nonce, texts[nonce], pipeline) for nonce in nonces]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{url}/generate: {reason_of(error)}"[:500],
+            wanted="the vectors of all nonces that were asked for",
+            do="check the address, the key, the model and the preset, and ask for fewer nonces "
+            "where the server takes longer than a minute",
+        ) from error
