@@ -106,7 +106,7 @@ def asked(
 ) -> Asked:
     """Return what a node is asked to prove, by a pins file and by what is given beside it.
 
-    Without a model, ``proving`` runs that of the file. ``stated`` has the values of the round that
+    Without a model, or with its digest, ``proving`` runs that of the file. ``stated`` has the values of the round that
     are given, and those of ``dtype``, ``engine`` and ``batch_size``. The positions in the share are
     those of the file, else the first 256.
 
@@ -156,7 +156,9 @@ def asked(
             if (value := getattr(pins, name)) is not None
         }
         round, positions = Round(**round_values), positions or network.round.nonces or (0, 256)
-        proving = replace(proving, model=proving.model or entry.reference)
+        # A digest says which model of the file is meant, and loads none.
+        if proving.model in ("", entry.digest):
+            proving = replace(proving, model=entry.reference)
         if proving.frame is None and get_pipeline(round.preset).framed:
             proving = replace(proving, frame=network.frame(entry.digest))
         proving = _pinned_engine(proving, pins, stated, file)
