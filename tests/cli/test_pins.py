@@ -93,7 +93,7 @@ def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoin
 
 
 def test_the_calibration_is_that_of_the_build(
-    told, verify, new, honest, pins, small_checkpoint, tmp_path
+    told, refused, verify, new, honest, pins, small_checkpoint, tmp_path
 ):
     path = tmp_path / "calibration.json"
     copy = tmp_path / "copy.jsonl"
@@ -105,6 +105,9 @@ def test_the_calibration_is_that_of_the_build(
     found = verify(honest, *KNOWN, model=small_checkpoint)
     assert found.code == 0, found.err
     assert "calibration" in json.loads(found.out)["noise"]["source"]
+    fresh = (*new[:-1], tmp_path / "other.toml", "--calibration", path)
+    assert "of another checkpoint or preset" in refused(*fresh, "--preset", "artifact")
+    assert not (tmp_path / "other.toml").exists()
     held = told("poc", "pins", "check", pins, tmp_path / "honest.jsonl", *KNOWN)
     assert "default" not in held["noise"]
     assert "calibration: calibration.json" in held["pinned"]

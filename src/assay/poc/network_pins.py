@@ -106,9 +106,9 @@ def asked(
 ) -> Asked:
     """Return what a node is asked to prove, by a pins file and by what is given beside it.
 
-    Without a model, or with its digest, ``proving`` runs that of the file. ``stated`` has the values of the round that
-    are given, and those of ``dtype``, ``engine`` and ``batch_size``. The positions in the share are
-    those of the file, else the first 256.
+    Without a model, or with its digest, ``proving`` runs that of the file. ``stated`` has the
+    values of the round that are given, and those of ``dtype``, ``engine`` and ``batch_size``. The
+    positions in the share are those of the file, else the first 256.
 
     Raises:
         UsageError: A value is missing, out of range, or contradicts the file.
@@ -259,7 +259,7 @@ def write_pins(
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
         ProofMismatch: A proof is of another checkpoint.
-        CalibrationError: A calibration is of none of the proofs.
+        CalibrationError: A calibration is of none of the proofs, or of another model or preset.
     """
     for key in public_keys:
         check_name("public_key", key, do="pass --public-key as the chain prints it")
@@ -273,8 +273,7 @@ def write_pins(
     builds = (
         _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
     )
-    for path in calibrations:
-        _check_calibration(path, headers)
+    measured = [_read_calibration(path, headers) for path in calibrations]
     # The default is one to be changed in the file.
     length = round_values["seq_len"]
     steps = get_pipeline(round["preset"]).steps
@@ -295,6 +294,14 @@ def write_pins(
                 f"{header.digest[:12]})",
                 wanted=f"one of {model} (trained, {digest[:12]})",
                 do="pass the proof of a node that ran this checkpoint",
+            )
+    for path, calibration in zip(calibrations, measured, strict=True):
+        of_builds = {(build.digest, build.preset) for build in calibration.builds}
+        if (digest, round["preset"]) not in of_builds:
+            raise CalibrationError(
+                f"{path}: a calibration of another checkpoint or preset",
+                wanted=f"one of {model} ({digest[:12]}) with preset {round['preset']}",
+                do=f"measure one: assay poc calibrate --model M --preset {round['preset']}",
             )
     # At 42 bytes each, more of them are longer than any file that is read.
     shares = islice(
@@ -377,8 +384,8 @@ def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[d
     return [describe_build(header.fingerprint) for header in headers] or [empty]
 
 
-def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
-    """Refuse a file that is no calibration, or one of none of the proofs."""
+def _read_calibration(path: Path, headers: Sequence[Header]) -> Calibration:
+    """Return a calibration; one of none of the proofs is refused."""
     measured = Calibration.load(path)
     reasons = []
     for header in headers:
@@ -388,6 +395,7 @@ def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
             reasons.append(error)
     if headers and len(reasons) == len(headers):
         raise reasons[0]
+    return measured
 
 
 def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
