@@ -254,6 +254,18 @@ def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
     refused(*rate, "--model", "reference:llama", "--calibration", measured[0])
 
 
+def test_a_calibration_of_another_model_says_nothing_of_the_blocks_of_proofs(
+    told, refused, measured, small_model, tmp_path
+):
+    proof = made(small_model)
+    proof.save(tmp_path / "own.jsonl")
+    header = replace(proof.header, digest="0" * 64)
+    Proof.build(header, proof.records, 1.0).save(tmp_path / "other.jsonl")
+    rate = ("poc", "calibrate", "--valid-rate", 0.5, "--calibration", measured[0])
+    assert told(*rate, tmp_path / "own.jsonl")["n"] == 32
+    assert "no effective dimension of these proofs" in refused(*rate, tmp_path / "other.jsonl")
+
+
 def test_the_table_of_a_rate_has_an_r_target_of_that_rate(assay):
     """Rounded to 1.4 it is that of a third as many nonces."""
     shown = assay("poc", "calibrate", "--valid-rate", 0.1).out

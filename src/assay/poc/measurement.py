@@ -280,7 +280,7 @@ def target_for(
         raise UsageError(
             "--model with --calibration", wanted="one of the two", do="leave one of them out"
         )
-    effective = None if calibration is None else _effective_dimension(calibration)
+    effective = None if calibration is None else _effective_dimension(calibration, proofs)
     if model is not None:
         effective = _measured_dimension(model, device, proofs)
     if proofs:
@@ -300,13 +300,20 @@ def target_for(
     }
 
 
-def _effective_dimension(path: Path) -> float:
-    """Return the effective dimension that a calibration file has."""
-    measured = [build.effective_dimension for build in Calibration.load(path).builds]
+def _effective_dimension(path: Path, proofs: Sequence[Proof]) -> float:
+    """Return the effective dimension that a calibration file has, of the checkpoint of proofs where
+    there are some.
+    """
+    digests = {proof.header.digest for proof in proofs}
+    measured = [
+        build.effective_dimension
+        for build in Calibration.load(path).builds
+        if not digests or build.digest in digests
+    ]
     dimension = next((size for size in measured if size is not None), None)
     if dimension is None:
         raise UsageError(
-            f"{path}, which has no effective dimension",
+            f"{path}, which has no effective dimension{' of these proofs' * bool(proofs)}",
             wanted="a calibration of a model's own states, for a preset with signs and a random "
             "head",
             do="write one with `assay poc calibrate --model M`",
