@@ -75,6 +75,7 @@ class LifeTest:
     log_e_held: float = 0.0
     n: int = 0
     begins: int = 0  # audit of the pool from which on it takes residuals
+    ends: int | None = None  # audit of the pool from which on it takes none; None while it runs
     blocks: dict[str | None, FloatArray] = field(default_factory=dict)
     """What earlier pools add to its paths, by block; under None, what can no longer be left out."""
 
@@ -116,10 +117,12 @@ class LifeTest:
             sums[None] = sums.get(None, 0.0) + sums.pop(block)
         self.blocks = sums
         self.begins = 0
+        # Of later pools, a test that has ended takes nothing.
+        self.ends = None if self.ends is None else 0
 
     def _taken(self, pool: Sequence[PooledAudit]) -> list[PooledAudit]:
         """Return the audits of a pool whose residuals the test has."""
-        return [audit for audit in pool[self.begins :] if audit.law == self.law]
+        return [audit for audit in pool[self.begins : self.ends] if audit.law == self.law]
 
     def _sums(
         self, test: stats.SequentialTest, pool: Sequence[PooledAudit]
@@ -222,6 +225,9 @@ class Life:
             self._only_responses = False
             # Another pool begins; residuals at places that may be faulty never convict.
             if self._pooled_count >= EPOCH:
+                for test in self.tests:
+                    if test.ends != 0:
+                        test.settle(self._pool)
                 self._complete_pool()
             running = self._tests_of(noise, law)
             sizes = np.asarray(residuals, dtype=np.float64) / noise.size
@@ -252,6 +258,8 @@ class Life:
             size = 0.0 if isinstance(noise, ResponseNoise) else noise.size
             life_test = LifeTest(test, math.log(weight), law, size, begins=len(self._pool))
             self.tests.append(life_test)
+            for ended in running[1:]:
+                ended.ends = len(self._pool)
             running[1:] = [life_test]
         return running
 
@@ -291,12 +299,7 @@ class Life:
                 test.log_e_held = max(test.log_e_held, min(LARGEST_LOG, remaining))
 
     def _complete_pool(self) -> None:
-        """Settle what a pool adds to the tests that run, count its fault and what it leaves
-        uncredited, and begin another pool.
-        """
-        for running in self._running.values():
-            for test in running:
-                test.settle(self._pool)
+        """Count a pool's fault and what it leaves uncredited, and begin another pool."""
         self._uncredited += self._uncredited_now
         blocks = frozenset(audit.block for audit in self._pool)
         faulty = None if self._fault is None else FaultyPool(self._fault, blocks)
