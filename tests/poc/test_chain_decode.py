@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from assay.errors import ProofFormatError, UsageError
+from assay.errors import BadWeights, ProofFormatError, UsageError
 from assay.models import Model, load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, get_pipeline, prove, verify
 from assay.poc.cheats import rounded
@@ -47,6 +47,26 @@ def replayed(model: Model, proof: Proof, batch_size: int = 16):
     nonces = [record.nonce for record in proof.records]
     batches = compute(engine, proof.header.pipeline, proof.round.inputs(nonces), proof.records)
     return [record for batch in batches for record in batch]
+
+
+class WithoutMargins:
+    """An engine whose margins are no numbers."""
+
+    def __init__(self, engine: HFEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine, name)
+
+    def run(self, inputs, pipeline, claimed_MN=None):
+        for values in self._engine.run(inputs, pipeline, claimed_MN):
+            yield {name: np.full_like(rows, np.nan) for name, rows in values.items()}
+
+
+def test_an_engine_without_margins_accuses_no_node(model: Model, proof: Proof):
+    broken = WithoutMargins(HFEngine(model, batch_size=16, seq_len=ROUND.seq_len))
+    with pytest.raises(BadWeights):
+        verify(proof, model, expect=ROUND, engine=broken)
 
 
 def test_the_name_of_the_preset_says_how_many_steps_are_taken():

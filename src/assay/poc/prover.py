@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
@@ -208,10 +210,7 @@ def compute(
         for values in batches:
             batch = inputs[start : start + engine.batch_size]
             _check_rows({len(rows) for rows in values.values()}, len(batch))
-            # An infinite margin is that of an id without a token.
-            if any(
-                not np.isfinite(rows).all() for name, rows in values.items() if name != "margins"
-            ):
+            if not all(_are_numbers(name, rows) for name, rows in values.items()):
                 raise not_finite(
                     f"preset {pipeline.name} gives a value that is NaN or infinite in "
                     f"{engine.dtype}",
@@ -225,6 +224,11 @@ def compute(
             start += len(batch)
     if start < len(inputs):
         _check_rows({0}, len(inputs[start : start + engine.batch_size]))
+
+
+def _are_numbers(name: str, rows: npt.NDArray[Any]) -> bool:
+    """Return whether all values are finite; an infinite margin is that of an id without a token."""
+    return bool(np.all(~np.isnan(rows) if name == "margins" else np.isfinite(rows)))
 
 
 def _check_rows(sizes: set[int], expected: int) -> None:
