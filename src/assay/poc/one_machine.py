@@ -10,7 +10,6 @@ other batches and another number of threads. A build of another processor or lib
 measured with proofs of both (:func:`assay.poc.calibrate`).
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +43,7 @@ from assay.poc.prover import Progress, compute, describe_proof, prove
 from assay.poc.verdict.build_noise import describe_machines
 from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.verdict.control import Control
+from assay.poc.verdict.entries import sha256
 from assay.poc.verdict.machine_fit import Residuals, fit_build
 from assay.poc.verdict.residuals import residuals
 from assay.stats.chord import FloatArray
@@ -319,7 +319,7 @@ class _Store:
         if self._folder is None:
             return prove(model, round, range(nonces), **options)
         header = describe_proof(model, round, range(nonces), engine)
-        path = self._folder / f"{_hashed(header.as_dict())}.jsonl"
+        path = self._folder / f"{sha256(dumps(header.as_dict()))[:32]}.jsonl"
         if not path.exists():
             prove(model, round, range(nonces), output=path, **options)
         return Proof.load(path)
@@ -339,29 +339,27 @@ class _Store:
             return [float(error) for error in errors_N]
 
         headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
-        return np.array(self._once(f"{_hashed(headers)}.json", replayed))
+        return np.array(self._once(headers, replayed))
 
     def effective_dimension(self, engine: HFEngine, model: Model, round: Round) -> float:
         """Return the effective dimension of the states of an engine."""
         header = describe_proof(model, round, range(1), engine)
         (dimension,) = self._once(
-            f"{_hashed(['states', header.as_dict()])}.json",
+            ["states", header.as_dict()],
             lambda: [read_block_factor(engine, round).effective_dimension],
         )
         return dimension
 
-    def _once(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
-        """Return the numbers of a file; measure and write them where it is missing."""
+    def _once(self, key: Sequence[Any], measure: Callable[[], list[float]]) -> list[float]:
+        """Return the numbers that a key stands for; measure and write them where the file is
+        missing.
+        """
         if self._folder is None:
             return measure()
-        path = self._folder / name
+        path = self._folder / f"{sha256(dumps(key))[:32]}.json"
         if not path.exists():
             write_atomic(path, dumps({"values": measure()}))
         return [float(value) for value in read_json(path)["values"]]
-
-
-def _hashed(values: Any) -> str:
-    return hashlib.sha256(dumps(values).encode()).hexdigest()[:32]
 
 
 def _fit(

@@ -234,13 +234,8 @@ class BuildNoise(MachineNoise):
     @property
     def formats(self) -> list[list[str]]:
         """The pairs of number formats that were measured, each sorted."""
-        engines = [machine.fingerprint for machine in self.machines]
-        pairs = [(engines[i], engines[j]) for i, j in self.sizes.pairs]
-        return [
-            sorted((first.dtype, second.dtype))
-            for first, second in pairs
-            if first is not None and second is not None
-        ]
+        pairs = [[self.machines[row].fingerprint for row in pair] for pair in self.sizes.pairs]
+        return [sorted(engine.dtype for engine in pair if engine) for pair in pairs if all(pair)]
 
     @property
     def identity(self) -> tuple[object, ...]:
