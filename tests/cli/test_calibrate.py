@@ -262,8 +262,17 @@ def test_a_calibration_of_another_model_says_nothing_of_the_blocks_of_proofs(
     header = replace(proof.header, digest="0" * 64)
     Proof.build(header, proof.records, 1.0).save(tmp_path / "other.jsonl")
     rate = ("poc", "calibrate", "--valid-rate", 0.5, "--calibration", measured[0])
-    assert told(*rate, tmp_path / "own.jsonl")["n"] == 32
-    assert "no effective dimension of these proofs" in refused(*rate, tmp_path / "other.jsonl")
+    own = told(*rate, tmp_path / "own.jsonl")
+    assert own["n"] == 32
+    assert "of 0 checkpoints of these proofs" in refused(*rate, tmp_path / "other.jsonl")
+    builds = Calibration.load(measured[0]).builds
+    merged = tmp_path / "merged.json"
+    Calibration(builds=(*(replace(build, digest="0" * 64) for build in builds), *builds)).save(
+        merged
+    )
+    rate = (*rate[:-1], merged)
+    assert "of 2 checkpoints" in refused(*rate)
+    assert told(*rate, tmp_path / "own.jsonl") == own
 
 
 def test_the_table_of_a_rate_has_an_r_target_of_that_rate(assay):

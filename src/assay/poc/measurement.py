@@ -305,20 +305,21 @@ def _effective_dimension(path: Path, proofs: Sequence[Proof]) -> float:
     there are some.
     """
     digests = {proof.header.digest for proof in proofs}
-    measured = [
-        build.effective_dimension
-        for build in Calibration.load(path).builds
-        if not digests or build.digest in digests
-    ]
-    dimension = next((size for size in measured if size is not None), None)
-    if dimension is None:
+    # Of two builds of one checkpoint the first has priority, so it comes last here.
+    measured = {
+        build.digest: build.effective_dimension
+        for build in reversed(Calibration.load(path).builds)
+        if build.effective_dimension is not None and (not digests or build.digest in digests)
+    }
+    if len(measured) != 1:
+        of_proofs = " of these proofs" * bool(proofs)
         raise UsageError(
-            f"{path}, which has no effective dimension{' of these proofs' * bool(proofs)}",
-            wanted="a calibration of a model's own states, for a preset with signs and a random "
-            "head",
+            f"{path}, which has the effective dimension of {len(measured)} checkpoints{of_proofs}",
+            wanted="that of one, from a calibration of a model's own states, for a preset with "
+            "signs and a random head",
             do="write one with `assay poc calibrate --model M`",
         )
-    return dimension
+    return measured.popitem()[1]
 
 
 def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Proof]) -> float:
