@@ -173,7 +173,7 @@ def test_shares_without_a_list_are_named_by_the_validator(written, proof: Proof)
     assert network.foreign("anyone", 0, 1) == ("node_count",)
 
 
-@pytest.mark.parametrize("file", ["/absolute.json", "", "a\\u0000b"])
+@pytest.mark.parametrize("file", ["/absolute.json", ""])
 def test_files_lie_beside_the_pins(file: str, written, proof: Proof):
     model = f'[[models.calibrations]]\nfile = "{file}"\nsha256 = "{"0" * 64}"\n'
     with refuses(DataError, "files lie beside the pins"):
