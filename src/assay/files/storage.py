@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import TypeVar
 
-from assay.errors import DataError, StorageError, UsageError
+from assay.errors import AssayError, DataError, StorageError, UsageError
 from assay.files.jsonl import dumps, loads
 
 T = TypeVar("T")
@@ -145,6 +145,11 @@ def check_folder(path: Path, *, new: bool = False) -> None:
 
     A directory that takes no file, or cannot be made, is a StorageError.
     """
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UsageError(
+                f"{path}, of which {parent} is a file", wanted="a directory", do="choose another"
+            )
     if path.exists() and not path.is_dir():
         raise UsageError(
             f"{path}, which exists",
@@ -260,20 +265,23 @@ class PartialFile(AbstractContextManager["PartialFile"]):
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
             self._file = io.FileIO(self.partial, "a+")
-        if not self._lock():
+        try:
+            self._lock()
+        except AssayError:
             self._file.close()
-            raise _is_held(self.partial)
+            raise
 
-    def _lock(self) -> bool:
-        """Lock the partial file, and return whether it is still the one of this name."""
+    def _lock(self) -> None:
         with _storing(self.partial):
             # Between opening and locking, the other writer may have given this very file its final
             # name.
-            return (
+            is_ours = (
                 _lock(self._file)
                 and self.partial.exists()
                 and os.path.samestat(os.fstat(self._file.fileno()), self.partial.stat())
             )
+        if not is_ours:
+            raise _is_held(self.partial)
 
     def recover(self) -> list[str]:
         """Return the intact lines of an earlier writer, without line ends, and cut off the rest.
