@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.framework import commands as framework
+from assay.framework import groups
 from assay.poc.verdict import Ledger
+from assay.vhack.names import STUDY
 from tests.poc.verdict.ledgers import filled, honest, update
 
 
@@ -62,8 +63,8 @@ def test_without_this_package_a_command_says_what_to_install(
 ):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/log.jsonl").write_text("{}\n")
-    monkeypatch.setattr(framework, "entry_points", lambda **_: [])
+    Path("runs/log.jsonl").write_text(json.dumps({"schema": STUDY}) + "\n")
+    monkeypatch.setattr(groups, "entry_points", lambda **_: [])
     found = assay(*command)
     assert found.code == 2
     assert "install assay-research" in found.err
