@@ -1,7 +1,6 @@
 """``assay poc calibrate``: the honest noise of a model, and the r_target of a valid rate."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from shlex import join
@@ -303,15 +302,10 @@ def _write_law(
 ) -> None:
     """Write a calibration, and the pins file where one is named; say what was measured."""
     from assay.poc.measurement import describe
+    from assay.poc.one_machine import remove_measured
 
     measured.save(output)
-    folder = _partial_folder(output)
-    # By the names that a measurement gives: the folder may hold files of the user.
-    with suppress(OSError):
-        for pattern in (f"{'[0-9a-f]' * 32}.json*", ".assay-*.tmp"):
-            for path in folder.glob(pattern):
-                path.unlink()
-        folder.rmdir()
+    remove_measured(_partial_folder(output))
     for build in measured.builds:
         values = {"path": str(output), **describe(build)}
         if not as_json:

@@ -13,7 +13,7 @@ measured with proofs of both (:func:`assay.poc.calibrate`).
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, combinations_with_replacement
 from pathlib import Path
@@ -64,6 +64,10 @@ LIMITS = (
     "{positions} positions, and tells their proofs from those of int4 weights; proofs of another "
     "format, machine or length are refused, and how machines differ was not measured"
 )
+
+
+# Names of the files in a partial folder, and of those that a write leaves when it is cut off.
+MEASURED = ("[0-9a-f]" * 32 + ".json*", ".assay-*.tmp")
 
 
 class _Shape(NamedTuple):
@@ -297,6 +301,15 @@ def say_time(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def remove_measured(partial: Path) -> None:
+    """Remove what a measurement kept in a folder, and the folder unless it has other files."""
+    with suppress(OSError):
+        for pattern in MEASURED:
+            for path in partial.glob(pattern):
+                path.unlink()
+        partial.rmdir()
 
 
 class _Store:

@@ -108,7 +108,7 @@ class Worker(EngineThread):
             if task is None and stored is None:
                 self._has_background = False
         if task is not None:
-            # An open round may have hooks on the model, and the task runs another round on it.
+            # An open round has its next batches queued on the engine, and the task comes first.
             self._drop_stream()
             task(deployment)
         elif stored is not None:
