@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 
-from assay.errors import ModelError, StorageError, UsageError
+from assay.errors import AssayError, ModelError, StorageError, UsageError
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses import Prompt, ResponseSeed, Sampling
 from assay.poc.responses.receipts import Adapter, digest_adapter
@@ -433,6 +434,19 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
         outputs = [one async for one in llm.generate((5,), params(seed=body.get("seed")), "cmpl-0")]
         return {"outputs": len(outputs)}
 
+    @app.post("/v1/stream")
+    async def stream(body: dict) -> StreamingResponse:
+        outputs = llm.generate((5,), params(**body), "cmpl-0")
+
+        async def pieces() -> AsyncGenerator:
+            # vLLM tells errors of a stream in one, too.
+            with suppress(AssayError):
+                async for _ in outputs:
+                    yield "data: token\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
     app.add_middleware(ReceiptMiddleware, responses=responses)
     client = httpx.AsyncClient(
         transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://x"
@@ -477,6 +491,25 @@ async def test_an_answer_without_a_receipt_is_replaced_by_the_refusal(monkeypatc
     sink.error = StorageError("disk full", wanted="room", do="make room")
     answer = await client.post("/v1/completions", json={})
     assert (answer.status_code, answer.json()["detail"]) == (503, "disk full")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "receipt"),
+    [
+        ({}, 200, "mine"),
+        ({"top_k": 2**31}, 422, None),
+        ({"trace_decode_token_ids": [7]}, 200, "none"),
+    ],
+)
+async def test_a_stream_begins_once_its_request_is_recorded_or_refused(
+    monkeypatch, body: dict, status: int, receipt: str | None
+):
+    responses, sink, client = application(monkeypatch)
+    responses.post("b")
+    answer = await client.post("/v1/stream", json=body, headers={"X-Request-Id": "mine"})
+    assert (answer.status_code, answer.headers.get("x-assay-receipt")) == (status, receipt)
+    assert len(sink.receipts) == (receipt == "mine")
+    assert status == 200 or answer.json().keys() == {"detail", "wanted", "do"}
 
 
 async def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypatch):

@@ -192,6 +192,8 @@ class _Guarded:
         self._receive = receive
         self._accepted = accepted
         self._plain = send
+        # The beginning of the answer, until its first piece is there.
+        self._head: Message | None = None
         self._started = self._refused = False
 
     def __call__(self, message: Message) -> Awaitable[None]:
@@ -199,17 +201,30 @@ class _Guarded:
         if self._accepted.refused is not None:
             return self.refuse()
         if not self._started:
-            self._started = True
-            # A stream begins before its request is known to be recorded.
-            streams = any(
-                name == b"content-type" and b"event-stream" in value
-                for name, value in message["headers"]
-            )
-            named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
-            headers = [(name, quote(text).encode()) for name, text in named.items()]
-            message = _with(message, headers if streams or self._accepted.stored else NO_RECEIPT)
+            return self._start(message)
         # Not awaited here: a stream has a message for every token.
         return self._plain(message)
+
+    async def _start(self, message: Message) -> None:
+        """Hold the beginning back until the first piece: by then the engine has taken the request,
+        or the plugin has refused it.
+        """
+        if self._head is None:
+            self._head = message
+            return
+        self._started = True
+        streams = any(
+            name == b"content-type" and b"event-stream" in value
+            for name, value in self._head["headers"]
+        )
+        calls = self._accepted.calls.values()
+        # Some streams begin before they call the engine.
+        is_recorded = not calls or any(call.choices for call in calls)
+        named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
+        headers = [(name, quote(text).encode()) for name, text in named.items()]
+        has_receipt = is_recorded if streams else self._accepted.stored
+        await self._plain(_with(self._head, headers if has_receipt else NO_RECEIPT))
+        await self._plain(message)
 
     async def refuse(self) -> None:
         """Send the refusal; cut an answer off that has begun."""
