@@ -2,7 +2,8 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3ForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
@@ -190,20 +191,22 @@ def test_loading_is_silent_and_leaves_global_settings_alone(checkpoint, capfd):
     assert captured.out + captured.err == ""
 
 
-def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path):
-    """The softmax of GPT-OSS has a sink, which ``sdpa`` does not know."""
-    sizes = {
-        "num_hidden_layers": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-    }
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("GptOss", GPT_OSS), ("Gemma2", {"attn_logit_softcapping": 2.0})]
+)
+def test_attention_that_sdpa_does_not_know_is_loaded_eager(tmp_path, family, settings):
+    """The softmax of GPT-OSS has a sink, and Gemma 2 caps scores."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
-    config = GptOssConfig(
-        hidden_size=64, intermediate_size=64, initializer_range=0.1, **sizes, **heads
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, **heads, **settings, sliding_window=8, initializer_range=0.3, pad_token_id=0
     )
-    theirs = GptOssForCausalLM(config).eval()
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     theirs.save_pretrained(tmp_path)
+    theirs.set_attn_implementation("eager")
     model = load_model(tmp_path)
     assert model.module.config._attn_implementation == "eager"
     ids = torch.randint(0, 128, (2, 24))

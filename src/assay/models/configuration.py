@@ -216,6 +216,10 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 
 def choose_attention(config: "PreTrainedConfig") -> str:
-    """Return ``sdpa``, or ``eager`` for GPT-OSS, whose softmax has a sink that sdpa lacks."""
+    """Return ``sdpa``, or ``eager`` for what that lacks: sinks of GPT-OSS, capped scores of
+    Gemma 2.
+    """
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        return "eager"
     architecture: Any = auto_class(config)._model_mapping.get(type(config), None)
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
