@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
 from assay.models import list_models, load_model, model_info
@@ -16,6 +17,8 @@ from assay.models.load import identify
 from assay.models.resolve import resolve
 from tests.models.storing import configure
 from tests.wordings import refuses
+
+from .conftest import SIZES
 
 
 @pytest.fixture
@@ -107,6 +110,7 @@ TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vo
         (lambda folder: configure(folder, add_cross_attention=True), "add_cross_attention"),
         (lambda folder: configure(folder, return_dict=False), "return_dict"),
         (lambda folder: configure(folder, model_type="bert"), "is_decoder"),
+        (lambda folder: configure(folder, model_type="xlm"), "causal = False"),
         (lambda folder: configure(folder, num_hidden_layers="2"), "num_hidden_layers"),
         (lambda folder: configure(folder, num_hidden_layers=10**9), "num_hidden_layers"),
         (lambda folder: configure(folder, max_position_embeddings=-5), "max_position_embeddings"),
@@ -129,6 +133,21 @@ def test_a_model_as_users_have_them_is_refused_in_words(checkpoint, spoil, says)
     spoil(checkpoint)
     with pytest.raises(ModelError, match=says):
         load_model(checkpoint, device="cpu")
+
+
+def test_attention_that_is_causal_whatever_is_decoder_says_is_read(tmp_path):
+    """Pythia does not say is_decoder, of which GPT-NeoX has the default False."""
+    config = GPTNeoXConfig(**SIZES, rotary_pct=0.5)
+    theirs = GPTNeoXForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    ids = torch.randint(0, 96, (1, 24))
+    changed = ids.clone()
+    changed[0, -1] = 95 - ids[0, -1]
+    with torch.inference_mode():
+        logits = model.module(ids).logits
+        torch.testing.assert_close(logits, theirs(ids).logits)
+        torch.testing.assert_close(model.module(changed).logits[:, :-1], logits[:, :-1])
 
 
 def test_a_pickle_beside_safetensors_is_not_read_and_a_long_name_is_no_directory(checkpoint):

@@ -41,11 +41,13 @@ _MOST_LAYERS = 2**12
 _LISTS = ("layer", "depth", "block", "first_k_dense")
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
+    "causal": (False,),  # of XLM
     "use_bidirectional_attention": (True, "all"),
     "add_cross_attention": (True,),
     "return_dict": (False,),
 }
 """Settings under which a model is no causal decoder, or does not answer as others do."""
+_ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")  # whatever they say of is_decoder
 
 
 @contextmanager
@@ -148,8 +150,9 @@ def _check_causal(name: str, config: "PreTrainedConfig") -> None:
         )
     text_config = config.get_text_config(decoder=True)
     refused = dict(_REFUSED)
-    if "is_decoder" in getattr(type(text_config), "__dataclass_fields__", ()):
-        # BERT is an encoder unless this is set.
+    # BERT is an encoder unless this is set.
+    is_stated = "is_decoder" in getattr(type(text_config), "__dataclass_fields__", ())
+    if is_stated and text_config.model_type not in _ALWAYS_CAUSAL:
         refused["is_decoder"] = (False,)
     for key, values in refused.items():
         value = getattr(text_config, key, None)
