@@ -8,8 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from assay.errors import ModelError
+from assay.models import Model
 from assay.models.shared_passes import steps_of_passes
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.responses import replay, respond
@@ -77,6 +79,19 @@ def test_a_prefill_of_decoded_tokens_is_the_decoding(model):
 def test_a_cache_that_only_its_architecture_knows_is_refused():
     with refuses(ModelError, "a cache that only its architecture knows is refused"):
         respond(random_model("MiniMax"), [tokens(5)], block_hash="B", public_key="K", max_tokens=4)
+
+
+def test_a_model_that_keeps_nothing_of_what_it_has_read_does_not_decode():
+    """Each token would follow the one before it alone."""
+    module = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4)).eval()
+    model = Model(module, None, "gpt", "0" * 64, "random-all")
+    pipeline = get_pipeline("decode-64")
+    round = Round(block_hash="B", public_key="K", seq_len=20, preset=pipeline.name, model="tiny")
+    engine = HFEngine(model, batch_size=1, seq_len=20)
+    with pytest.raises(ModelError):
+        respond(model, [tokens(5)], block_hash="B", public_key="K", max_tokens=4)
+    with pytest.raises(ModelError):
+        next(engine.run(round.inputs(range(1)), pipeline))
 
 
 def test_rows_that_grow_side_by_side_are_sampled_on_one_side_of_the_limit():

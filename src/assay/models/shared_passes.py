@@ -89,3 +89,17 @@ def check_one_kind(config: Any, shortest: int, longest: int) -> None:
             wanted="rows on one side of the limit, or of one length",
             do="take shorter prompts and fewer new tokens, or another model",
         )
+
+
+def check_cached(reference: str, output: Any) -> None:
+    """Refuse the output of a pass that filled no cache: what follows would not see its tokens.
+
+    Raises:
+        ModelError: The architecture has no cache, as the first GPT or XLM.
+    """
+    if getattr(output, "past_key_values", None) is None:
+        raise ModelError(
+            f"{reference} keeps no keys and values of the tokens that it has read",
+            wanted="an architecture that decodes with a cache",
+            do="take another model, such as Llama, Qwen3 or Mistral",
+        )

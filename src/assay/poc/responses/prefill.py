@@ -24,7 +24,7 @@ from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models.decoder import head_of
 from assay.models.model import Model
 from assay.models.precision import own_precision
-from assay.models.shared_passes import pass_kind, steps_of_passes
+from assay.models.shared_passes import check_cached, pass_kind, steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.checks import check_batch_size
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -231,6 +231,8 @@ def _run_model(
     check_finite(model, hidden_ND, logits_NV)
     return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
 
+    if options["use_cache"]:
+        check_cached(model.reference, output)
 
 def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
     """Refuse NaN or infinite states, and NaN or plus infinity in logits, with BadWeights."""

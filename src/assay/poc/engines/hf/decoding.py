@@ -27,7 +27,7 @@ from assay.errors import not_finite
 from assay.models.decoder import backbone
 from assay.models.model import Model
 from assay.models.precision import own_precision
-from assay.models.shared_passes import steps_of_passes
+from assay.models.shared_passes import check_cached, steps_of_passes
 from assay.poc.engines.base import Values, drawn_prompts, drawn_seeds, margins
 from assay.poc.engines.hf.seeded_routing import SeededRouting
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
@@ -103,6 +103,8 @@ class StepDraws(ABC):
         positions_T = torch.arange(cached, cached + length, device=self.model.device)
         positions_RT = positions_T.expand(len(x_RT), -1)
         output = backbone(self.model.module)(**{name: x_RT}, position_ids=positions_RT, **options)
+        if options["use_cache"]:
+            check_cached(self.model.reference, output)
         states_RTD: Tensor = output.last_hidden_state
         return states_RTD
 
