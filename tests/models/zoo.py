@@ -84,6 +84,14 @@ ZOO: dict[str, dict[str, Any]] = {
     "Doge": {"keep_window_size": 8},
     "OPT": OPT,
     "FalconH1": FALCON_H1,
+    # Its positions begin again at 0 where a pass does not say them.
+    "Bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     "Lfm2": {"layer_types": ["conv", "full_attention"], "conv_dim": 32, "block_dim": 32},
     "Qwen3Next": SHARED | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
     "Jamba": {

@@ -214,7 +214,8 @@ def _response(
         # Positions from which on the architecture computes the whole row in another way.
         again = len(tokens) in anew
         new, cache = ([*request.ids, *tokens], None) if again else (tokens[-1:], cache)
-        logits_1V, hidden_1D, cache = read_on(model, new, cache)
+        cached = 0 if again else len(request.ids) + len(tokens) - 1
+        logits_1V, hidden_1D, cache = read_on(model, new, cache, cached=cached)
     sketches = (
         sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
         .cpu()

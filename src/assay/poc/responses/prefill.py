@@ -175,9 +175,9 @@ class HFPrefill(Prefill):
 
 @torch.inference_mode()
 def read_on(
-    model: Model, ids: Sequence[int], cache: Any = None, *, last: int = 1
+    model: Model, ids: Sequence[int], cache: Any = None, *, cached: int = 0, last: int = 1
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Append tokens to the one sequence of a cache, or to a new cache.
+    """Append tokens to the one sequence of a cache, which has ``cached``, or to a new cache.
 
     Returns logits and hidden states of the last positions, or of all tokens appended when 0, and
     the cache; raises as :meth:`Prefill.run` does. An architecture with a cache of its own refuses
@@ -191,6 +191,8 @@ def read_on(
         places,
         on=f"a prompt of {len(ids)} tokens",
         past_key_values=cache,
+        # As in generation: Bamba would begin again at 0.
+        position_ids=torch.arange(cached, cached + len(ids), device=model.device)[None],
         use_cache=True,
     )
 
@@ -229,10 +231,10 @@ def _run_model(
     finally:
         hook.remove()
     check_finite(model, hidden_ND, logits_NV)
-    return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
-
     if options["use_cache"]:
         check_cached(model.reference, output)
+    return logits_NV, hidden_ND, getattr(output, "past_key_values", None)
+
 
 def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
     """Refuse NaN or infinite states, and NaN or plus infinity in logits, with BadWeights."""
