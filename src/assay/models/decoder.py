@@ -89,6 +89,13 @@ def expert_count(config: Any) -> int:
     return count if count > 1 else 0
 
 
+def mlp_width(config: Any) -> int:
+    """Return the width of the widest MLP that a configuration states; 0 where it states none."""
+    stated = getattr(config, "intermediate_size", None) or 0
+    # Gemma 3n has one for each layer.
+    return max(map(int, stated)) if isinstance(stated, list | tuple) else int(stated)
+
+
 def attention_window(config: Any) -> int | None:
     """Return how many positions the shortest attention window spans; None if all layers see all.
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from assay.errors import OutOfMemory, UsageError
+from assay.errors import ModelError, OutOfMemory, UsageError
+from assay.models import Model
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.base import Values
 from assay.poc.engines.hf import shapes as _shapes
 from assay.poc.engines.hf.shapes import auto_batch
 from assay.poc.protocol.pipelines import get_pipeline
+from tests.vhack.adapter import made
 from tests.wordings import refuses
 
 
@@ -65,6 +67,23 @@ def equal_values(some: Values, others: Values) -> bool:
 def free(monkeypatch: pytest.MonkeyPatch):
     """Set the memory that seems free, in bytes."""
     return lambda amount: monkeypatch.setattr(_shapes, "free_bytes", lambda device: amount)
+
+
+def test_a_model_whose_layers_read_tokens_decodes_and_runs_no_embeddings():
+    """Each layer of Gemma 3n has a width of its own, and a table of embeddings."""
+    layers = {"laurel_rank": 4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+    widths = {"intermediate_size": [48, 64], "activation_sparsity_pattern": [0.0, 0.0]}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    module = made("Gemma3n", "TextConfig", **layers, **widths, **kinds)
+    engine = HFEngine(Model(module, None, "3n", "0" * 64, "random-all"), batch_size=4, seq_len=16)
+    for preset in ("poc-2.0", "decode-64"):
+        round = Round(block_hash="b", public_key="k", seq_len=16, preset=preset, model="3n")
+        values = engine.run(round.inputs(range(4)), get_pipeline(preset))
+        if preset == "decode-64":
+            assert next(values)["tokens"].shape == (4, 64)
+        else:
+            with pytest.raises(ModelError):
+                next(values)
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 8192), (16, 512), (100, 64), (128, 64)])

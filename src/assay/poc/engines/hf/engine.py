@@ -156,7 +156,19 @@ class HFEngine(Engine):
             yield "deterministic"
 
     def embeddings(self, inputs: Sequence[Input]) -> Float[Tensor, "B T D"]:
-        """Return the input embeddings of B inputs, in the engine's dtype."""
+        """Return the input embeddings of B inputs, in the engine's dtype.
+
+        Raises:
+            ModelError: Layers read tokens too, and would be computed without them.
+            UsageError: The frame of the preset is missing, or is one of another model.
+        """
+        if self.model.config.model_type == "gemma3n_text":
+            raise ModelError(
+                f"{self.model.reference} is a Gemma 3n, whose layers read the token of a position "
+                f"beside its embedding",
+                wanted="a decoder that takes input embeddings and positions",
+                do="use another architecture, or a preset of tokens, such as --preset decode-64",
+            )
         pipeline = get_pipeline(inputs[0].round.preset)
         if pipeline.framed:
             check_frame(

@@ -10,6 +10,7 @@ import torch
 
 from assay.errors import OutOfMemory
 from assay.models.catalogue import ModelInfo
+from assay.models.decoder import mlp_width
 from assay.models.device import free_bytes
 from assay.models.model import Model
 from assay.models.precision import is_wide
@@ -41,11 +42,7 @@ def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
     config = model.config
     # A row for each expert of a position.
     chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
-    wide = max(
-        int(getattr(config, "intermediate_size", 0) or 0),
-        4 * model.hidden_size,
-        chosen * model.hidden_size,
-    )
+    wide = max(mlp_width(config), 4 * model.hidden_size, chosen * model.hidden_size)
     per_position = _HIDDEN_COPIES * model.hidden_size + _WIDE_COPIES * wide
     return batch_size * seq_len * per_position * max(model.dtype.itemsize, 2)
 

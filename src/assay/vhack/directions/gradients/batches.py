@@ -11,6 +11,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
+from assay.models.decoder import mlp_width
 from assay.models.model import AnyModel, AnyTokenizer, PreTrained, Tokenizer
 from assay.models.shared_passes import pass_kind
 from assay.models.spelling import encode_texts
@@ -278,13 +279,8 @@ def token_budget(
     config = module.config.get_text_config()
     layers = int(config.num_hidden_layers)
     parameter = next(module.parameters())
-    stated_width = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
-    # Gemma 3n has one for each layer.
-    widths = stated_width if isinstance(stated_width, list | tuple) else [stated_width]
-    mlp_width = max(map(int, widths))
-    layer = (
-        _HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * mlp_width
-    ) * parameter.element_size()
+    wide = mlp_width(config) or 4 * config.hidden_size
+    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn
     # comes.
     states = layers * config.hidden_size * parameter.element_size()
