@@ -72,6 +72,18 @@ def test_the_backbone_ends_after_the_final_norm(write_checkpoint, architecture):
     assert hidden_BTD.shape == (1, 12, 32)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("llama4_text", {"num_local_experts": 2}), ("modernbert-decoder", {})],
+)
+def test_the_decoder_is_found_where_transformers_returns_something_else(model_type, settings):
+    config = AutoConfig.for_model(model_type, **SIZES, pad_token_id=0, **settings)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    assert backbone(module) is module.model
+    assert len(decoder_layers(module)) == 2
+
+
 def test_a_missing_layer_is_not_overlooked(checkpoint):
     module = load_model(checkpoint, device="cpu").module
     del decoder_layers(module)[0]

@@ -115,6 +115,9 @@ def backbone(module: nn.Module) -> nn.Module:
     """Return the decoder without its head; it returns states after the final norm, [B, T, D]."""
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
+    # The library finds none in Llama 4, and takes the head of ModernBERT for it.
+    if decoder is module or isinstance(decoder, nn.Linear):
+        decoder = getattr(module, "model", None)
     if isinstance(decoder, nn.Module) and decoder is not module:
         return decoder
     raise LayersNotFound(
