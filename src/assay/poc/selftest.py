@@ -356,7 +356,9 @@ def _ask(
     }
     try:
         answer = client.post(f"{url}/generate", json=body)
-        answer.raise_for_status()
+        if not answer.is_success:
+            # The server says which of the parameters is not its own.
+            raise httpx.HTTPError(f"status {answer.status_code}, {answer.text}")
         texts = {
             artifact["nonce"]: artifact["vector_b64"] for artifact in answer.json()["artifacts"]
         }
@@ -366,6 +368,6 @@ def _ask(
         raise ModelError(
             f"{url}/generate: {reason_of(error)}"[:500],
             wanted="the vectors of all nonces that were asked for",
-            do="check the address, the key, the model and the preset, and ask for fewer nonces "
-            "where the server takes longer than a minute",
+            do="check the address, the key, the model, its length of a nonce (--seq-len) and the "
+            "preset, and ask for fewer nonces where the server takes longer than a minute",
         ) from error

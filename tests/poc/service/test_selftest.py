@@ -65,6 +65,14 @@ def test_a_server_that_refuses_is_an_error(wrong, server):
         run_remote_selftest(url, round, key=wrong.get("key", KEY), batch_size=8, nonces=4)
 
 
+def test_what_a_server_says_against_a_length_is_told(server):
+    other = Round(block_hash="b", public_key="k", preset="artifact", seq_len=8, model="fake")
+    with pytest.raises(ModelError) as error:
+        run_remote_selftest(server, other, key=KEY, batch_size=8, nonces=4)
+    assert '"wanted":"seq_len 4"' in error.value.seen
+    assert "--seq-len" in error.value.do
+
+
 def test_the_command_asks_a_server(server, tmp_path, capsys, monkeypatch):
     (tmp_path / "key").write_text(f"{KEY}\n")
     monkeypatch.setenv("ASSAY_API_KEY_FILE", str(tmp_path / "key"))
