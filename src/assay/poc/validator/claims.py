@@ -310,8 +310,9 @@ class Reader:
         """Refuse a nonce that is so far out that 32-bit seeds may have been chosen to collide.
 
         A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that
-        one forward pass serves two nonces: with the bound of 2²² positions that saves one pass in
-        2048. Proofs of few nonces each can be chosen as well as single nonces.
+        one forward pass serves two nonces: 2048 pairs with the bound of 2²² positions. So it saves
+        2048 passes of a round at most, which are half of those of a node that names these pairs
+        alone. Proofs of few nonces each can be chosen as well as single nonces.
         """
         if round.strength == 32 and last // round.node_count >= self.positions:
             raise refused(
