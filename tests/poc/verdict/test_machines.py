@@ -109,6 +109,16 @@ def test_honest_machines_left_out_are_not_accused():
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_a_usual_machine_is_called_honest_where_machines_differ():
+    """Its noise is also that of a quiet machine that computes something else."""
+    apart = pairs(3)
+    effect, _ = leave_out(apart, ["a"] * 3, fit_log_noise, audits=5, between_blocks=0.1)
+    noise = fit_machines(apart, ["a"] * 3, fit_log_noise, between_blocks=0.1)
+    test = sequential_test(Noise(noise.law, "measured", noise.spread, effect))
+    usual = noise.law.size * np.exp(0.4 * np.random.default_rng(1).normal(size=2000))
+    assert test.update(usual).result.verdict == "honest"
+
+
 @pytest.mark.slow
 def test_a_machine_unlike_all_others_raises_the_effect(monkeypatch):
     far = pairs(4, noisy=1.7)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import scipy
 
 from assay import stats
 from assay.poc.protocol.pipelines import Pipeline
@@ -25,7 +26,7 @@ from assay.poc.verdict.build_noise import (
     Sizes,
 )
 from assay.poc.verdict.honest_noise import Law, Noise, fit_noise, pack_scores
-from assay.poc.verdict.sample_plan import sequential_test
+from assay.poc.verdict.sample_plan import BETA, sequential_test
 from assay.stats.chord import FloatArray
 from assay.stats.noise_laws import Spread
 
@@ -148,6 +149,7 @@ def leave_out(
 ) -> tuple[float | None, LeftOut | None]:
     """Return the smallest effect at which machines left out are not accused, and their rate.
 
+    It is also one that the spread of machines does not explain, or no node would be called honest.
     Every machine is left out once. Its audits against every other machine draw nonces without
     replacement, and are judged by the law that the other machines give. If no effect is large
     enough, the last one is returned. With fewer than three machines both values are None.
@@ -157,8 +159,10 @@ def leave_out(
     if len(kinds) < FEWEST_MACHINES:
         return None, None
     checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
+    spread = fit_machines(residuals, kinds, fit, between_blocks=between_blocks).spread
+    told_apart = [effect for effect in EFFECTS if _is_told_apart(effect, spread)]
     # The smallest effect at which engines that were left out are seldom accused.
-    for effect in EFFECTS:
+    for effect in told_apart or EFFECTS[-1:]:
         # The same draws for every effect, so that nothing else differs.
         rng = np.random.default_rng(0)
         shares = list[float]()
@@ -197,3 +201,14 @@ def leave_out(
         if left_out.holds:
             break
     return effect, left_out
+
+
+def _is_told_apart(effect: float, spread: Spread) -> bool:
+    """Return whether honest machines so noisy are too rare to be taken for usual ones.
+
+    Usual noise is also that of a quiet machine whose noise is ``effect`` times larger. However many
+    nonces are checked, the evidence for honesty tends to the ratio of the chances of both scales.
+    """
+    law = scipy.stats.t(spread.dof)
+    evidence = law.logpdf(0.0) - law.logpdf(math.log(effect) / spread.sd)
+    return bool(evidence >= -math.log(BETA))
