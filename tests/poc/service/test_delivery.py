@@ -238,3 +238,32 @@ def test_names_of_a_client_that_are_not_answered_hold_no_callback_of_the_operato
             until(lambda: receiver.seen)
         finally:
             answered.set()
+
+
+def test_a_receiver_of_one_client_that_hangs_holds_no_callback_of_another(serving, receive):
+    """Each attempt lasts for the timeout, and a client may owe hundreds."""
+    answered = threading.Event()
+
+    def hang(number: int) -> Answer:
+        answered.wait(60)
+        return 200, {}
+
+    hanging = receive(hang)
+    receiver = receive()
+    mine, theirs = "mine-" + "x" * 20, "theirs-" + "x" * 20
+    with serving(validate_keys=(mine, theirs), callback_timeout=60.0) as service:
+
+        def post(nonce: int, url: str, key: str) -> None:
+            headers = {"Authorization": f"Bearer {key}"}
+            job = ARTIFACTS | {"url": url, "nonces": [nonce]}
+            service.client.post(PREFIX + "/generate", json=job, headers=headers).raise_for_status()
+
+        try:
+            for nonce in range(12):
+                post(nonce, hanging.url, theirs)
+            until(lambda: service.sql("SELECT count(*) FROM outbox") == [(12,)])
+            post(0, receiver.url, mine)
+            until(lambda: receiver.seen)
+            assert len(hanging.seen) == 4  # half of callback_concurrency
+        finally:
+            answered.set()

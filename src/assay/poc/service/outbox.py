@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.runtime import Runtime
+from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.records import artifact_fields, describe_packing
 from assay.poc.service.database import FILE, open_database
@@ -171,13 +173,19 @@ class Outbox:
             self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0)
         )
 
-    def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
-        """Return up to ``limit`` due callbacks with bodies, the operator's first, then by age."""
+    def due(
+        self, limit: int, *, besides: Iterable[str] = (), clients_besides: Iterable[str] = ()
+    ) -> list[tuple[Callback, str]]:
+        """Return up to ``limit`` due callbacks with bodies, the operator's first, then by age.
+
+        Those of some ids, and those of some clients, are left out.
+        """
         c = self._c
         callbacks = list[tuple[Callback, str]]()
         now = time.time()  # where the clock was set back, a pause may be longer than any
         is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
-        ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
+        is_free = c.client.is_(None) | c.client.not_in(list(clients_besides))
+        ready = (c.status == "pending") & is_due & c.id.not_in(list(besides)) & is_free
         query: sa.Select[Any] = sa.select(*self._columns, c.client, c.body).where(ready)
         with self._db.read() as connection:
             # A client's wait for the operator's: its receiver may hang.
@@ -332,7 +340,8 @@ class Delivery:
         self._settings = settings
         self._metrics = metrics
         self._signers = [Webhook(secret) for secret in settings.callback_secrets]
-        self._sending: dict[str, asyncio.Task[None]] = {}
+        # By id and client of the callback.
+        self._sending: dict[tuple[str, str | None], asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -359,12 +368,31 @@ class Delivery:
     async def _start_due(self, client: httpx.AsyncClient) -> None:
         outbox = self._outbox
         await self._runtime.call(outbox.close_open, self._settings.callback_interval)
-        room = self._settings.callback_concurrency - len(self._sending)
-        if room <= 0:
-            return
-        due = await self._runtime.call(outbox.due, room, besides=list(self._sending))
-        for callback, body in due:
-            self._sending[callback.id] = asyncio.create_task(self._deliver(client, callback, body))
+        while len(self._sending) < self._settings.callback_concurrency:
+            due = await self._runtime.call(
+                outbox.due,
+                1,
+                besides=[callback_id for callback_id, _ in self._sending],
+                clients_besides=self._clients_without_room(),
+            )
+            if not due:
+                return
+            callback, body = due[0]
+            self._sending[callback.id, callback.client] = asyncio.create_task(
+                self._deliver(client, callback, body)
+            )
+
+    def _clients_without_room(self) -> list[str]:
+        """Return the clients that hold their share of the deliveries that run: the receiver of each
+        may hang.
+        """
+        most = self._settings.callback_concurrency
+        running = Counter(client for _, client in self._sending)
+        return [
+            client
+            for client, own in running.items()
+            if client is not None and room_of(client, most, running.total(), own) < 1
+        ]
 
     async def _deliver(self, client: httpx.AsyncClient, callback: Callback, body: str) -> None:
         started = time.perf_counter()
@@ -373,7 +401,7 @@ class Delivery:
             self._metrics.delivery_seconds.observe(time.perf_counter() - started)
             await self._note(callback, error, wait)
         finally:
-            self._sending.pop(callback.id, None)
+            self._sending.pop((callback.id, callback.client), None)
             self._wake.set()
 
     async def _send(
