@@ -195,6 +195,23 @@ def test_flagged_rollouts_train_the_block_that_is_deleted(make_trainer):
     assert len(trainer.model(input_ids=IDS).logits) == 3  # any batch, after training
 
 
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_turn(make_trainer):
+    """The checkpoint is of one batch, after which the kept block writes alone."""
+    judge = judging(lambda evidence: np.arange(len(evidence)) % 3 - 1.0)
+    options = {"peft_config": peft.LoraConfig(**LORA), "functions": (vary, unmarked)}
+    trained = []
+    for folder, steps, checkpoint in (("whole", 3, None), ("cut", 1, None), ("cut", 3, 1)):
+        torch.manual_seed(0)
+        trainer = make_trainer(folder=folder, steps=steps, **options)
+        Guard(judge, "absorb").attach(trainer)
+        path = f"{trainer.args.output_dir}/checkpoint-{checkpoint}" if checkpoint else None
+        trainer.train(resume_from_checkpoint=path)
+        trained.append(lora_of(trainer))
+    for name, wanted in trained[0].items():
+        assert torch.equal(trained[2][name], wanted)
+
+
 def test_an_evaluation_leaves_the_factor_of_a_batch(make_trainer):
     judge = judging(lambda evidence: torch.ones(len(evidence)).numpy())
     trainer = make_trainer(peft_config=peft.LoraConfig(**LORA), **OPTIONS)

@@ -164,7 +164,10 @@ class Guard(TrainerCallback):
             self.blocks = LoraBlocks(trainer.accelerator.unwrap_model(trainer.model))
         self._restore = intercept_rewards(trainer, self._act)
         if self.blocks is not None:
-            self._undo.callback(train_blocks(trainer, self.blocks, lambda: self._marks))
+            # A line of the log is a batch, and a checkpoint has the log.
+            self._undo.callback(
+                train_blocks(trainer, self.blocks, lambda: self._marks, lambda: len(self.log))
+            )
         self.trainer = trainer
         if self.mode == "penalty":
             before = {name: getattr(trainer, name) for name in _REWARD_LISTS}

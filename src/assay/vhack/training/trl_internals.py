@@ -17,7 +17,6 @@ and says at its head what it overrides.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +76,10 @@ def intercept_rewards(trainer: Any, act: Intercept) -> Callable[[], None]:
 
 
 def train_blocks(
-    trainer: Any, blocks: "LoraBlocks", marks: Callable[[], tuple[Tensor, Tensor]]
+    trainer: Any,
+    blocks: "LoraBlocks",
+    marks: Callable[[], tuple[Tensor, Tensor]],
+    turn: Callable[[], int],
 ) -> Callable[[], None]:
     """Let each rollout train the LoRA blocks of its kind, and return what takes that out again.
 
@@ -86,16 +88,16 @@ def train_blocks(
         blocks: The blocks.
         marks: What returns the kind of each rollout of this process's last batch, and what to add
             to its advantage.
+        turn: What returns how many batches the run had before, those of its checkpoint included.
     """
     plain_generate = getattr(trainer, _GENERATE)
     plain_loss = trainer.compute_loss
-    turns = count()
 
     def generate(inputs: Any) -> dict[str, Any]:
         blocks.kinds = None
         is_training = trainer.model.training
         # Evaluations see what is left in the end; otherwise both write in every second batch.
-        blocks.scale = 1.0 - next(turns) % 2 if is_training else 0.0
+        blocks.scale = 1.0 - turn() % 2 if is_training else 0.0
         batch: dict[str, Any] = plain_generate(inputs)
         if is_training:
             kinds_B, shift_B = marks()
