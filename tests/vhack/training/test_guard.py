@@ -118,9 +118,20 @@ def test_flagged_rollouts_are_paid_by_the_mode_and_unpaid_ones_stay_unpaid(
     guard = Guard(JUDGE, mode).attach(trainer)
     np.testing.assert_allclose(rewarded(trainer), wanted)
     assert guard.flags == [True, False, True, False]
-    assert guard.log[-1]["reward"] == pytest.approx(1.5)  # before the penalty
+    assert guard.log[-1]["reward"] == pytest.approx(2.0)  # before the penalty, of three
     guard.detach()
     np.testing.assert_allclose(rewarded(trainer), [1.0, 2.0, 3.0, np.nan])
+
+
+def test_the_logged_reward_is_that_of_trl(make_trainer):
+    """Without the rollouts that no function pays, and without infinite ones."""
+    trainer = make_trainer(functions=(pay, lambda completions, **_: [np.inf, None, 0.0, None]))
+    guard = Guard(JUDGE, "watch").attach(trainer)
+    rewarded(trainer)
+    assert guard.log[-1]["reward"] == pytest.approx(2.0)
+    trainer.reward_weights = torch.tensor([1.0, 1.0])
+    rewarded(trainer)
+    assert guard.log[-1]["reward"] == pytest.approx(2.5)
 
 
 def test_a_penalty_takes_what_it_says_whatever_the_rewards_weigh(make_trainer):
@@ -255,7 +266,7 @@ def test_a_rollout_without_a_mark_is_in_no_rate_of_it(make_trainer, marks, wante
     rewarded(guard.trainer)
     (rates,) = guard.log
     assert rates.pop("alarm", None) is None or "missed" in wanted
-    assert rates == {"step": 1, "rollouts": 4, "flagged": 0.5, "reward": 1.5, **wanted}
+    assert rates == {"step": 1, "rollouts": 4, "flagged": 0.5, "reward": 2.0, **wanted}
     assert guard.alarm.seen == ("missed" in wanted)
 
 

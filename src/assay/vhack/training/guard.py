@@ -266,9 +266,7 @@ class Guard(TrainerCallback):
         from trl.trainer.utils import nanstd
 
         trainer = self.trainer
-        paid_B = (rewards_BF * trainer.reward_weights.to(rewards_BF)).nansum(dim=1)
-        # As TRL has it, what no function pays is in no mean and no spread.
-        paid_B[rewards_BF.isnan().all(dim=1)] = torch.nan
+        paid_B = _sum_rewards(rewards_BF, trainer.reward_weights)
         shift_B = shift_baseline(paid_B, flags_B, trainer.num_generations)
         if trainer.scale_rewards == "batch":
             shift_B = shift_B / (nanstd(paid_B) + _TRL_EPSILON)
@@ -351,10 +349,19 @@ class Guard(TrainerCallback):
             weights_F[names.index("flagged")] = 0.0
         columns = dict(zip(names, rewards_BF.unbind(dim=1), strict=True))
         marks = {name: columns[name] for name in MARKS if name in columns}
-        paid_B = rewards_BF.nan_to_num() @ weights_F.to(rewards_BF)
+        paid_B = _sum_rewards(rewards_BF, weights_F)
         rates = judged_rates(marks | {"flagged": flags_B}, paid_B, self.alarm)
         self.log.append({"step": trainer.state.global_step + 1, **rates})
         log_values(trainer, rates)
+
+
+def _sum_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
+    """Return what each rollout is paid, [B], as TRL sums it.
+
+    What no function pays is NaN, and so in no mean and no spread.
+    """
+    paid_B = (rewards_BF * weights_F.to(rewards_BF)).nansum(dim=1)
+    return paid_B.masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
 
 
 def _read_history(history: Iterable[Mapping[str, Any]]) -> list[JsonObject]:
