@@ -16,6 +16,7 @@ from assay.errors import DataError, StorageError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict.entries import Entry, sha256
+from assay.poc.verdict.ledger_tables import MIGRATIONS
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
 from tests.usual import examples
 from tests.wordings import refuses
@@ -213,6 +214,12 @@ def test_what_is_beside_the_rows_is_looked_at_too(copy: Path, statement: str, re
         database.commit()
     found = audit_ledger(copy)
     assert any(reason in fault.reason for fault in found.faults), found.faults
+
+
+def test_the_tables_are_to_the_letter_those_that_every_release_wrote():
+    """SQLite keeps the text of a table, and a ledger with another text is called tampered with."""
+    digest = "39d822c91941dd5187b1fffb2c7d5f0efee5d3b5de666d50d6a5500c199b3d02"  # of 0.3
+    assert sha256(json.dumps(MIGRATIONS)) == digest
 
 
 def test_a_name_that_only_sqlite_may_give_hides_nothing(copy: Path):

@@ -43,10 +43,9 @@ MIGRATIONS = (
         "CREATE TABLE laws (hash TEXT PRIMARY KEY, law TEXT NOT NULL) WITHOUT ROWID",
         """CREATE TABLE accounts (
             id INTEGER PRIMARY KEY,
-            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL,
-            preset TEXT NOT NULL,
+            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
             UNIQUE (public_key, digest, build, preset)
-        )""",
+        )""",  # noqa: E501  (its line breaks are part of the format, too)
         """CREATE TABLE updates (
             seq INTEGER PRIMARY KEY,
             account INTEGER NOT NULL REFERENCES accounts (id),
