@@ -85,6 +85,12 @@ def test_a_link_in_a_directory_that_cannot_be_written_shows_what_a_writer_just_w
         assert connection.execute("SELECT count(*) FROM migrations").fetchone() == (1,)
 
 
+def test_a_link_that_leads_to_itself_is_refused(tmp_path):
+    (tmp_path / "d.sqlite3").symlink_to("d.sqlite3")
+    with pytest.raises(StorageError):
+        Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+
+
 def test_a_directory_on_a_network_is_refused_before_a_file_is_made(tmp_path, monkeypatch):
     """The journal is shared memory, which no network keeps in step: a client that is killed may
     leave no database.

@@ -47,9 +47,16 @@ def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageErro
     )
 
 
+def _behind_links(path: Path) -> Path:
+    """Return what links lead to, beside which SQLite keeps journals; it refuses those that lead to
+    themselves, for which ``Path.resolve`` has no OSError.
+    """
+    return Path(os.path.realpath(path))
+
+
 def check_journals(path: Path, flag: str) -> None:
     """Refuse a pipe or directory in the place of a file of SQLite, which would wait."""
-    path = path.resolve()  # SQLite writes journals beside what a link leads to
+    path = _behind_links(path)
     for end in _FILES:
         journal = path.with_name(f"{path.name}{end}")
         if journal.exists() and not journal.is_file():
@@ -82,7 +89,7 @@ def storage_errors(path: Path, flag: str) -> Iterator[None]:
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Return a connection to another process's file, which it cannot change."""
-    path = path.resolve()  # SQLite keeps journals beside what a link leads to
+    path = _behind_links(path)
     uri = f"file:{quote(os.fsencode(path))}?mode=ro"
     if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
         # No writer has it open, and the journal that SQLite would begin has no place.
