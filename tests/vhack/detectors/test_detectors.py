@@ -224,6 +224,14 @@ def test_a_judge_by_axes_judges_the_same_after_peft_has_wrapped_the_model(
         judge.flags(hack)
 
 
+@pytest.mark.parametrize(("detector", "count"), [("ngrams", 2), ("combined", 3)])
+def test_pairs_of_too_few_groups_are_refused_before_any_pass(small_pairs, detector, count):
+    pairs = [replace(pair, group=f"{row % count}") for row, pair in enumerate(small_pairs)]
+    with pytest.raises(UsageError) as refused:
+        fit_judge(pairs, None, detector=detector)
+    assert refused.value.seen == f"pairs of {count} groups"
+
+
 def test_a_judge_is_not_fitted_to_a_prompt_of_two_groups(small_pairs):
     again = replace(small_pairs[0], hack="another", group="other")
     with pytest.raises(DataError):

@@ -85,6 +85,8 @@ class CombinedDetector(Detector):
     """Adds up detectors that each raise the held-out AUROC of the sum by 0.01 or more."""
 
     needs = Needs.ALL
+    # Its members choose by cross-validation within its own.
+    least_groups = Detector.least_groups + 1
 
     def __init__(self, name: str, members: Sequence[Detector] | None = None) -> None:
         super().__init__(name)

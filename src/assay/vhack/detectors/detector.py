@@ -9,7 +9,7 @@ Shapes: S samples.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,12 @@ class Detector(ABC):
     Attributes:
         name: Name in ``DETECTORS``.
         needs: Parts of the evidence that it looks at.
+        least_groups: Number of groups of pairs that a judge takes: one is held out, and of the
+            others one more for choices by cross-validation.
     """
 
     needs: Needs
+    least_groups: ClassVar[int] = 3
 
     def __init__(self, name: str) -> None:
         self.name = name

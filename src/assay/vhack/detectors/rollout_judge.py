@@ -94,7 +94,8 @@ def fit_judge(
     """Return a detector fitted to pairs, with a threshold from their held-out scores.
 
     Args:
-        pairs: Pairs of a hack and a clean completion, in three groups or more.
+        pairs: Pairs of a hack and a clean completion, in three groups or more, for
+            ``combined`` four.
         model: Model whose passes it looks at.
         detector: Name in ``DETECTORS``.
         promised: Share of the clean samples of a new group, of such as the clean sides are, that
@@ -109,7 +110,7 @@ def fit_judge(
         DataError: A prompt occurs in two groups, or a pair is too long for the model.
     """
     chosen = make_detector(detector)
-    groups = check_fittable(pairs, promised)
+    groups = check_fittable(pairs, chosen.least_groups, promised)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
     if svd is None and chosen.cost == Cost.BACKWARD:
         # Refuses before the decomposition.

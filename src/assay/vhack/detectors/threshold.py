@@ -28,7 +28,6 @@ from assay.vhack.names import LOST
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import check_prompts
 
-MIN_GROUPS = 3  # for fits to the other groups
 _ROUNDING = 1e-9  # of sums of weights
 
 
@@ -79,19 +78,21 @@ def promised_share(groups: int, demanded: float | None = None) -> float:
     return demanded
 
 
-def check_fittable(pairs: Sequence[Pair], promised: float | None = None) -> list[str]:
-    """Return the groups of pairs, after refusing pairs that no detector can be fitted to.
+def check_fittable(
+    pairs: Sequence[Pair], least_groups: int, promised: float | None = None
+) -> list[str]:
+    """Return the groups of pairs, after refusing pairs that a detector cannot be fitted to.
 
     Raises:
-        UsageError: There are too few groups for the promised share, or fewer than three.
+        UsageError: There are too few groups for the promised share, or for the detector.
         DataError: A prompt occurs in two groups.
     """
     check_prompts(pairs)
     groups = [pair.group for pair in pairs]
-    if len(set(groups)) < MIN_GROUPS:
+    if len(set(groups)) < least_groups:
         raise UsageError(
             f"pairs of {len(set(groups))} groups",
-            wanted="three or more, for fits to the others",
+            wanted=f"{least_groups} or more, for fits to the others",
             do="add pairs of other groups",
         )
     promised_share(len(set(groups)), promised)

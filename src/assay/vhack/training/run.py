@@ -21,6 +21,7 @@ from assay.models.load import load_model
 from assay.models.model import Model
 from assay.models.precision import wide_products
 from assay.pages.provenance import provenance
+from assay.vhack.detectors.detector import make_detector
 from assay.vhack.detectors.threshold import check_fittable
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.environment.grading import CHANNELS
@@ -270,8 +271,9 @@ def _check_inputs(
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:
         select_pairs(pairs, n_heldout=0, heldout_groups=None, method=settings.method)
-    if settings.flags_by.detector not in (None, "labels"):
-        check_fittable(pairs, settings.clean_lost)
+    detector = settings.flags_by.detector
+    if detector is not None and detector != "labels":
+        check_fittable(pairs, make_detector(detector).least_groups, settings.clean_lost)
 
 
 def _continue_settings(
