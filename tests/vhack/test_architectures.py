@@ -165,7 +165,7 @@ def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(
     ) as raised:
         extract(small_pairs, model, **asked)
     assert "2 model.decoder.layers.*.fc1" in raised.value.seen
-    assert "--allow-partial" in raised.value.do
+    assert "--set allow_partial=true" in raised.value.do
     basis = extract(small_pairs, model, min_coverage=0.0, path=path, **asked)
     sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2}
     sizes = {name: size for name, size in sizes.items() if "embed" not in name}

@@ -234,7 +234,7 @@ def check_coverage(model: AnyModel, least: float) -> None:
             wanted=f"at least {least:.0%}, so that directions and training are those of the "
             f"model, not of a part",
             do="use a model whose projections are all found, or accept a part with "
-            "--allow-partial (min_coverage=0)",
+            "--set allow_partial=true (min_coverage=0)",
         )
 
 
