@@ -124,7 +124,7 @@ def test_an_option_beats_a_variable_and_that_beats_the_file(sample):
         (("--bits", "64"), "--bits 64", "correct --bits"),
         (("--shares", "1"), "--shares", "did you mean --share?"),
         (("--xyz", "1"), "--xyz", "see assay show --help"),
-        (("--share",), "--share", "see assay"),
+        (("--share",), "--share", "see assay show --help"),
         (("surplus",), "surplus", "see assay show --help"),
     ],
 )

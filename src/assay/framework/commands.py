@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
+from click.core import ParameterSource, augment_usage_errors
 
 from assay.devices import check_device
 from assay.errors import AssayError, UsageError
@@ -160,7 +160,8 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Warn of options that are given more than once; the last value counts."""
-        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
+        with augment_usage_errors(ctx):  # the parser alone does not say whose --help to see
+            order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
         for option in dict.fromkeys(
             option for option in order if order.count(option) > 1 and not option.multiple
         ):
