@@ -217,9 +217,19 @@ def test_what_is_beside_the_rows_is_looked_at_too(copy: Path, statement: str, re
 
 
 def test_the_tables_are_to_the_letter_those_that_every_release_wrote():
-    """SQLite keeps the text of a table, and a ledger with another text is called tampered with."""
+    """SQLite keeps the text of a table, and 0.3 compares a ledger with its own to the letter."""
     digest = "39d822c91941dd5187b1fffb2c7d5f0efee5d3b5de666d50d6a5500c199b3d02"  # of 0.3
     assert sha256(json.dumps(MIGRATIONS)) == digest
+
+
+def test_tables_whose_lines_break_elsewhere_are_the_same(copy: Path):
+    """As one state of this release made them."""
+    with closing(sqlite3.connect(copy)) as database:
+        database.execute("PRAGMA writable_schema=ON")
+        broken = "replace(sql, 'build TEXT NOT NULL, ', 'build TEXT NOT NULL,' || char(10) || ' ')"
+        database.execute(f"UPDATE sqlite_master SET sql = {broken} WHERE name = 'accounts'")
+        database.commit()
+    assert audit_ledger(copy).clean
 
 
 def test_a_name_that_only_sqlite_may_give_hides_nothing(copy: Path):

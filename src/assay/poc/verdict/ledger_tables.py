@@ -45,7 +45,7 @@ MIGRATIONS = (
             id INTEGER PRIMARY KEY,
             public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
             UNIQUE (public_key, digest, build, preset)
-        )""",  # noqa: E501  (its line breaks are part of the format, too)
+        )""",  # noqa: E501  (0.3 compares its line breaks, too)
         """CREATE TABLE updates (
             seq INTEGER PRIMARY KEY,
             account INTEGER NOT NULL REFERENCES accounts (id),
