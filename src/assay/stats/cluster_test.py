@@ -214,6 +214,18 @@ class ClusterTest:
         self.clusters += bool(ends[-1])
         return logs_B
 
+    def log_price(self, clusters: Sequence[FloatArray]) -> float:
+        """Return the logarithm of the mean that the best bet has on these honest clusters.
+
+        A bet is the likelihood of a cheat over that of an honest scale: of the one that leaves the
+        best bet the least. Where the mean is at most 1, a node whose clusters come from these is
+        accused with a chance of at most alpha over the weight of that scale, however many it has.
+        """
+        paths_LK = np.concatenate([self.paths(values, [len(values)]) for values in clusters])
+        honest_HL, cheats_KL = np.split(paths_LK.T, [self._honest])
+        best_H = [log_sum(cheats_KL - honest_L).max() for honest_L in honest_HL]
+        return float(min(best_H)) - math.log(len(clusters))
+
     @property
     def evidence(self) -> dict[str, float]:
         """Log likelihood ratios of honest noise to the cheats that an honest verdict excludes."""

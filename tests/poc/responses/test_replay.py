@@ -28,13 +28,19 @@ from assay.poc.responses import (
 )
 from assay.poc.responses.replaying import compute_gaps, measure_margins
 from assay.poc.responses.response_calibration import (
+    LEAST_BETWEEN,
+    SKETCH_TAIL,
     bundled_response_noise,
     check_enough_tokens,
     check_one_checkpoint,
+    fair_sketches,
 )
 from assay.poc.responses.response_verdict import noise_between, sample_receipts
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.token_fit import fit_token_noise
+from assay.poc.verdict.response_noise import PartNoise
+from assay.stats import ClusterTest
+from assay.stats.noise_laws import Spread, fit_log_noise
 from assay.stats.token_law import COLUMNS, SCALES
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
@@ -480,6 +486,38 @@ def test_engines_that_agree_on_every_token_leave_room_for_what_was_not_seen():
     fit = fit_token_noise([certain] * 8)
     assert fit.law.weights[-1] >= 1e-6
     assert sum(fit.law.weights[SCALES.searchsorted(1.0) :]) < 0.02
+
+
+def distances(responses: int, seed: int, *, odd: float = 0.0, at_once: bool = False):
+    """Residuals of four sketches of each response; some are ten times as noisy."""
+    rng = np.random.default_rng(seed)
+    drawn_R4 = 0.01 * np.exp(0.3 * rng.standard_normal((responses, 4)))
+    odd_R4 = rng.random((responses, 1 if at_once else 4)) < odd
+    return list(np.where(odd_R4, 10 * drawn_R4, drawn_R4))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_rare_noise_of_honest_sketches_accuses_nobody(at_once: bool):
+    """The quantiles of a fit do not see one sketch, or one response, in twenty."""
+    measured = distances(256, 0, odd=0.05, at_once=at_once)
+    law, _ = fit_log_noise(np.concatenate(measured), tail=SKETCH_TAIL)
+    fitted = PartNoise(law=law, spread=Spread(0.1), between=LEAST_BETWEEN)
+    fair = fair_sketches(fitted, measured)
+    assert (fair.law.sd, fair.between) >= (law.sd, LEAST_BETWEEN)
+    highest = {}
+    for name, part in {"fitted": fitted, "fair": fair}.items():
+        test = ClusterTest(part.law, spread=part.spread, between=part.between)
+        for response in distances(128, 1, odd=0.05, at_once=at_once):
+            test.take(response, [len(response)])
+        highest[name] = test.result.log_e_max
+    assert highest["fair"] < math.log(1000) < highest["fitted"]
+
+
+def test_a_law_of_sketches_whose_bets_are_fair_stays_as_it_was_fitted():
+    measured = distances(256, 0)
+    law, _ = fit_log_noise(np.concatenate(measured), tail=SKETCH_TAIL)
+    part = PartNoise(law=law, spread=Spread(0.1), between=LEAST_BETWEEN)
+    assert fair_sketches(part, measured) == part
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from assay.poc.responses.token_fit import (
 from assay.poc.verdict.honest_noise import is_bundled
 from assay.poc.verdict.machine_fit import spread_of_new
 from assay.poc.verdict.response_noise import EFFECTS, PartNoise, ResponseNoise
+from assay.stats.chord import FloatArray
 from assay.stats.noise_laws import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 
 # One step of float16 numbers of this size, by which equal sketches may differ.
 SKETCH_FLOOR = 2.0**-11
-SKETCH_TAIL = 1.0  # heavy, because no residuals price the bets on sketches
+SKETCH_TAIL = 1.0  # heavy: a law is made wider where a bet gains on what was measured
 LEAST_BETWEEN = 0.2
 """Least spread of ln distance between the sketches of responses: an odd response is in no small
 sample.
@@ -57,6 +58,13 @@ sample.
 Chosen after one of eight pairs of formats and models accused more honest audits than it should
 (research/notes/decisions.md).
 """
+
+WIDER = 1.15
+"""Factor by which a law of sketches, or the spread of responses, is made wider at a time."""
+
+_MOST_BETWEEN = 1.5  # of which nothing is known beyond
+_MOST_STEPS = 24  # which make a law 29 times as wide
+_PRICED = 512  # responses by which bets are priced, of more as many at equal distances
 
 # Tokens from which the smallest effect is told apart from honest noise.
 TOLD_APART = 256
@@ -288,7 +296,46 @@ def fit_response_noise(
     )
     spread = spread_of_new(scales, len(scales), error, _ERROR_OF_PAIR)
     part = PartNoise(law=law, spread=spread, between=between)
-    return ResponseNoise(tokens=tokens, sketches=part, source=source)
+    return ResponseNoise(tokens=tokens, sketches=fair_sketches(part, sketches), source=source)
+
+
+def fair_sketches(part: PartNoise, sketches: Sequence[FloatArray]) -> PartNoise:
+    """Return a law of sketches, wider where a bet of its test gains on honest responses.
+
+    A fit by quantiles does not see rare states that are ten times as noisy, such as those of
+    another expert. Each step widens the law or the spread of responses: whichever leaves the best
+    bet less.
+
+    Args:
+        part: Law that was fitted to the responses.
+        sketches: Residuals of the sketches of every response.
+
+    Raises:
+        UsageError: The residuals differ so much that no law of one engine fits them.
+    """
+    priced = sketches[:: math.ceil(len(sketches) / _PRICED)]
+    price = _log_price(part, priced)
+    for _ in range(_MOST_STEPS):
+        if price <= 0:
+            return part
+        assert isinstance(part.law, stats.LogNoise)
+        wider = [
+            replace(part, law=replace(part.law, sd=WIDER * part.law.sd)),
+            replace(part, between=min(WIDER * part.between, _MOST_BETWEEN)),
+        ]
+        price, part = min(
+            ((_log_price(law, priced), law) for law in wider), key=lambda pair: pair[0]
+        )
+    raise UsageError(
+        f"sketches of {len(sketches)} honest responses whose distances no law explains",
+        wanted="distances of one number format and one kind of engine",
+        do="replay receipts of one engine at a time (RECEIPTS)",
+    )
+
+
+def _log_price(part: PartNoise, sketches: Sequence[FloatArray]) -> float:
+    test = stats.ClusterTest(part.law, spread=part.spread, between=part.between)
+    return test.log_price(sketches)
 
 
 def bundled_response_noise(
