@@ -174,6 +174,8 @@ def test_rewards_that_something_else_intercepts_are_given_back_in_order(make_tra
     ("judge", "options"),
     [
         (JUDGE, {"mode": "punish"}),
+        (JUDGE, {"penalty": -1.0}),
+        (JUDGE, {"penalty": np.nan}),
         (JUDGE, {"every": 2}),
         (JUDGE, {"mode": "watch", "every": 0}),
         (JUDGE, {"mode": "quarantine"}),

@@ -83,7 +83,8 @@ class Guard(TrainerCallback):
         every: Judge one of so many steps, in mode ``watch``: a sample for a fraction of the cost.
 
     Raises:
-        UsageError: There is no such mode, or ``every`` is below 1 or not 1 in another mode.
+        UsageError: There is no such mode, ``every`` is below 1 or not 1 in another mode, or the
+            penalty is negative or not finite.
 
     Attributes:
         trainer: The trainer; None while detached.
@@ -116,6 +117,12 @@ class Guard(TrainerCallback):
                 f"every={every}",
                 wanted="1, or more in mode watch: others act on every step",
                 do="leave every out",
+            )
+        if penalty is not None and not 0 <= penalty < math.inf:
+            raise UsageError(
+                f"penalty={penalty}",
+                wanted="a finite number of at least 0, which is taken from a flagged rollout's pay",
+                do="leave penalty out for the least that makes cheating a loss",
             )
         self.judge = judge
         self.mode = mode
