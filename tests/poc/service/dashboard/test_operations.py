@@ -67,6 +67,11 @@ def test_no_unit_hides_the_gpu(unit):
     assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "DeviceAllow"} & set(settings)
 
 
+def test_the_unit_of_vllm_starts_again_after_an_end_without_failure():
+    """vLLM ends with exit code 0 when its engine has died."""
+    assert "\nRestart=always\n" in (DEPLOY / "assay-vllm.service").read_text()
+
+
 @pytest.mark.pages
 @pytest.mark.needs("promtool")
 def test_prometheus_accepts_its_configuration():
