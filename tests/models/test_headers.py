@@ -7,11 +7,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from assay.errors import BadWeights
 from assay.models import load, load_model, model_info
 from assay.models.load import check_loadable, identify
-from tests.models.storing import make_mixture, rewrite, store
+from tests.models.storing import DECODER, make_mixture, rewrite, store
 
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
@@ -88,6 +94,20 @@ def test_experts_that_are_stored_one_by_one_fit(kind, tmp_path):
     path = make_mixture(kind, tmp_path / kind, head_dim=64)
     check_loadable(path)
     assert model_info(path).experts == 8
+
+
+def test_a_tied_head_inside_a_model_of_images_need_not_be_stored(tmp_path):
+    sizes = {"num_hidden_layers": 1, "image_size": 32, "patch_size": 16}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, num_attention_heads=2, **sizes),
+        text_config=LlamaConfig(**DECODER, tie_word_embeddings=True),
+        image_token_index=511,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in names
+    assert not any(name.endswith("lm_head.weight") for name in names)
+    check_loadable(tmp_path)
 
 
 def test_names_without_the_prefix_of_the_decoder_fit(checkpoint):

@@ -140,11 +140,13 @@ def check_headers(source: ModelSource, tensors: list[StoredTensor]) -> None:
                 "a configuration that says how they are used",
             )
     module = build_empty(source.config)
-    shapes = _shapes_in_files(module)
+    inside: dict[str, torch.Tensor] = module.state_dict()
+    shapes = _shapes_in_files(module, inside)
     stored = {tensor.name: tensor for tensor in tensors}
     names = {name for name, _ in module.named_parameters()}
     # A tied matrix has two names, and need not be stored under the second.
-    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - names
+    seconds = {name for name, _ in module.named_parameters(remove_duplicate=False)} - names
+    tied = _shapes_in_files(module, {name: inside[name] for name in seconds}).keys()
     ignored = [_SKIPPED, *map(re.compile, module._keys_to_ignore_on_load_unexpected or ())]
     shaped = sorted(
         name for name in stored.keys() & shapes.keys() if stored[name].shape != shapes[name]
@@ -175,11 +177,13 @@ def check_report(reference: str, report: Mapping[str, Any]) -> None:
             raise _misfit(repr(reference), key, names)
 
 
-def _shapes_in_files(module: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by its name in a file, as transformers writes it today."""
-    inside: dict[str, torch.Tensor] = {
-        name: tensor.to("meta") for name, tensor in module.state_dict().items()
-    }
+def _shapes_in_files(
+    module: "PreTrainedModel", inside: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's tensors by their names in a file, as transformers writes it
+    today.
+    """
+    inside = {name: tensor.to("meta") for name, tensor in inside.items()}
     # Another version of transformers, or experts that it cannot take apart.
     with suppress(Exception):
         from transformers.core_model_loading import revert_weight_conversion
