@@ -21,7 +21,7 @@ from tests.wordings import refuses
 
 gguf = pytest.importorskip("gguf", reason="needs the extra smollm2: pip install '.[smollm2]'")
 
-VOCAB = ["<|end|>", *"abcdefghijklmnopqrstuvwxyzĠ", "he", "hel"]
+VOCAB = ["<|end|>", *"abcdefghijklmnopqrstuvwxyzĠ", "he", "hel", "<think>"]
 SIZES = {"context_length": 64, "embedding_length": 64, "feed_forward_length": 96, "block_count": 2}
 SIZES |= {"attention.head_count": 2, "attention.head_count_kv": 1, "rope.dimension_count": 32}
 LAYER = {
@@ -55,7 +55,7 @@ def write(tmp_path, monkeypatch):
             writer.add_token_types([form for _, _, form in pieces])
             writer.add_unk_token_id(1)
         else:
-            writer.add_token_types([3] + [1] * (len(VOCAB) - 1))
+            writer.add_token_types([3] + [1] * (len(VOCAB) - 2) + [4])
             writer.add_token_merges(["h e", "he l"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(0)
@@ -146,6 +146,22 @@ def test_pieces_of_a_gemma_are_merged_by_their_scores(write):
     pieces = ["<bos>", "hel", "l", "o", "▁hel", "\n\n", "  ", "▁hel", "▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.convert_ids_to_tokens(ids) == pieces
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_tokenizer_has_the_added_tokens_of_its_file_and_no_others(write, architecture):
+    sizes = {"attn_q": 64, "attn_k": 32, "attn_v": 32} if architecture == "qwen2" else {}
+    biases = {
+        f"blk.{layer}.{name}.bias": np.zeros(size, np.float32)
+        for layer in (0, 1)
+        for name, size in sizes.items()
+    }
+    model = load_model(write(architecture=architecture, tensors=biases.items()), device="cpu")
+    assert len(model.tokenizer) == model.vocab_size == len(VOCAB)
+    ids = model.tokenizer("<think>he<|end|>")["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["<think>", "he", "<|end|>"]
+    assert model.tokenizer.decode(ids, skip_special_tokens=True) == "<think>he"
+    assert model.tokenizer.chat_template
 
 
 def test_a_file_in_parts_is_joined_once_and_checked(tmp_path, monkeypatch):

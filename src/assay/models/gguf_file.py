@@ -8,6 +8,7 @@ format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import hashlib
 import importlib.util
+import json
 import math
 import tempfile
 from collections.abc import Collection
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Unigram
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from assay.errors import (
@@ -52,11 +53,11 @@ if TYPE_CHECKING:
 MOST_READS = 3 * 2**20
 """Reads of one header: each key, and each text or number of an array. Vocabularies need 2**21."""
 
-_LAYOUT = 3
+_LAYOUT = 4
 """Version of how a folder is made; a higher number makes the folders of all files again."""
 
 _PIECES = ("tokens", "scores", "token_type")
-"""Arrays of the header that say what the tokens of a SentencePiece vocabulary are."""
+"""Arrays of the header that say what the tokens of a vocabulary are."""
 
 _SAME_AS = {
     "attention.key_length": "head_dim",
@@ -78,7 +79,8 @@ class GGUFHeader:
     Attributes:
         values: Numbers and texts by key; of an array, ``an array of`` so many.
         shapes: Shape of every tensor by name, in the file's order of axes: the reverse of torch's.
-        pieces: Text, score and ``gguf.TokenType`` of every token of a SentencePiece vocabulary.
+        pieces: Text, score and ``gguf.TokenType`` of every token; a vocabulary of byte pairs has no
+            scores, and they are zero.
     """
 
     values: dict[str, Any]
@@ -150,7 +152,7 @@ def read_header(file: Path) -> GGUFHeader:
         BadWeights: The file is cut short, no GGUF, or states what cannot be.
         ModelError: A tensor is in a format that the package gguf does not restore.
     """
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGUFReader, GGUFValueType, TokenType
 
     class BoundedReader(GGUFReader):
         """Reader that ends where the file does: counts and lengths are claims of its author."""
@@ -176,7 +178,10 @@ def read_header(file: Path) -> GGUFHeader:
         }
         shapes = {tensor.name: tuple(tensor.shape.tolist()) for tensor in reader.tensors}
         columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in _PIECES]
-        pieces = list(zip(*(column.contents() for column in columns if column), strict=True))
+        tokens, scores, forms = (column.contents() if column else [] for column in columns)
+        scores = scores or [0.0] * len(tokens)
+        forms = forms or [TokenType.NORMAL] * len(tokens)
+        pieces = list(zip(tokens, scores, forms, strict=True))
     except Exception as error:  # the library fails on a damaged file with exceptions of many kinds
         if is_out_of_memory(error):
             raise
@@ -342,16 +347,18 @@ def _write_checkpoint(
     (alone / "model.gguf").symlink_to(file.resolve())
     with silence_transformers(), np.errstate(all="ignore"):
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
-        of_pieces = header.values.get("tokenizer.ggml.model") == "llama"
-        if of_pieces and isinstance(tokenizer.backend_tokenizer.model, Unigram):
-            tokenizer = _restore_merges(tokenizer, header)
-        # It would drop spaces of a decoded text.
-        tokenizer.clean_up_tokenization_spaces = False
         # transformers takes one of these tokens for the other.
         for name in ("bos_token", "eos_token"):
             token = header.values.get(f"tokenizer.ggml.{name}_id")
             if token is not None:
                 setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+        of_pieces = header.values.get("tokenizer.ggml.model") == "llama"
+        if of_pieces and isinstance(tokenizer.backend_tokenizer.model, Unigram):
+            tokenizer = _restore_merges(tokenizer, header)
+        else:
+            tokenizer = _restore_tokens(tokenizer, header)
+        # It would drop spaces of a decoded text.
+        tokenizer.clean_up_tokenization_spaces = False
         restored, report = auto_class(config).from_pretrained(
             alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
         )
@@ -383,12 +390,43 @@ def _restore_merges(tokenizer: Any, header: GGUFHeader) -> Any:
         add_bos_token=header.values.get("tokenizer.ggml.add_bos_token", True),
         **tokenizer.special_tokens_map,
     )
-    # What its authors added is cut out of a text first, before its spaces are marked.
-    restored.add_tokens(
-        [
-            AddedToken(piece, special=form == TokenType.CONTROL, normalized=False)
-            for piece, _, form in header.pieces
-            if form in (TokenType.CONTROL, TokenType.USER_DEFINED)
-        ]
-    )
+    restored.add_tokens(_added_tokens(header))
     return restored
+
+
+def _restore_tokens(tokenizer: Any, header: GGUFHeader) -> Any:
+    """Return a tokenizer that has the added tokens of its file, and no others.
+
+    transformers adds to every Qwen the three that it knows by name, past the rows of the embedding
+    where the file has them not, and spells the others in letters.
+    """
+    vocabulary = {piece for piece, _, _ in header.pieces}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = backend["added_tokens"]
+    backend["added_tokens"] = [token for token in added if token["content"] in vocabulary]
+    special = {
+        name: token for name, token in tokenizer.special_tokens_map.items() if token in vocabulary
+    }
+    if len(backend["added_tokens"]) < len(added):
+        # Where none is stated, the class of Qwen adds its own again.
+        special |= dict.fromkeys(("unk_token", "pad_token"), tokenizer.eos_token)
+    restored = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        chat_template=tokenizer.chat_template,
+        **special,
+    )
+    # Those of Phi-3 take in the spaces after them, which a file does not say.
+    known = {token["content"] for token in backend["added_tokens"]}
+    restored.add_tokens([token for token in _added_tokens(header) if token.content not in known])
+    return restored
+
+
+def _added_tokens(header: GGUFHeader) -> list[AddedToken]:
+    """Return the tokens that are cut out of a text first, before its spaces are marked."""
+    from gguf import TokenType
+
+    return [
+        AddedToken(piece, special=form == TokenType.CONTROL, normalized=False)
+        for piece, _, form in header.pieces
+        if form in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
