@@ -220,6 +220,7 @@ def test_a_file_and_the_folder_that_is_made_of_it_are_one_model(write, checkpoin
         ({"more": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type"),
         ({"more": {"llama.expert_count": 8}}, "expert_count"),
         ({"more": {"llama.attention.key_length": 64}}, "key_length"),
+        ({"more": {"llama.attention.causal": 0}}, "attention.causal"),
         ({"more": {"general.type": "adapter"}}, "adapter"),
         ({"more": {"split.count": 3}}, "3 parts"),
         ({"tensors": {"rope_freqs.weight": np.ones(16, np.float32)}}, "rope_freqs"),

@@ -256,7 +256,10 @@ def _check_settings(file: Path, header: GGUFHeader, config: "PreTrainedConfig") 
     for key, value in header.values.items():
         name = key.removeprefix(f"{architecture}.")
         # What is of no architecture, what transformers reads, and what is switched off.
-        if name == key or read.get(name) or value in (0, "", "none") or name == "attention.causal":
+        is_off = value in (0, "", "none")
+        if name == "attention.causal":
+            is_off = not is_off
+        if name == key or read.get(name) or is_off:
             continue
         setting = _SAME_AS.get(name, "")
         expected = head_dim if setting == "head_dim" else getattr(config, setting, None)
