@@ -148,18 +148,29 @@ def test_pieces_of_a_gemma_are_merged_by_their_scores(write):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("begins", [0, 1])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_tokenizer_has_the_added_tokens_of_its_file_and_no_others(write, architecture):
+def test_a_tokenizer_has_the_added_tokens_of_its_file_and_no_others(write, architecture, begins):
     sizes = {"attn_q": 64, "attn_k": 32, "attn_v": 32} if architecture == "qwen2" else {}
     biases = {
         f"blk.{layer}.{name}.bias": np.zeros(size, np.float32)
         for layer in (0, 1)
         for name, size in sizes.items()
     }
-    model = load_model(write(architecture=architecture, tensors=biases.items()), device="cpu")
+    path = write(
+        architecture=architecture,
+        tensors=biases.items(),
+        more={"tokenizer.ggml.add_bos_token": begins}.items(),
+    )
+    model = load_model(path, device="cpu")
     assert len(model.tokenizer) == model.vocab_size == len(VOCAB)
     ids = model.tokenizer("<think>he<|end|>")["input_ids"]
-    assert model.tokenizer.convert_ids_to_tokens(ids) == ["<think>", "he", "<|end|>"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == [
+        *["<|end|>"] * begins,
+        "<think>",
+        "he",
+        "<|end|>",
+    ]
     assert model.tokenizer.decode(ids, skip_special_tokens=True) == "<think>he"
     assert model.tokenizer.chat_template
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Unigram
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
@@ -398,7 +399,7 @@ def _restore_merges(tokenizer: Any, header: GGUFHeader) -> Any:
 
 
 def _restore_tokens(tokenizer: Any, header: GGUFHeader) -> Any:
-    """Return a tokenizer that has the added tokens of its file, and no others.
+    """Return a tokenizer with the added tokens of its file and no others, and its first token.
 
     transformers adds to every Qwen the three that it knows by name, past the rows of the embedding
     where the file has them not, and spells the others in letters.
@@ -421,6 +422,14 @@ def _restore_tokens(tokenizer: Any, header: GGUFHeader) -> Any:
     # Those of Phi-3 take in the spaces after them, which a file does not say.
     known = {token["content"] for token in backend["added_tokens"]}
     restored.add_tokens([token for token in _added_tokens(header) if token.content not in known])
+    of_pieces = header.values.get("tokenizer.ggml.model") == "llama"
+    if restored.bos_token and header.values.get("tokenizer.ggml.add_bos_token", of_pieces):
+        first = restored.bos_token
+        restored.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[first, "$A"],
+            pair=[first, "$A", first, "$B:1"],
+            special_tokens=[(first, restored.bos_token_id)],
+        )
     return restored
 
 
