@@ -15,7 +15,7 @@ from tests.cli.test_settings_are_read import SOURCES, module_tree, reachable
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 QUOTED = re.compile(r"`assay ((?:[a-z][a-z-]+ ?)+)([^`]*)`")
 COMMANDS = {" ".join(words): command for words, command in leaves(app)}
-COMMON = {"--config", "--json", "--help"}
+COMMON = {"--config", "--json", "--help", "--set"}
 MODULES = sorted(
     ".".join(path.relative_to(SOURCES).with_suffix("").parts)
     for path in (SOURCES / "assay").rglob("*.py")
