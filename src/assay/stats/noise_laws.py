@@ -240,14 +240,16 @@ class LogNoise(StrictLaw):
 
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
         """Return the log density of ln L2 for distances ``multiple`` times larger, [N]."""
-        z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
-        rho_N = np.asarray(scipy.special.huber(self.tail, z_N), np.float64)
-        return -rho_N - math.log(self.sd * self.standard_mass)
+        return self._log_density(np.log(magnitudes_N), math.log(multiple))
 
     def log_likelihoods(self, distances: npt.ArrayLike, logs_C: FloatArray) -> FloatArray:
         """Return the log density of distances [N] under noise exp(logs) times larger, [N, C]."""
-        size_N = self.magnitudes(distances)
-        return np.stack([self.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
+        return self._log_density(np.log(self.magnitudes(distances))[:, None], logs_C)
+
+    def _log_density(self, logs: FloatArray, shift: float | FloatArray) -> FloatArray:
+        z = np.abs(logs - self.mu - shift) / self.sd
+        rho = np.asarray(scipy.special.huber(self.tail, z), np.float64)
+        return -rho - math.log(self.sd * self.standard_mass)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(honest distance ≥ L2), [N]."""

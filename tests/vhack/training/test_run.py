@@ -208,7 +208,9 @@ def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
     (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     (tmp_path / "run" / "delta.safetensors").rename(tmp_path / "wanted.safetensors")
+    wanted_lines = lines(tmp_path / "run")
     assert run("run", steps=4, save_every=2).resumed_from == 2
+    assert lines(tmp_path / "run") == wanted_lines
     wanted = load_file(tmp_path / "wanted.safetensors")
     found = load_file(tmp_path / "run" / "delta.safetensors")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
