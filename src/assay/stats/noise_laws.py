@@ -141,15 +141,14 @@ class ScaleNoise(StrictLaw):
         """Return |e|, at most 2, [N]; non-finite residuals become 2."""
         return _clipped_size(values)
 
-    def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
-        """Return the logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
-        scale = multiple * self.sigma
+    def log_density(self, magnitudes: FloatArray, multiples: float | FloatArray) -> FloatArray:
+        """Return the log density of multiple · sigma · t at the given |e|, broadcast."""
+        scales = np.multiply(multiples, self.sigma)
         half = (self.dof + 1) / 2
         log_gammas = scipy.special.gammaln(half) - scipy.special.gammaln(self.dof / 2)
         constant = log_gammas - math.log(self.dof * math.pi) / 2
-        z_N = magnitudes_N / scale
-        log_density_N = constant - math.log(scale) - half * np.log1p(z_N * z_N / self.dof)
-        return np.asarray(log_density_N, dtype=np.float64)
+        z = magnitudes / scales
+        return np.asarray(constant - np.log(scales) - half * np.log1p(z * z / self.dof))
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(|sigma · t| ≥ |e|), [N]."""
@@ -238,16 +237,16 @@ class LogNoise(StrictLaw):
             )
         return np.maximum(_clipped_size(values_N), self.floor)
 
-    def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
-        """Return the log density of ln L2 for distances ``multiple`` times larger, [N]."""
-        return self._log_density(np.log(magnitudes_N), math.log(multiple))
+    def log_density(self, magnitudes: FloatArray, multiples: float | FloatArray) -> FloatArray:
+        """Return the log density of ln L2 for distances as many times larger, broadcast."""
+        return self._log_density(np.log(magnitudes), np.log(multiples))
 
     def log_likelihoods(self, distances: npt.ArrayLike, logs_C: FloatArray) -> FloatArray:
         """Return the log density of distances [N] under noise exp(logs) times larger, [N, C]."""
         return self._log_density(np.log(self.magnitudes(distances))[:, None], logs_C)
 
-    def _log_density(self, logs: FloatArray, shift: float | FloatArray) -> FloatArray:
-        z = np.abs(logs - self.mu - shift) / self.sd
+    def _log_density(self, logs: FloatArray, shifts: FloatArray) -> FloatArray:
+        z = np.abs(logs - self.mu - shifts) / self.sd
         rho = np.asarray(scipy.special.huber(self.tail, z), np.float64)
         return -rho - math.log(self.sd * self.standard_mass)
 

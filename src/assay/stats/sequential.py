@@ -213,27 +213,22 @@ class SequentialTest:
 
         They are relative to the density of the law.
         """
-        size_N = self.law.magnitudes(values)
+        size_N1 = self.law.magnitudes(values)[:, None]
         # All paths are ratios to the typical scale, so that sums of thousands stay small.
-        base_N = self.law.log_density(size_N, 1.0)
-        honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
-        bets = []
-        excluded = []
-        for scale in self._scales_J:
-            scaled_N = self.law.log_density(size_N, float(scale))
-            ratios = [
-                self.law.log_density(size_N, float(scale * multiple)) - scaled_N
-                for multiple in self._multiples_M
-            ]
-            ratio_NM = np.stack(ratios, axis=1)
-            # Ratios are cut off at their caps, and divided by their prices.
-            share_NM = np.minimum(ratio_NM, self._share_2M[0]) - self._share_2M[1]
-            whole_NM = np.minimum(ratio_NM, self._whole_2M[0]) - self._whole_2M[1]
-            scale_N1 = (scaled_N - base_N)[:, None]
-            bets.append(scale_N1 + _mixed(share_NM, whole_NM).reshape(size_N.size, -1))
-            cheap_NP1 = _mixed(ratio_NM[:, [self._cheap]], ratio_NM[:, [0]])
-            excluded.append(scale_N1 + cheap_NP1[:, :, 0])
-        return np.column_stack([*honest, *bets, *excluded])
+        base_N1 = self.law.log_density(size_N1, 1.0)
+        honest_NH = self.law.log_density(size_N1, self._honest_H) - base_N1
+        scaled_NJ1 = self.law.log_density(size_N1, self._scales_J)[:, :, None]
+        cheats_JM = self._scales_J[:, None] * self._multiples_M
+        ratio_NJM = self.law.log_density(size_N1[:, :, None], cheats_JM) - scaled_NJ1
+        # Ratios are cut off at their caps, and divided by their prices.
+        share_NJM = np.minimum(ratio_NJM, self._share_2M[0]) - self._share_2M[1]
+        whole_NJM = np.minimum(ratio_NJM, self._whole_2M[0]) - self._whole_2M[1]
+        scale_NJ11 = (scaled_NJ1 - base_N1[:, :, None])[..., None]
+        bets_NJPM = scale_NJ11 + _mixed(share_NJM, whole_NJM)
+        cheap_NJ1 = ratio_NJM[:, :, [self._cheap]]
+        excluded_NJP1 = scale_NJ11 + _mixed(cheap_NJ1, ratio_NJM[:, :, [0]])
+        paths = [honest_NH, bets_NJPM, excluded_NJP1]
+        return np.concatenate([path.reshape(size_N1.size, -1) for path in paths], axis=1)
 
     def log_e(self, path: FloatArray) -> FloatArray:
         """Return the log e-value of paths, which are `prior` plus the steps of residuals."""
@@ -283,11 +278,11 @@ class SequentialTest:
         )
 
 
-def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:
-    """Return ln((1 − π) + π·R) for every share π below one, and for one ``whole_NM``, [N, P, M].
+def _mixed(share: FloatArray, whole: FloatArray) -> FloatArray:
+    """Return ln((1 − π) + π·R) for every share π below one, and for one ``whole``, [..., P, M].
 
-    ``share_NM`` has the logarithms of R.
+    ``share`` has the logarithms of R, [..., M].
     """
     shares_P1 = np.array(SHARES)[:-1, None]
-    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, LARGEST_LOG))[:, None, :])
-    return np.concatenate([mixed_NPM, whole_NM[:, None, :]], axis=1)
+    mixed = np.log1p(shares_P1 * np.expm1(np.minimum(share, LARGEST_LOG))[..., None, :])
+    return np.concatenate([mixed, whole[..., None, :]], axis=-2)
