@@ -114,7 +114,7 @@ def test_what_is_no_log_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["step", "hack"])
-@pytest.mark.parametrize("value", ['"x"', "null", "true", "[]", "1" + "0" * 400, "1e308"])
+@pytest.mark.parametrize("value", ['"x"', "null", "true", "[]", "1" + "0" * 400, "1e308", "1e200"])
 def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, capsys, name, value):
     line = json.dumps(
         {"kind": "step", "step": 3, "reward": 0.5, "hack": 0.0} | {name: "HERE"}

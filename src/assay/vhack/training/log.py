@@ -9,7 +9,7 @@ from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.names import LOG
 
-LARGEST = 1e300  # number in a step
+LARGEST = 1e150  # number in a step, whose square is finite too
 
 
 class TrainLog:
