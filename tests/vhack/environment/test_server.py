@@ -54,18 +54,18 @@ def test_jobs_of_many_threads_go_through_one_server(shut_in, started):
 
 @every_server
 def test_a_server_that_was_killed_is_replaced(shut_in, started):
-    for process in [*family(started.pid), psutil.Process(started.pid)]:
+    for process in [*family(started.process.pid), psutil.Process(started.process.pid)]:
         with suppress(psutil.NoSuchProcess):  # the end of one ends the others
             process.send_signal(signal.SIGKILL)
     assert run("print(1)", allow_unsandboxed=True).stdout == "1\n"
-    until(lambda: not started.alive, 30)
+    until(lambda: started.process.poll() is not None, 30)
     assert run("print(2)", allow_unsandboxed=True).stdout == "2\n"
     assert server.server(shut_in) is not started
 
 
 @every_server
 def test_a_server_that_dies_under_a_job_does_not_lose_it(shut_in, started):
-    before = family(started.pid)
+    before = family(started.process.pid)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(
             run,
@@ -73,8 +73,8 @@ def test_a_server_that_dies_under_a_job_does_not_lose_it(shut_in, started):
             limits=Limits(seconds=60),
             allow_unsandboxed=True,
         )
-        until(lambda: len(family(started.pid)) >= len(before) + 2, 30)
-        for process in [*family(started.pid), psutil.Process(started.pid)]:
+        until(lambda: len(family(started.process.pid)) >= len(before) + 2, 30)
+        for process in [*family(started.process.pid), psutil.Process(started.process.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         assert job.result().stdout == "finished\n"
@@ -90,8 +90,8 @@ def test_a_program_ends_with_the_process_that_watches_it(shut_in, started, monke
     with ThreadPoolExecutor(1) as pool:
         limits = Limits(seconds=60)
         job = pool.submit(run, SLEEPS, limits=limits, allow_unsandboxed=True)
-        until(lambda: len(family(started.pid)) >= 2, 30)
-        keeper, runner = family(started.pid)
+        until(lambda: len(family(started.process.pid)) >= 2, 30)
+        keeper, runner = family(started.process.pid)
         monkeypatch.setattr(server, "Server", refuse)
         keeper.kill()
         until(lambda: not alive([runner]), 10)
@@ -106,8 +106,8 @@ def test_a_server_that_is_closed_ends_its_jobs_and_leaves_nothing(shut_in):
     text = server.job_text(SLEEPS, Limits(seconds=600), backend=shut_in)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(own.perform, text, Limits(seconds=600))
-        until(lambda: len(family(own.pid)) >= (4 if shut_in == "bwrap" else 2), 30)
-        children = family(own.pid)
+        until(lambda: len(family(own.process.pid)) >= (4 if shut_in == "bwrap" else 2), 30)
+        children = family(own.process.pid)
         own.close()
         with suppress(OSError):
             job.result()
@@ -148,7 +148,7 @@ class Server(server.Server):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         # Those of its trial may be ending.
-        before.update(children() - {self.pid})
+        before.update(children() - {self.process.pid})
 server.Server = Server
 if once:
     server.server = lambda backend: None

@@ -91,11 +91,10 @@ def drop_capabilities() -> None:
 
 def limit_resources(*, memory: int, disk: int, seconds: float) -> None:
     """Bound address space, file size, CPU time, descriptors and processes."""
-    cpu = int(seconds) + 1
     for kind, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, disk),
-        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_CPU, int(seconds) + 1),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_NPROC, 1),
         # 0 would still hand a crash to a core_pattern that is a pipe; the kernel knows 1 as never.

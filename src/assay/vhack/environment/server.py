@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,6 +128,7 @@ class Server:
     Attributes:
         backend: What isolates its jobs.
         root: Where its jobs have their directories; empty for bubblewrap, where they are in memory.
+        process: Process of the server, or of the bubblewrap around it.
 
     Args:
         backend: What isolates its jobs.
@@ -162,7 +163,7 @@ class Server:
                 else:
                     line = command_line(disk_mib)
                     setup = {"backend": "unsandboxed"}
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     [*line, *python("-c", inside(), *map(str, passed[:2]))],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
@@ -177,8 +178,8 @@ class Server:
             undo.pop_all()
 
     def _begin(self, setup: dict[str, object]) -> None:
-        assert self._process.stdin is not None
-        with self._process.stdin as pipe:
+        assert self.process.stdin is not None
+        with self.process.stdin as pipe:
             pipe.write(json.dumps(setup).encode())
         self._control.settimeout(_START_SECONDS)
         if self._control.recv(16) != b"ready":
@@ -189,16 +190,6 @@ class Server:
         ended = self.perform(job_text(program, limits, backend=self.backend), limits)
         if ended.returncode != 0 or not ended.output["stdout"]:
             raise OSError("the fork server does not run programs")
-
-    @property
-    def pid(self) -> int:
-        """Process id of the server, or of the bubblewrap around it."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether the server still runs."""
-        return self._process.poll() is None
 
     def perform(self, job: bytes, limits: Limits) -> Ended:
         """Run a job, or raise an OSError if the server is gone."""
@@ -221,7 +212,7 @@ class Server:
                 code += pump(watched, time.monotonic() + _END_SECONDS).output["status"]
             if not code:
                 # Whatever has become of it, it is replaced.
-                self._process.kill()
+                self.process.kill()
                 raise OSError("the fork server is gone")
         ended.overflowed |= code == _FULL
         ended.returncode = None if ended.killed else int(code)
@@ -231,9 +222,9 @@ class Server:
         """End the server, and with it every job."""
         self._control.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_SECONDS)
-        self._process.kill()
-        self._process.wait()
+            self.process.wait(_END_SECONDS)
+        self.process.kill()
+        self.process.wait()
         if self.root:
             with suppress(OSError):
                 os.rmdir(self.root)  # noqa: PTH106
@@ -272,7 +263,7 @@ def server(backend: str) -> Server | None:
     key = (os.getpid(), backend)
     with _starting:
         running = servers.get(key)
-        if running is not None and not running.alive:
+        if running is not None and running.process.poll() is not None:
             running.close()
             del servers[key]
         if key not in servers:
@@ -294,11 +285,8 @@ def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
             return running.perform(job, limits)
     # Where bubblewrap works, namespaces within its own may not.
     try:
-        fresh = Server(backend, limits.disk_mib)
-        try:
+        with closing(Server(backend, limits.disk_mib)) as fresh:
             return fresh.perform(job, limits)
-        finally:
-            fresh.close()
     except OSError as error:
         raise BackendUnavailable(
             f"a sandbox that cannot run a program now: {error}",
