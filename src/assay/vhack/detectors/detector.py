@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from assay.errors import UsageError
+from assay.errors import check_choice
 from assay.stats.ranks import auroc
 from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, SampleEvidence
 from assay.vhack.names import DETECTORS
@@ -88,6 +88,5 @@ def make_detector(name: str) -> Detector:
     Raises:
         UsageError: There is no such detector.
     """
-    if name not in DETECTORS:
-        raise UsageError(f"detector {name!r}", wanted=", ".join(DETECTORS), do="choose one of them")
+    check_choice("detector", name, DETECTORS)
     return cast("Detector", resolve_name(DETECTORS[name])(name))

@@ -11,7 +11,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import BackendUnavailable, check_choice
 from assay.vhack.environment import bubblewrap, confinement, visible
 from assay.vhack.environment.server import server
 from assay.vhack.environment.system_calls import ARCHITECTURES
@@ -64,17 +64,14 @@ def choose_backend(backend: str | None = None, *, allow_unsandboxed: bool = Fals
             set.
         UsageError: There is no backend of that name.
     """
-    named = (*BACKENDS, UNSANDBOXED)
-    if backend not in (None, *named):
-        raise UsageError(
-            f"the backend {backend!r}", wanted=", ".join(named), do="name one of these, or none"
-        )
     if backend is None:
         backend = available_backend() or UNSANDBOXED
+    check_choice("backend", backend, (*BACKENDS, UNSANDBOXED))
     reason = "" if backend == UNSANDBOXED else unusable(backend)
     if backend == UNSANDBOXED and not allow_unsandboxed:
-        reasons = filter(None, map(unusable, BACKENDS))
-        reason = "; ".join(["no sandbox for programs of a model", *reasons])
+        reason = "; ".join(
+            ["no sandbox for programs of a model", *filter(None, map(unusable, BACKENDS))]
+        )
     if reason:
         raise BackendUnavailable(
             reason,

@@ -27,6 +27,7 @@ class Alarm:
     """Evidence that a detector misses more exploits than it may, step by step.
 
     Attributes:
+        says: What the alarm means, in a line.
         seen: Number of shares seen.
         step: That number when the alarm was given; None before that.
 
@@ -37,19 +38,16 @@ class Alarm:
     5
     """
 
+    says = (
+        f"ALARM: more than {TOLERATED:g} of the rollouts that are not flagged cheat: the "
+        f"detector does not see this exploit (a false alarm in at most {LEVEL:g} of "
+        f"runs). Stop, and add pairs of it"
+    )
+
     def __init__(self) -> None:
         self.step: int | None = None
         self.seen = 0
         self._wealth = np.zeros(len(BETS))
-
-    @property
-    def says(self) -> str:
-        """What the alarm means, in a line."""
-        return (
-            f"ALARM: more than {TOLERATED:g} of the rollouts that are not flagged cheat: the "
-            f"detector does not see this exploit (a false alarm in at most {LEVEL:g} of "
-            f"runs). Stop, and add pairs of it"
-        )
 
     def see(self, share: float) -> float:
         """Take the share of a step, and return the evidence; the alarm is given at 1."""

@@ -18,15 +18,17 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from assay.errors import UsageError
+from assay.errors import UsageError, check_choice
 from assay.files.jsonl import JsonObject
 from assay.models.spelling import encode_prompt, recover_spaces
+from assay.pages.report import Report
+from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.directions.delta.quarantine import shift_baseline
 from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.alarm import Alarm
@@ -36,10 +38,6 @@ from assay.vhack.training.lora_blocks import CLEAN, DOUBTFUL, FLAGGED, LoraBlock
 from assay.vhack.training.outcomes import MARKS, judged_rates
 from assay.vhack.training.page import training_page
 from assay.vhack.training.trl_internals import intercept_rewards, log_values, train_blocks
-
-if TYPE_CHECKING:
-    from assay.pages.report import Report
-    from assay.vhack.detectors.rollout_judge import RolloutJudge
 
 SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
@@ -100,7 +98,7 @@ class Guard(TrainerCallback):
 
     def __init__(
         self,
-        judge: "RolloutJudge | None",
+        judge: RolloutJudge | None,
         mode: Mode = "penalty",
         *,
         penalty: float | None = None,
@@ -108,10 +106,7 @@ class Guard(TrainerCallback):
         labels: Labels | None = None,
         every: int = 1,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise UsageError(
-                f"mode={mode!r}", wanted=", ".join(get_args(Mode)), do="choose one of them"
-            )
+        check_choice("mode", mode, get_args(Mode))
         if every < 1 or (every > 1 and mode != "watch"):
             raise UsageError(
                 f"every={every}",
@@ -177,8 +172,9 @@ class Guard(TrainerCallback):
             )
         self.trainer = trainer
         if self.mode == "penalty":
-            before = {name: getattr(trainer, name) for name in _REWARD_LISTS}
-            self._undo.callback(vars(trainer).update, before)
+            self._undo.callback(
+                vars(trainer).update, {name: getattr(trainer, name) for name in _REWARD_LISTS}
+            )
             weights_F = trainer.reward_weights
             # New lists: TRL keeps the one that its caller passed.
             trainer.reward_funcs = [*trainer.reward_funcs, self.flagged]
@@ -206,7 +202,7 @@ class Guard(TrainerCallback):
             return [None] * len(completions)
         return [float(flag) for flag in self._judge_once(prompts, completions, completion_ids)]
 
-    def page(self, *, command: str = "") -> "Report":
+    def page(self, *, command: str = "") -> Report:
         """Return the page of the run: rates and reward over steps, and what went wrong in words.
 
         Raises:

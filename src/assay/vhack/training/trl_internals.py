@@ -17,16 +17,14 @@ and says at its head what it overrides.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from assay.errors import UsageError
-
-if TYPE_CHECKING:
-    from assay.vhack.directions.delta.adapter import DeltaS
-    from assay.vhack.training.lora_blocks import LoraBlocks
+from assay.vhack.directions.delta.adapter import DeltaS
+from assay.vhack.training.lora_blocks import LoraBlocks
 
 TRL_VERSIONS = "1.16"
 """Versions of TRL in which these names were seen."""
@@ -77,7 +75,7 @@ def intercept_rewards(trainer: Any, act: Intercept) -> Callable[[], None]:
 
 def train_blocks(
     trainer: Any,
-    blocks: "LoraBlocks",
+    blocks: LoraBlocks,
     marks: Callable[[], tuple[Tensor, Tensor]],
     turn: Callable[[], int],
 ) -> Callable[[], None]:
@@ -131,7 +129,7 @@ def log_values(trainer: Any, values: Mapping[str, float]) -> None:
         trainer._metrics["train"][f"vhack/{name}"].append(value)
 
 
-def sync_merged(trainer: Any, adapter: "DeltaS") -> None:
+def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     """Let a trainer with ``use_vllm`` send the merged weights of :meth:`DeltaS.weights`.
 
     By itself TRL sends every parameter, those of δS too, which vLLM does not know. In one process

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.errors import UsageError
+from assay.errors import UsageError, check_choice
 from assay.vhack.detectors.evidence import Cost
 from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.training.alarm import Alarm
@@ -47,8 +47,7 @@ def judge_score(score: Score, judge: RolloutJudge, mode: str = "penalty") -> Sco
     Raises:
         UsageError: There is no such mode. The reward raises it where the prompt is missing.
     """
-    if mode not in MODES:
-        raise UsageError(f"mode {mode!r} in verl", wanted=", ".join(MODES), do="take filter")
+    check_choice("mode", mode, MODES)
 
     def judged_score(
         data_source: str,
