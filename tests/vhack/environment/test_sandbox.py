@@ -307,6 +307,9 @@ def test_a_backend_of_another_name_is_refused():
         run("print(1)", backend="docker")
 
 
-def test_limits_must_be_positive():
+@pytest.mark.parametrize(
+    "limit", [{"seconds": 0}, {"seconds": 1e9}, {"memory_mib": 2**44}, {"disk_mib": 2**60}]
+)
+def test_limits_must_be_positive(limit):
     with refuses(UsageError, "limits must be positive"):
-        run("print(1)", limits=Limits(seconds=0))
+        run("print(1)", limits=Limits(**limit))

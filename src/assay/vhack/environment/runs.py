@@ -9,6 +9,9 @@ from assay.errors import UsageError
 Case = tuple[tuple[Any, ...], Any]
 """Arguments and expected value of one test."""
 
+_MOST_SECONDS = 1e6  # the kernel waits for no more than 24 days
+_MOST = 2**40  # of anything else: so many MiB are still a number of bytes in 64 bits
+
 NOT_COMPARED: Any = object()
 """Stands for no value to compare an answer with; None is a value."""
 
@@ -27,7 +30,7 @@ class Limits:
         program_bytes: Length of its source text in UTF-8; a longer program is not run.
 
     Raises:
-        UsageError: A limit is not positive.
+        UsageError: A limit is not positive, or more than the kernel can hold a program to.
     """
 
     seconds: float = 5.0
@@ -38,9 +41,13 @@ class Limits:
     program_bytes: int = 1 << 16
 
     def __post_init__(self) -> None:
-        if not all(value > 0 for value in asdict(self).values()):
+        is_held = all(0 < value <= _MOST for value in asdict(self).values())
+        if not is_held or self.seconds > _MOST_SECONDS:
             raise UsageError(
-                f"{self}", wanted="positive limits", do="leave a limit out to have its default"
+                f"{self}",
+                wanted=f"positive limits of at most {_MOST_SECONDS:g} seconds, and {_MOST} of "
+                "anything else",
+                do="leave a limit out to have its default",
             )
 
 
