@@ -240,6 +240,22 @@ def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, tem
     )
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompts": ["f", ""]},
+        {"per_prompt": 0},
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"max_new_tokens": 0},
+        {"batch": -1},
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(model, changed):
+    with pytest.raises(UsageError):
+        sample_pool(model, **({"prompts": ["f"], "max_new_tokens": 2} | changed))
+
+
 def test_nothing_of_the_generation_config_changes_what_is_sampled(model):
     config = model.module.generation_config
     draw = lambda: [rollout.tokens for rollout in sample_pool(model, ["abcabc"], max_new_tokens=24)]  # noqa: E731

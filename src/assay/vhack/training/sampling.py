@@ -43,9 +43,16 @@ def sample_pool(
         batch: Completions at once; other batches give other completions.
 
     Raises:
-        UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its
-            context.
+        UsageError: A number is not positive, the teacher has no tokenizer, a prompt has no token,
+            or a prompt with its completion is longer than the context.
     """
+    if not all(number > 0 for number in (per_prompt, temperature, max_new_tokens, batch)):
+        raise UsageError(
+            f"per_prompt={per_prompt}, temperature={temperature}, "
+            f"max_new_tokens={max_new_tokens}, batch={batch}",
+            wanted="positive numbers",
+            do="leave one out to have its default",
+        )
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     ids = encode_prompts(teacher, repeated, max_new_tokens)
     options = GenerationOptions(
@@ -91,8 +98,8 @@ def encode_prompts(
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`find_end_tokens`, or a prompt with its completion is longer than
-            the model's context.
+        UsageError: As of :func:`find_end_tokens`, or a prompt has no token, or with its completion
+            is longer than the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     description: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
@@ -102,7 +109,13 @@ def encode_prompts(
     if not isinstance(model, str):
         find_end_tokens(model)
     ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
-    for tokens in ids.values():
+    for prompt, tokens in ids.items():
+        if not tokens:
+            raise UsageError(
+                f"the prompt {prompt!r:.80}, which has no token",
+                wanted="a text that a completion can go on from",
+                do="leave it out",
+            )
         check_tokens("a prompt", tokens, description.vocab_size)
     longest = max(map(len, ids.values()), default=0)
     if longest + max_new_tokens > description.max_positions:
