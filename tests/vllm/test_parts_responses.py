@@ -16,13 +16,14 @@ from fastapi.responses import StreamingResponse
 from assay.errors import AssayError, ModelError, StorageError, UsageError
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses import Prompt, ResponseSeed, Sampling
-from assay.poc.responses.receipts import Adapter, digest_adapter
+from assay.poc.responses.receipts import Adapter, ReceiptHeader, digest_adapter
 from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorded_answers import ReceiptMiddleware, Responses
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
+from tests.poc.service.conftest import FINGERPRINT
 from tests.vllm.conftest import lay_out, settings_of_vllm
 from tests.wordings import refuses
 
@@ -133,7 +134,14 @@ def recorded(llm: LLM | None = None, seeded: bool = True) -> tuple[LLM, Sink, Re
     """Return an engine, where the receipts of its answers go, and what makes them."""
     llm = llm or LLM()
     sink = Sink()
-    return llm, sink, Recorder(llm, sink, public_key="node", digest=DIGEST, seeded=seeded)
+    header = ReceiptHeader(
+        public_key="node",
+        reference="model",
+        digest=DIGEST,
+        weights="trained",
+        fingerprint=FINGERPRINT,
+    )
+    return llm, sink, Recorder(llm, sink, header=header, seeded=seeded)
 
 
 async def ask(

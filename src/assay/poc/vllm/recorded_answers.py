@@ -92,11 +92,7 @@ class Responses:
         )
         self.sink = receipts.sink(header)
         self.recorder = Recorder(
-            llm,
-            self.sink,
-            public_key=header.public_key,
-            digest=header.digest,
-            seeded=self.settings.responses == "seeded",
+            llm, self.sink, header=header, seeded=self.settings.responses == "seeded"
         )
 
     async def accept(

@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +26,8 @@ import numpy as np
 from assay.errors import AssayError, ModelError, reason_of
 from assay.files.names import normal_form
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.responses.receipts import Adapter, Prompt, Receipt, digest_adapter
-from assay.poc.responses.sampling import ResponseSeed, Sampling
+from assay.poc.responses.receipts import Adapter, Prompt, Receipt, ReceiptHeader, digest_adapter
+from assay.poc.responses.sampling import Sampling
 from assay.poc.service.receipt_keeper import ReceiptSink
 from assay.poc.vllm.client import call_workers
 from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
@@ -74,13 +74,7 @@ class Choice:
     """One response in the making: what its receipt will say, and its sketches so far."""
 
     engine_id: str  # of its request in the engine
-    seed: ResponseSeed
-    sampling: Sampling | None  # None where the engine samples by itself
-    prompt: tuple[int, ...]
-    mask: bool  # whether tokens were forbidden or forced in a way that the receipt does not repeat
-    chosen_by: Literal["client", "server"] = "server"
-    adapter: Adapter | None = None
-    chat_template: str | None = None  # SHA-256, of a prompt that it made
+    stated: Receipt  # its receipt, as far as the request says it: without an output
     output: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
 
@@ -117,16 +111,8 @@ class Choice:
                 wanted=f"{steps}",
                 do="see the log of vLLM's workers",
             )
-        return Receipt(
-            **{
-                name: getattr(self.seed, name)
-                for name in ("request_id", "index", "user_seed", "block_hash")
-            },
-            **{
-                name: getattr(self, name)
-                for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")
-            },
-            prompt=Prompt.of(self.prompt),
+        return replace(
+            self.stated,
             output=tuple(self.output),
             finish=self.finish or "abort",
             sketches=sketches[:steps],
@@ -285,17 +271,14 @@ class Recorder:
     """Seeds the requests of one engine, and stores a receipt of every response.
 
     The workers have the :class:`ResponseExtension`, and where it is ``seeded`` the logits
-    processor. Else the engine samples, and receipts have sketches only. ``digest`` is that of the
-    checkpoint.
+    processor. Else the engine samples, and receipts have sketches only. ``header`` is that of
+    the receipts.
     """
 
-    def __init__(
-        self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool
-    ) -> None:
+    def __init__(self, llm: Any, sink: ReceiptSink, *, header: ReceiptHeader, seeded: bool) -> None:
         self.sink = sink
         self.counts = {"stored": 0, "unrecorded": 0, "failed": 0}
-        self._public_key = public_key
-        self._digest = digest
+        self._header = header
         self._seeded = seeded
         self._collector = Collector(llm)
         self._adapters: dict[tuple[str, str], Adapter] = {}
@@ -389,30 +372,36 @@ class Recorder:
             if seed_of_request is None
             else str(seed_of_request)
         )
-        seed = ResponseSeed(
-            user_seed=user_seed,
-            request_id=accepted.request_id,
-            public_key=self._public_key,
-            digest=self._digest,
-            block_hash=accepted.block_hash,
-            index=call.first + index,
-        )
         sampling = None
         if self._seeded:
             values = {name: getattr(params, name) for name in SAMPLED} | {
                 "top_k": max(0, params.top_k)
             }
             sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
-        prompt = tuple(request.prompt_token_ids)
-        mask = any(getattr(params, name, None) for name in MASKS)
-        stated = accepted.chosen_by, adapter, accepted.chat_template
-        choice = Choice(request.request_id, seed, sampling, prompt, mask, *stated)
-        call.choices[index] = choice
-        self._collector.follow(choice)
-        words = tuple(seed.words().tolist()) if self._seeded else None
-        return _with(
-            params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling)
+        stated = Receipt(
+            user_seed=user_seed,
+            request_id=accepted.request_id,
+            index=call.first + index,
+            block_hash=accepted.block_hash,
+            prompt=Prompt.of(request.prompt_token_ids),
+            output=(),
+            sketches=np.zeros(0, np.float16),
+            sampling=sampling,
+            chosen_by=accepted.chosen_by,
+            mask=any(getattr(params, name, None) for name in MASKS),
+            adapter=adapter,
+            chat_template=accepted.chat_template,
         )
+        seed = self._header.seed(stated)
+        choice = call.choices[index] = Choice(request.request_id, stated)
+        self._collector.follow(choice)
+        carried = SeedArgument(
+            prompt=stated.prompt.tokens,
+            sketch=tuple(seed.words("sketch").tolist()),
+            tokens=tuple(seed.words().tolist()) if self._seeded else None,
+            sampling=sampling,
+        )
+        return _with(params, carried)
 
 
 def _is_plain(request: Any) -> bool:
@@ -422,18 +411,17 @@ def _is_plain(request: Any) -> bool:
     have numbered ids of their own, are not tokens of a response.
     """
     params = request.sampling_params
-    beam = (
-        "-beam-" in str(request.external_req_id)
-        and params.max_tokens == 1
-        and not params.detokenize
-    )
     return bool(
         request.prompt_token_ids
         and request.prompt_embeds is None
         and not request.mm_features
         and not request.resumable
         and not getattr(params, "trace_decode_token_ids", None)
-        and not beam
+        and not (
+            "-beam-" in str(request.external_req_id)
+            and params.max_tokens == 1
+            and not params.detokenize
+        )
     )
 
 
@@ -447,12 +435,9 @@ def _with(params: Any, carried: SeedArgument | None) -> Any:
     """
     changed = copy.copy(params)
     changed.__dict__.pop("sampling_type", None)  # vLLM caches it
-    carried_args = {
+    changed.extra_args = {
         key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT
-    }
-    changed.extra_args = carried_args | (
-        {} if carried is None else {ARGUMENT: carried.as_argument()}
-    )
+    } | ({} if carried is None else {ARGUMENT: carried.as_argument()})
     if carried is not None and carried.tokens is not None:
         for name, value in NEUTRAL.items():
             setattr(changed, name, value)
