@@ -1,6 +1,7 @@
 """Which requests of a vLLM server are work for its engine, and how new ones are kept away."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Send
@@ -21,25 +22,25 @@ def asks_engine(scope: Connection) -> bool:
     Paths are compared as the router does, which takes them with the root path (``--root-path``) and
     without it.
     """
-    posts = scope["type"] == "http" and scope["method"] == "POST"
     return (
-        posts
+        scope["type"] == "http"
+        and scope["method"] == "POST"
         and route_path(scope) not in WITHOUT_ENGINE
         and not route_path(scope).startswith(PREFIXES)
     )
 
 
+@dataclass(eq=False)
 class ChatBarrier:
     """Answers new chat with 503 and ``Retry-After`` while ``closed()``; running chat goes on."""
 
-    def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
-        self._app = app
-        self._closed = closed
+    app: ASGIApp
+    closed: Callable[[], bool]
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 503."""
-        if not asks_engine(scope) or not self._closed():
-            await self._app(scope, receive, send)
+        if not asks_engine(scope) or not self.closed():
+            await self.app(scope, receive, send)
             return
         await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(
             scope, receive, send

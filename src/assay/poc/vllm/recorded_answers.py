@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote
@@ -58,9 +59,8 @@ class Responses:
         """Take a block. The same one again is no news."""
         if block_hash != self.newest:
             self.newest = block_hash
-            posted = self._posted
+            self._posted.set()
             self._posted = asyncio.Event()
-            posted.set()
 
     async def next_block(self, seconds: float) -> str | None:
         """Wait for a block that is posted from now on; return None if no block comes in time."""
@@ -130,6 +130,7 @@ class Responses:
         }
 
 
+@dataclass(eq=False)
 class ReceiptMiddleware:
     """Seeds requests to the engine, and names the receipt in the answer's headers.
 
@@ -137,23 +138,22 @@ class ReceiptMiddleware:
     where nothing was sent, and else cut off.
     """
 
-    def __init__(self, app: ASGIApp, *, responses: Responses) -> None:
-        self._app = app
-        self._responses = responses
+    app: ASGIApp
+    responses: Responses
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if not asks_engine(scope):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         try:
             client = client_of(scope["client"][0]) if scope.get("client") else None
-            accepted = await self._responses.accept(Headers(scope=scope), route_path(scope), client)
+            accepted = await self.responses.accept(Headers(scope=scope), route_path(scope), client)
         except AssayError as error:
             await answer(refusal_of(error))(scope, receive, send)
             return
         if accepted is None:
-            await self._app(scope, receive, partial(_send_unrecorded, send))
+            await self.app(scope, receive, partial(_send_unrecorded, send))
             return
         # VLLM makes the id of its answer from it.
         if accepted.chosen_by == "server":
@@ -163,7 +163,7 @@ class ReceiptMiddleware:
         token = ACCEPTED.set(accepted)
         guarded = _Guarded(scope, receive, send, accepted)
         try:
-            await self._app(scope, receive, guarded)
+            await self.app(scope, receive, guarded)
         except _CutOff:
             pass
         except Exception:
@@ -178,59 +178,55 @@ class _CutOff(Exception):
     """An answer that must not reach its end."""
 
 
+@dataclass(eq=False)
 class _Guarded:
     """The ``send`` of an answer that is recorded."""
 
-    def __init__(
-        self, scope: Connection, receive: Receive, send: Send, accepted: AcceptedRequest
-    ) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._accepted = accepted
-        self._plain = send
-        # The beginning of the answer, until its first piece is there.
-        self._head: Message | None = None
-        self._started = self._refused = False
+    scope: Connection
+    receive: Receive
+    plain: Send
+    accepted: AcceptedRequest
+    head: Message | None = None  # the beginning of the answer, until its first piece is there
+    started: bool = False
+    refused: bool = False
 
     def __call__(self, message: Message) -> Awaitable[None]:
         """Send a message of the answer, or the refusal in place of all of them."""
-        if self._accepted.refused is not None:
+        if self.accepted.refused is not None:
             return self.refuse()
-        if not self._started:
+        if not self.started:
             return self._start(message)
         # Not awaited here: a stream has a message for every token.
-        return self._plain(message)
+        return self.plain(message)
 
     async def _start(self, message: Message) -> None:
         """Hold the beginning back until the first piece: by then the engine has taken the request,
         or the plugin has refused it.
         """
-        if self._head is None:
-            self._head = message
+        if self.head is None:
+            self.head = message
             return
-        self._started = True
+        self.started = True
         streams = any(
             name == b"content-type" and b"event-stream" in value
-            for name, value in self._head["headers"]
+            for name, value in self.head["headers"]
         )
-        calls = self._accepted.calls.values()
+        calls = self.accepted.calls.values()
         # Some streams begin before they call the engine.
         is_recorded = not calls or any(call.choices for call in calls)
-        named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
+        named = {RECEIPT: self.accepted.request_id, BLOCK: self.accepted.block_hash}
         headers = [(name, quote(text).encode()) for name, text in named.items()]
-        has_receipt = is_recorded if streams else self._accepted.stored
-        await self._plain(_with(self._head, headers if has_receipt else NO_RECEIPT))
-        await self._plain(message)
+        has_receipt = is_recorded if streams else self.accepted.stored
+        await self.plain(_with(self.head, headers if has_receipt else NO_RECEIPT))
+        await self.plain(message)
 
     async def refuse(self) -> None:
         """Send the refusal; cut an answer off that has begun."""
-        if self._started:
+        if self.started:
             raise _CutOff
-        if self._accepted.refused is not None and not self._refused:
-            self._refused = True
-            await answer(refusal_of(self._accepted.refused))(
-                self._scope, self._receive, self._plain
-            )
+        if self.accepted.refused is not None and not self.refused:
+            self.refused = True
+            await answer(refusal_of(self.accepted.refused))(self.scope, self.receive, self.plain)
 
 
 async def _send_unrecorded(send: Send, message: Message) -> None:
