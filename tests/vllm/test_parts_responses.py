@@ -16,12 +16,12 @@ from fastapi.responses import StreamingResponse
 from assay.errors import AssayError, ModelError, StorageError, UsageError
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses import Prompt, ResponseSeed, Sampling
-from assay.poc.responses.receipts import Adapter, ReceiptHeader, digest_adapter
+from assay.poc.responses.receipts import Adapter, Receipt, ReceiptHeader, digest_adapter
 from assay.poc.responses.sampling import step_seeds
 from assay.poc.vllm.compatibility import check_responses
 from assay.poc.vllm.preflight import PluginSettings, response_arguments
 from assay.poc.vllm.recorded_answers import ReceiptMiddleware, Responses
-from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
+from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Choice, Collector, Recorder
 from assay.poc.vllm.response_worker import ARGUMENT, Capture, SeedArgument, read_seed_argument
 from tests.poc.service.conftest import FINGERPRINT
 from tests.vllm.conftest import lay_out, settings_of_vllm
@@ -259,6 +259,41 @@ async def test_tokens_behind_a_stop_text_are_not_of_the_response(surplus: int):
         llm.output_processor.process_outputs([late])
     await asyncio.wait_for(asking, 5)
     assert [one.sketches.shape for one in sink.receipts] == [(1, 12)]
+
+
+async def test_a_sketch_that_comes_after_its_receipt_refuses_the_answer_of_nobody():
+    llm = LLM(late=0.05)
+    collector = Collector(llm)
+    ended, other = (
+        Choice(
+            name,
+            Receipt(
+                user_seed="",
+                request_id=name,
+                block_hash="block",
+                prompt=Prompt.of([5]),
+                output=(),
+                sketches=np.zeros(0, np.float16),
+                sampling=None,
+            ),
+            output=[0] * length,
+        )
+        for name, length in (("ended", 32), ("other", 1))
+    )
+    collector.follow(ended)
+    collector.follow(other)
+    ended.asked = 1
+    ended.found += bytes(24)
+    # One token behind its stop text, which the next call asks for.
+    surplus = SimpleNamespace(request_id="ended", new_token_ids=[0] * 33)
+    llm.output_processor.process_outputs([surplus])
+    others_end = asyncio.ensure_future(collector.finish([other]))
+    while not llm.calls:
+        await asyncio.sleep(0.001)
+    await collector.finish([ended])
+    receipt = ended.receipt()
+    await others_end
+    assert (len(receipt.sketches), other.taken) == (1, 1)
 
 
 def lora_request(path: Path) -> SimpleNamespace:

@@ -104,7 +104,8 @@ class Choice:
     def receipt(self) -> Receipt:
         """Return the receipt of an ended response; a ModelError where a sketch is missing."""
         steps = self.due
-        sketches = np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
+        # A copy: a call that runs may still bring those of tokens after the end.
+        sketches = np.frombuffer(bytes(self.found), np.float16).reshape(-1, SKETCH_SIZE)
         if len(sketches) < steps:
             raise ModelError(
                 f"{len(sketches)} sketches of {len(self.output)} tokens",
