@@ -105,7 +105,8 @@ def other_cache(config: Any) -> list[str]:
     """
     cache = config.cache_config
     model_dtype = dtype_name(config.model_config.dtype)
-    departs = [
+    set_too = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
+    return [
         f"{name} {dtype}"
         for name, field, further in (
             ("kv", "cache_dtype", EIGHT_BITS),
@@ -113,9 +114,7 @@ def other_cache(config: Any) -> list[str]:
             ("mamba state", "mamba_ssm_cache_dtype", ("float32",)),
         )
         if (dtype := str(getattr(cache, field, "auto"))) not in {"auto", model_dtype, *further}
-    ]
-    set_too = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
-    return departs + [name for name, field in set_too.items() if getattr(cache, field, None)]
+    ] + [name for name, field in set_too.items() if getattr(cache, field, None)]
 
 
 def stored_as(config: Any) -> str:
@@ -228,7 +227,6 @@ def _executors(config: Any, device: str) -> list[Refusal]:
     # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in
     # the actor's, and the executor waits for the step of one worker only before it calls all of
     # them.
-    beside = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside steps"
     wanted = "mp, uni or ray, which call between steps"
     return [
         (
@@ -237,7 +235,12 @@ def _executors(config: Any, device: str) -> list[Refusal]:
             wanted,
             "leave --distributed-executor-backend out",
         ),
-        (executor == "ray" and not _calls_between_steps(), beside, wanted, "unset it"),
+        (
+            executor == "ray" and not _calls_between_steps(),
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside steps",
+            wanted,
+            "unset it",
+        ),
     ]
 
 
@@ -358,37 +361,36 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
     from assay.models.device import parse_device, processor
 
     model = config.model_config
-    form = _stored_form(config)
-    prove_elsewhere = "prove with --engine hf"
     has_state = model.is_hybrid or model.is_attention_free
     dtype = dtype_name(model.dtype)
-    used: list[tuple[str, str, str, Tested, str]] = []
-    if form is not None:
-        do = f"serve the checkpoint before quantisation, or {prove_elsewhere}"
-        used.append((form.name, f"a checkpoint in {form.name}", "a format", STORED, do))
-    if has_state:
-        name = str(model.architecture)
-        used.append(
-            (
-                name,
-                name,
-                "a model with state",
-                WITH_STATE,
-                f"serve another model, or {prove_elsewhere}",
-            )
-        )
-    if rounded_cache(config):
-        used.append(
-            (
-                "fp8",
-                "--kv-cache-dtype fp8",
-                "a cache",
-                EIGHT_BIT_CACHES,
-                "leave --kv-cache-dtype out",
-            )
-        )
+    used: tuple[tuple[str, str, str, Tested, str], ...] = (
+        (
+            stored_as(config),
+            "a checkpoint in {}",
+            "a format",
+            STORED,
+            "serve the checkpoint before quantisation, or prove with --engine hf",
+        ),
+        (
+            str(model.architecture) if has_state else "",
+            "{}",
+            "a model with state",
+            WITH_STATE,
+            "serve another model, or prove with --engine hf",
+        ),
+        (
+            "fp8" if rounded_cache(config) else "",
+            "--kv-cache-dtype {}",
+            "a cache",
+            EIGHT_BIT_CACHES,
+            "leave --kv-cache-dtype out",
+        ),
+    )
     cpu = processor(parse_device("cpu")) if device == "cpu" else ""
-    for name, description, kind, tested, do in used:
+    for name, words, kind, tested, do in used:
+        if not name:  # the engine has no such thing
+            continue
+        description = words.format(name)
         tested_here = tested.get(device, {})
         dtypes = tested_here.get(name) or (dtype,)
         yield (
@@ -428,15 +430,15 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
     """
     model = config.model_config
     parallel = config.parallel_config
-    prove_elsewhere = "prove with --engine hf"
     form = _stored_form(config)
     if form is not None and model.is_moe:
-        wanted = (
+        yield (
+            device not in SHARED_EXPERTS,
+            f"experts in {form.name} on {device}",
             "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU "
-            "with AMX only"
+            "with AMX only",
+            "serve the checkpoint before quantisation, or prove with --engine hf",
         )
-        do = f"serve the checkpoint before quantisation, or {prove_elsewhere}"
-        yield device not in SHARED_EXPERTS, f"experts in {form.name} on {device}", wanted, do
         if group := form.group:
             text: Any = model.hf_text_config
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
@@ -450,7 +452,7 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
                 f"scale for {group}",
                 f"more than {group} columns: with fewer, vLLM mixes up the scales of their first "
                 f"products",
-                prove_elsewhere
+                "prove with --engine hf"
                 if shares == 1
                 else "pass --enable-expert-parallel, or use fewer workers",
             )
@@ -459,26 +461,21 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
     if (device, name) == ("cpu", "Lfm2ForCausalLM"):
         # It takes the second last axis for that of positions. Queries of this model are [positions,
         # heads, width].
-        turned = (
-            f"{name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads "
-            f"of it"
-        )
-        do = f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'"""
         yield (
             config.compilation_config.is_custom_op_enabled(ROTATION),
-            turned,
+            f"{name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads "
+            f"of it",
             "rotary embeddings by torch",
-            do,
+            f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'""",
         )
     if (device, name) == ("cuda", "Qwen3NextForCausalLM"):
         # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from
         # triton's.
         chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
-        wanted = "its linear attention by triton"
         yield (
             chosen != "triton",
             f"{name} and --gdn-prefill-backend {chosen or 'auto'}",
-            wanted,
+            "its linear attention by triton",
             "pass --gdn-prefill-backend triton",
         )
 
@@ -493,24 +490,23 @@ def check_responses(config: Any, mode: ResponseMode) -> None:
     if mode == "off":
         return
     seeded = mode == "seeded"
-    v2 = processor_for(config) == PROCESSORS["v2"]
     model = config.model_config
-    samplers = ("return_sampling_mask", "watermark_config")
     described = [
-        name for name in samplers if getattr(model, name, None) or getattr(config, name, None)
+        name
+        for name in ("return_sampling_mask", "watermark_config")
+        if getattr(model, name, None) or getattr(config, name, None)
     ]
-    drafts = getattr(config, "speculative_config", None)
     reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
-    noisy = reported.startswith("processed")
     rows = (
         (
-            drafts and not v2,
+            getattr(config, "speculative_config", None)
+            and processor_for(config) != PROCESSORS["v2"],
             "with speculative decoding on the V1 runner, which takes no logits processor then",
             "the V2 runner, or no drafts",
             "leave it or ASSAY_RESPONSES out",
         ),
         (
-            seeded and noisy,
+            seeded and reported.startswith("processed"),
             f"with --logprobs-mode {reported}",
             "those of the model, without the noise",
             "leave it out",

@@ -143,12 +143,11 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
         or (host and is_loopback(host))
         or settings.has_keys
     )
-    # Under these front ends `vllm serve` never builds the application that plugins extend.
-    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+    # Under the first two front ends `vllm serve` never builds the application that plugins extend.
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
     rows = (
         (
-            rust,
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
             "VLLM_USE_RUST_FRONTEND=1, a server without plugins",
             python,
             "unset VLLM_USE_RUST_FRONTEND",
@@ -245,8 +244,9 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     build_fields = {
         "engine": "vllm",
         "dtype": with_cache(served.quantised or dtype, rounded_cache(config)),
+        "torch": torch.__version__,
+        "library": f"vllm {version}",
     }
-    build_fields |= {"torch": torch.__version__, "library": f"vllm {version}"}
     builds = pins.model(served.digest).builds
     differing = (
         [name for name, value in build_fields.items() if not build.allows(name, value)]
