@@ -468,7 +468,6 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     responses, (llm, sink, recorder), app = Responses(PluginSettings()), recorded(), FastAPI()
-    responses.sink = sink
     responses.recorder = recorder
 
     @app.post("/v1/chat/completions")

@@ -27,7 +27,7 @@ from assay.poc.net.refusals import refusal_of
 from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.responses.receipts import ReceiptHeader
-from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
+from assay.poc.service.receipt_keeper import ReceiptKeeper
 from assay.poc.vllm.chat_barrier import asks_engine
 from assay.poc.vllm.client import Client, call_workers
 from assay.poc.vllm.preflight import PluginSettings
@@ -50,7 +50,6 @@ class Responses:
         # Hash of the block that was posted last.
         self.newest: str | None = None
         self.recorder: Recorder | None = None
-        self.sink: ReceiptSink | None = None
         # SHA-256 of the one that the server renders with, if it is known.
         self.chat_template: str | None = None
         self._posted = asyncio.Event()
@@ -90,9 +89,11 @@ class Responses:
                 config.scheduler_config.max_num_seqs, config.model_config.max_model_len
             ),
         )
-        self.sink = receipts.sink(header)
         self.recorder = Recorder(
-            llm, self.sink, header=header, seeded=self.settings.responses == "seeded"
+            llm,
+            receipts.sink(header),
+            header=header,
+            seeded=self.settings.responses == "seeded",
         )
 
     async def accept(
@@ -102,13 +103,13 @@ class Responses:
 
         Of a header that comes twice the first one counts, as it does for vLLM.
         """
-        if self.sink is None:
+        if self.recorder is None:
             return None
         request_id = headers.get(REQUEST_ID, secrets.token_hex(16))
         user_seed = headers.get(USER_SEED)
         check_name("X-Request-Id", request_id, do="send such an id, or none")
         check_name("X-Assay-User-Seed", user_seed or "", do="send such a seed, or none", fewest=0)
-        self.sink.check(client)
+        self.recorder.sink.check(client)
         later = self.settings.responses_block == "next"
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
         chosen_by: Literal["client", "server"] = "client" if REQUEST_ID in headers else "server"
