@@ -118,8 +118,7 @@ class KeptResponse(NamedTuple):
     sketched.
     """
 
-    prompt: int
-    words: np.ndarray[Any, np.dtype[np.uint32]]
+    carried: SeedArgument
     sketches: dict[int, bytes]
 
 
@@ -187,9 +186,7 @@ class Capture:
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             carried = read_seed_argument(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
-                self._kept[request.req_id] = KeptResponse(
-                    carried.prompt, np.array(carried.sketch, np.uint32), {}
-                )
+                self._kept[request.req_id] = KeptResponse(carried, {})
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
         # The steps in which nothing can be due are counted down while the same requests go on by
@@ -213,7 +210,9 @@ class Capture:
         first_N = (
             step.computed
             + 1
-            - np.array([NEVER if response is None else response.prompt for response in responses])
+            - np.array(
+                [NEVER if response is None else response.carried.prompt for response in responses]
+            )
         )
         after_N = first_N + self._slack + step.lengths
         due_N = _next_sketched(first_N - self._slack) < after_N
@@ -262,7 +261,7 @@ class Capture:
         positions_L = self._runner.execute_model_state.input_batch.positions[
             start : start + len(states_LD)
         ]
-        hits_L = positions_L == response.prompt - 1 + token
+        hits_L = positions_L == response.carried.prompt - 1 + token
         return SketchedState(response, token, hits_L.any()), states_LD.index_select(
             0, hits_L.to(torch.uint8).argmax().reshape(1)
         )
@@ -281,7 +280,9 @@ class Capture:
             if self._raw:
                 made_S = states_SD.float().cpu().numpy()
             else:
-                words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
+                words_S8 = torch.tensor(
+                    [state.kept.carried.sketch for state in states], dtype=torch.uint32
+                )
                 tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
                 seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
                 parts = [
