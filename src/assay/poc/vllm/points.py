@@ -224,8 +224,14 @@ class Chains:
 
 def _layers_of(model: nn.Module, count: int) -> list[nn.Module]:
     """Return the decoder layers of one of vLLM's models, in order; a UsageError without them."""
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    layers = next((entry for entry in lists if len(entry) == count), None)
+    layers = next(
+        (
+            part
+            for part in model.modules()
+            if isinstance(part, nn.ModuleList) and len(part) == count
+        ),
+        None,
+    )
     if layers is None:
         raise UsageError(
             f"chain-decode with {type(model).__name__}, which has no list of {count} layers",
