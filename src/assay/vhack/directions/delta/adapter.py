@@ -25,12 +25,13 @@ from assay.errors import ModelError, UsageError
 from assay.models.model import AnyModel, PreTrained
 from assay.vhack.directions.delta.delta_file import load_delta, save_delta
 from assay.vhack.directions.delta.groups import (
-    Adapted,
     ModuleGroup,
     Rollouts,
+    gradient_of_delta,
     group_modules,
 )
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
+from assay.vhack.directions.gradients.taps import Passed
 from assay.vhack.directions.gradients.targets import check_whole, module_of, target_modules
 
 _NAME = "delta_s"
@@ -81,12 +82,11 @@ class DeltaS(nn.Module):
                 do="call detach or merge of it first",
             )
         check_attachable(module)
-        modules = target_modules(module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
-        self.groups: list[ModuleGroup] = group_modules(modules, factors)
+        self.groups: list[ModuleGroup] = group_modules(target_modules(module), factors)
         self.delta = nn.ParameterList(
-            nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32))
+            nn.Parameter(group.left.new_zeros(len(group.names), group.rank, dtype=torch.float32))
             for group in self.groups
         )
         self.added: Sequence[Tensor] = ()
@@ -121,9 +121,9 @@ class DeltaS(nn.Module):
         coordinates.
         """
         factors = {
-            name: group.factors(index)
+            name: part
             for group in self.groups
-            for index, name in enumerate(group.names)
+            for name, part in zip(group.names, group.factors, strict=True)
         }
         return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
 
@@ -155,9 +155,10 @@ class DeltaS(nn.Module):
         self._scale = scale
         self.refresh()
 
-    def _is_stale(self) -> bool:
-        """Return whether δS has changed since it was merged."""
-        return self._merged_at != self._versions()
+    def _merge_changes(self) -> None:
+        """Merge δS where it has changed since it was merged."""
+        if self._merged_at != self._versions():
+            self.refresh()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -249,8 +250,7 @@ class DeltaS(nn.Module):
         """
         values = load_delta(Path(path), self.groups)
         for parameter, group in zip(self.delta, self.groups, strict=True):
-            delta_MR = torch.stack([values[name] for name in group.names])
-            parameter.detach().copy_(delta_MR)
+            parameter.detach().copy_(torch.stack([values[name] for name in group.names]))
         self.refresh()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -258,8 +258,7 @@ class DeltaS(nn.Module):
 
         Names are those of the model without δS, and tied weights come once.
         """
-        if self._is_stale():
-            self.refresh()
+        self._merge_changes()
         for name, parameter in self.model.named_parameters():
             if not name.startswith(f"{_NAME}."):
                 yield name, parameter.detach()
@@ -270,8 +269,7 @@ class DeltaS(nn.Module):
     def _prepare_forward(self, module: nn.Module, *_: object) -> None:
         if not self._enabled or module is not self.model:
             return
-        if self._is_stale():
-            self.refresh()
+        self._merge_changes()
         if torch.is_grad_enabled():
             self._take_views()
 
@@ -283,17 +281,16 @@ class DeltaS(nn.Module):
         self, g: int, m: int
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
-        factors = group.factors(m)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             # A copy of the model, such as the one extraction uses, has these hooks too, but no
             # gradient of this δS.
-            is_trained = (
-                torch.is_grad_enabled()
-                and self.delta[g].requires_grad
-                and module is group.linears[m]
-            )
-            if not self._enabled or not is_trained:
+            if (
+                not self._enabled
+                or not torch.is_grad_enabled()
+                or not self.delta[g].requires_grad
+                or module is not group.linears[m]
+            ):
                 return None
             inputs = arguments[0]
             record = None
@@ -305,8 +302,8 @@ class DeltaS(nn.Module):
                         do="do not pack samples into one row, or do without per_sample",
                     )
                 record = partial(rollouts.record, g, m, rollouts.kinds)
-            view_R = self._views[g][m]
-            return cast("Tensor", Adapted.apply(output, inputs, view_R, factors, record))  # type: ignore[no-untyped-call]
+            gradient_of = partial(gradient_of_delta, group.factors[m], record)
+            return cast("Tensor", Passed.apply(output, self._views[g][m], inputs, gradient_of))  # type: ignore[no-untyped-call]
 
         return hook
 

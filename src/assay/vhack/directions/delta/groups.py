@@ -21,16 +21,13 @@ Shapes: M modules of a group, B samples (rollouts) of a pass, N of all passes, T
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from assay.errors import UsageError
-from assay.models.precision import wide_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient
 from assay.vhack.directions.gradients.targets import tensor_digest
@@ -48,8 +45,7 @@ class ModuleGroup:
     linears: tuple[nn.Linear, ...]
     left: Tensor  # U of each module, [M, O, R]
     right: Tensor  # Vh of each module, [M, R, I]
-    values: Tensor  # S of each module, [M, R]
-    errors: tuple[tuple[float, float], ...]  # of each decomposition: residual and orthogonality
+    factors: tuple[Factors, ...]  # of each module, with views of these U and Vh
     base: Tensor  # weights as they were, [M, O, I]
 
     @property
@@ -61,10 +57,6 @@ class ModuleGroup:
     def digests(self) -> dict[str, str]:
         """SHA-256 in hex of each whole weight as it was, by name."""
         return {name: tensor_digest(base) for name, base in zip(self.names, self.base, strict=True)}
-
-    def factors(self, index: int) -> Factors:
-        """Return the factors of one module, as views."""
-        return Factors(self.left[index], self.values[index], self.right[index], *self.errors[index])
 
     @torch.no_grad()
     def merge(self, delta_MR: Tensor) -> None:
@@ -112,55 +104,25 @@ def group_modules(
     for names in kinds.values():
         linears = [modules[name] for name in names]
         group_factors = [factors_of_modules[name] for name in names]
-        left, right, values = (
-            torch.stack([getattr(f, part) for f in group_factors])
-            for part in ("left", "right", "values")
+        left = torch.stack([each.left for each in group_factors])
+        right = torch.stack([each.right for each in group_factors])
+        views = tuple(
+            replace(each, left=left[index], right=right[index])
+            for index, each in enumerate(group_factors)
         )
-        errors = tuple((factor.residual, factor.orthogonality) for factor in group_factors)
         base = torch.stack([linear.weight.detach() for linear in linears])
-        groups.append(ModuleGroup(tuple(names), tuple(linears), left, right, values, errors, base))
+        groups.append(ModuleGroup(tuple(names), tuple(linears), left, right, views, base))
     return groups
 
 
-class Adapted(torch.autograd.Function):
-    """A module's output unchanged; the backward pass computes the gradient of δS, [R].
+def gradient_of_delta(
+    factors: Factors, record: Callable[[Tensor], None] | None, inputs: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return the gradient of the δS of a module, [R], from its inputs and that of its output.
 
     ``record`` takes the gradients of single samples, [B, R], where they are wanted; inputs are then
     [samples, tokens, width].
     """
-
-    @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        inputs: Tensor,
-        delta_R: Tensor,
-        factors: Factors,
-        record: Callable[[Tensor], None] | None,
-    ) -> Tensor:
-        ctx.factors = factors
-        ctx.record = record
-        ctx.save_for_backward(inputs)
-        return output.view_as(output)
-
-    @staticmethod
-    @override
-    def backward(
-        ctx: Any, *gradients: Any
-    ) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        (gradient,), (inputs,) = gradients, ctx.saved_tensors
-        of_output, _, of_delta, *_ = ctx.needs_input_grad
-        to_delta = None
-        if of_delta:
-            with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
-                to_delta = _gradient_of_delta(gradient, inputs, ctx.factors, ctx.record)
-        return gradient if of_output else None, None, to_delta, None, None
-
-
-def _gradient_of_delta(
-    gradient: Tensor, inputs: Tensor, factors: Factors, record: Callable[[Tensor], None] | None
-) -> Tensor:
     gradient = gradient.to(factors.left.dtype)
     inputs = inputs.to(factors.right.dtype)
     if record is None:
@@ -224,6 +186,5 @@ class Rollouts:
     def sums(self) -> list[Tensor]:
         """Return the gradient of each kind over all backward passes, [G, M, R] per group."""
         assert self.kinds is not None
-        kinds = len(self.kinds)
-        by_pass = [rows.view(len(rows), -1, kinds, rows.shape[2]) for rows in self.rows]
+        by_pass = [rows.view(len(rows), -1, len(self.kinds), rows.shape[2]) for rows in self.rows]
         return [rows_MPGR.sum(dim=1).transpose(0, 1).contiguous() for rows_MPGR in by_pass]

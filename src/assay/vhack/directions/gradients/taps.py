@@ -34,7 +34,6 @@ Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -126,16 +125,16 @@ class Tap:
 
         Some segments may be empty.
         """
-        output: Tensor
         if self.plain is None:
-            output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
-        else:
-            inputs_NI = inputs.detach().reshape(-1, inputs.shape[-1])
-            plan = self.plan(inputs_NI, segments)
-            saved = self.along(inputs_NI) if plan.early else inputs_NI
-            leave = partial(self.leave, segments, plan)
-            output = Passed.apply(self.plain(inputs), self.trigger, saved, leave)  # type: ignore[no-untyped-call]
-        return output
+            return cast("Tensor", _Tapped.apply(inputs, self.trigger, self, segments))  # type: ignore[no-untyped-call]
+        inputs_NI = inputs.detach().reshape(-1, inputs.shape[-1])
+        plan = self.plan(inputs_NI, segments)
+        saved = self.along(inputs_NI) if plan.early else inputs_NI
+
+        def leave(saved: Tensor, gradient: Tensor) -> None:
+            self.leave(segments, plan, saved, gradient)
+
+        return cast("Tensor", Passed.apply(self.plain(inputs), self.trigger, saved, leave))  # type: ignore[no-untyped-call]
 
     def plan(self, inputs_NI: Tensor, segments: Segments) -> TapPlan:
         """Return the cheapest plan for these rows."""
@@ -153,13 +152,11 @@ class Tap:
             )
         # Multiplications per token beyond the two products with W. The factors save some of those.
         outer = (1 + rank / tokens) * outputs * inputs
-        saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
-        sided = rank * (outputs + inputs - saved)
-        if outer < sided:
+        saved = abs(outputs - inputs) if self.factored else 0
+        if outer < rank * (outputs + inputs - saved):
             return TapPlan("outer", early=False, output=False, input=False)
-        return TapPlan(
-            "left" if outputs < inputs else "right", outputs < inputs, to_output, to_input
-        )
+        is_wide = outputs < inputs
+        return TapPlan("left" if is_wide else "right", is_wide, to_output, to_input)
 
     def along(self, inputs_NI: Tensor) -> Tensor:
         """Return the coordinates ``Vh x`` of inputs, [N, R]."""
@@ -190,10 +187,12 @@ class Tap:
         right_RI = self.factors.right
         sums = [gradient_NX[start:end].T @ saved[start:end] for start, end in segments.bounds]
         if plan.order == "outer":
-            return torch.stack([delta_gradient(matrix, left_OR, right_RI) for matrix in sums])
-        if plan.order == "left":
-            return torch.stack([torch.linalg.vecdot(matrix, left_OR, dim=0) for matrix in sums])
-        return torch.stack([torch.linalg.vecdot(matrix, right_RI) for matrix in sums])
+            rows = [delta_gradient(matrix, left_OR, right_RI) for matrix in sums]
+        elif plan.order == "left":
+            rows = [torch.linalg.vecdot(matrix, left_OR, dim=0) for matrix in sums]
+        else:
+            rows = [torch.linalg.vecdot(matrix, right_RI) for matrix in sums]
+        return torch.stack(rows)
 
 
 class _Tapped(torch.autograd.Function):
@@ -208,14 +207,13 @@ class _Tapped(torch.autograd.Function):
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         plan = tap.plan(inputs_NI, segments)
         bias = tap.linear.bias
+        saved = tap.along(inputs_NI) if plan.early else inputs_NI
         if plan.output:
-            saved = tap.along(inputs_NI)
             output_NO = (saved * tap.values) @ tap.factors.left.T
             if bias is not None:
                 output_NO += bias
         else:
             output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
-            saved = tap.along(inputs_NI) if plan.early else inputs_NI
         ctx.save_for_backward(saved)
         ctx.tap = tap
         ctx.segments = segments
@@ -239,9 +237,10 @@ class _Tapped(torch.autograd.Function):
 
 
 class Passed(torch.autograd.Function):
-    """The identity, whose backward pass hands on what was saved, and the gradient.
+    """The identity on an output; ``gradient_of`` gives the gradient of a second tensor, or none.
 
-    What is saved goes through autograd, so that a layer that is computed again does not keep it.
+    The backward pass asks it, with what was saved and the gradient of the output. What is saved
+    goes through autograd, so that a layer that is computed again does not keep it.
     """
 
     @staticmethod
@@ -249,22 +248,24 @@ class Passed(torch.autograd.Function):
     def forward(
         ctx: Any,
         output: Tensor,
-        trigger: Tensor,
+        second: Tensor,
         saved: Tensor,
-        leave: Callable[[Tensor, Tensor], None],
+        gradient_of: Callable[[Tensor, Tensor], Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(saved)
-        ctx.leave = leave
+        ctx.gradient_of = gradient_of
         return output.view_as(output)
 
     @staticmethod
     @override
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None, None]:
         (gradient,) = gradients
         (saved,) = ctx.saved_tensors
-        with wide_products(gradient):
-            ctx.leave(saved, gradient)
-        return gradient, None, None, None
+        of_second = None
+        if ctx.needs_input_grad[1]:
+            with torch.autocast(gradient.device.type, enabled=False), wide_products(gradient):
+                of_second = ctx.gradient_of(saved, gradient)
+        return gradient, of_second, None, None
 
 
 def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
