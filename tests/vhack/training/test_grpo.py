@@ -229,7 +229,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
             (p.grad, a, h)
             for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)
         ]
-        wanted = {key: float(value) for key, value in measure_shares("cin", vectors, 1).items()}
+        wanted = {key: float(value) for key, value in measure_shares("cin", vectors).items()}
         measured = {key: float(values[index]) for key, values in found.items()}
         length = measured.pop("length")
         assert measured == pytest.approx(wanted, rel=1e-4)

@@ -180,6 +180,6 @@ def measure_sources(sums: Sequence[Tensor], frames: StackedAxes) -> dict[str, Te
     :meth:`Outcomes.kinds`, [G, M, R] per group.
     """
     parts = [sum_GMR[: len(SOURCES)] for sum_GMR in sums]
-    shares = measure_shares("cin", zip(parts, frames.axes, frames.has_axes, strict=True), 1)
+    shares = measure_shares("cin", zip(parts, frames.axes, frames.has_axes, strict=True))
     squares_S = [part_SMR.double().square().sum(dim=(1, 2)) for part_SMR in parts]
     return {**shares, "length": torch.stack(squares_S).sum(dim=0).sqrt()}

@@ -89,8 +89,6 @@ def load_delta(path: Path, groups: Sequence[ModuleGroup]) -> dict[str, Tensor]:
         for n, delta_R in values.items()
         if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all())
     ]
-    digest = metadata.get("delta_sha256")
-    weights = metadata.get("weights_sha256")
     for is_wrong, seen, wanted in (
         (is_of_other_modules, "has δS of other modules or ranks", "those of this adapter"),
         (
@@ -99,11 +97,15 @@ def load_delta(path: Path, groups: Sequence[ModuleGroup]) -> dict[str, Tensor]:
             "finite float32 numbers",
         ),
         (
-            not odd and digest != _digest(values),
+            not odd and metadata.get("delta_sha256") != _digest(values),
             "is damaged: its δS do not have its hash",
             "a whole file",
         ),
-        (weights != _weights(groups), "was made for other weights", "those of this model"),
+        (
+            metadata.get("weights_sha256") != _weights(groups),
+            "was made for other weights",
+            "those of this model",
+        ),
     ):
         if is_wrong:
             raise DataError(f"{path} {seen}", wanted=wanted, do=_REDO)

@@ -75,6 +75,11 @@ def write_merged(
     lengths = read_delta_lengths(path)
     model = load_model(reference, dtype=dtype, device=device)
     adapter = load_adapter(model, path, lengths, progress=progress)
-    about = {"form": "merged", "dtype": dtype_name(model.dtype)}
     save_checkpoint(adapter.merge(), model.tokenizer, folder)
-    return {"path": str(folder), "model": model.reference, "modules": len(lengths), **about}
+    return {
+        "path": str(folder),
+        "model": model.reference,
+        "modules": len(lengths),
+        "form": "merged",
+        "dtype": dtype_name(model.dtype),
+    }

@@ -194,9 +194,10 @@ class ProjectedOptimizer(Optimizer):
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
             now_MR = parameter.detach()
-            axes_MKR = self.frames.axes[index]
             now_MR.copy_(
-                self.arm.change_update(now_MR, before[index], self._start[index], axes_MKR)
+                self.arm.change_update(
+                    now_MR, before[index], self._start[index], self.frames.axes[index]
+                )
             )
         self.measures = self._measured(raw, gated, before)
         self.adapter.refresh()
@@ -204,10 +205,9 @@ class ProjectedOptimizer(Optimizer):
 
     def _gradients(self) -> dict[int, Tensor]:
         """Return the gradients of the groups that have one."""
-        parameters = enumerate(self.adapter.delta)
         return {
             index: parameter.grad.detach()
-            for index, parameter in parameters
+            for index, parameter in enumerate(self.adapter.delta)
             if parameter.grad is not None
         }
 
@@ -220,14 +220,13 @@ class ProjectedOptimizer(Optimizer):
         deltas = [parameter.detach() for parameter in self.adapter.delta]
         frames = self.frames
         # The hack is along −v for an update, so its sign is turned.
-        vectors = {
-            index: torch.stack([raw[index], gated[index], before[index] - deltas[index]])
-            for index in gated
-        }
-        parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in gated)
+        parts = []
+        for index in gated:
+            vectors_3MR = torch.stack([raw[index], gated[index], before[index] - deltas[index]])
+            parts.append((vectors_3MR, frames.axes[index], frames.has_axes[index]))
         measures = {
             name + suffix: value
-            for suffix, values in measure_shares("", parts, 1).items()
+            for suffix, values in measure_shares("", parts).items()
             for name, value in zip(_SHARES, values.expand(len(_SHARES)), strict=True)
         }
         moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))

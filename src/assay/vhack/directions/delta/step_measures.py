@@ -48,9 +48,9 @@ class StepMeasures:
 
 
 def measure_shares(
-    name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], sign: int
+    name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return one- and two-sided shares of gradients (sign 1) or updates (−1) along the axes.
+    """Return one- and two-sided shares of gradients along the axes.
 
     Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [...,
     M]; shares have the dimensions before M.
@@ -58,15 +58,13 @@ def measure_shares(
     # Sums over modules: one-sided share, two-sided share, 1.
     sums = []
     for vectors_MR, axes_MKR, has_M in vectors:
-        hackward_MK = sign * along(axes_MKR, vectors_MR)
+        hackward_MK = along(axes_MKR, vectors_MR)
         size_M = vectors_MR.double().norm(dim=-1)
-        one_M = hackward_MK.relu().norm(dim=-1)
-        two_M = hackward_MK.norm(dim=-1)
-        divisor_M = torch.where(size_M > 0, size_M, 1.0)
-        parts_3M = torch.stack([one_M / divisor_M, two_M / divisor_M, torch.ones_like(size_M)])
+        lengths_2M = torch.stack([hackward_MK.relu().norm(dim=-1), hackward_MK.norm(dim=-1)])
+        shares_2M = lengths_2M / torch.where(size_M > 0, size_M, 1.0)
+        parts_3M = torch.cat([shares_2M, torch.ones_like(size_M)[None]])
         sums.append((parts_3M * has_M).sum(dim=-1))
-    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.float64)
-    *shares, count = total
+    *shares, count = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.float64)
     return {
         name + suffix: share / count.clamp_min(1)
         for suffix, share in zip(_SHARE, shares, strict=True)
@@ -79,9 +77,8 @@ def measure_displacement(moved: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Te
     Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions
     before M.
     """
-    coordinates = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
-    coordinates_MK = (
-        torch.cat(coordinates, dim=-1) if coordinates else torch.zeros(0, dtype=torch.float64)
+    coordinates_MK = torch.cat(
+        [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved], dim=-1
     )
     sums = torch.stack([coordinates_MK.sum(dim=-1), (coordinates_MK**2).sum(dim=-1)])
     farthest = (
@@ -152,10 +149,8 @@ def _stack(group: ModuleGroup, axes: dict[str, Tensor]) -> Tensor:
                 do="decompose the weights with the rank of the basis",
             )
         axes_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
-    ones_MK = axes_MKR.any(dim=2).double()
-    skew_M = (
-        (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
-    )
+    wanted_MKK = torch.diag_embed(axes_MKR.any(dim=2).double())
+    skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - wanted_MKK).flatten(1).norm(dim=1)
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
         worst = int(skew_M.nan_to_num(torch.inf).argmax())
         raise DataError(
