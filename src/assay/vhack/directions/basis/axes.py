@@ -56,8 +56,7 @@ def find_axes(
     gram_NN: Tensor,
     *,
     top_k: int,
-    method: str,
-    clean: tuple[Tensor, Tensor] | None = None,
+    clean: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the axes of one module by one of two methods, with their singular values and votes.
 
@@ -67,16 +66,15 @@ def find_axes(
       towards a multiple of the identity by :func:`shrinkage`. Values are those of the whitened
       differences: units of one clean standard deviation.
 
-    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. ``lda``
-    needs clean gradients and theirs. No more than N axes come back, as a :class:`Basis` has them;
-    one that the data cannot fill is zero.
+    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. With the
+    clean gradients and theirs it is ``lda``, and ``svd`` without. No more than N axes come back, as
+    a :class:`Basis` has them; one that the data cannot fill is zero.
     """
     rows_NR = difference_NR.double()
-    if method == "lda":
-        assert clean is not None
-        axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
-    else:
+    if clean is None:
         axes_KR, values_K = _singular_rows(rows_NR, gram_NN, top_k)
+    else:
+        axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
     turned_KR, votes_K2 = _oriented(rows_NR, axes_KR)
     return turned_KR.float(), values_K.float(), votes_K2
 
@@ -102,11 +100,9 @@ def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
 
 def draw_frames(*shape: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Return orthonormal columns that are uniform among all (Haar), [..., R, K]."""
-    drawn = torch.randn(*shape, generator=generator, dtype=dtype)
-    frames, upper = torch.linalg.qr(drawn)
+    frames, upper = torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=dtype))
     # The algorithm chooses signs by itself; with these a column and its negative are as likely.
-    uniform: Tensor = frames * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    return uniform
+    return cast("Tensor", frames * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
 
 
 def _discriminants(
@@ -129,10 +125,8 @@ def _discriminants(
     along_M = (floor + (1 - share) * values_M**2 / n).rsqrt()
 
     def whiten(some_NR: Tensor) -> Tensor:
-        inside_NM = some_NR @ directions_MR.T
-        return cast(
-            "Tensor", elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
-        )
+        inside_NR = ((some_NR @ directions_MR.T) * (along_M - elsewhere)) @ directions_MR
+        return cast("Tensor", elsewhere * some_NR + inside_NR)
 
     whitened_NR = whiten(rows_NR)
     axes_KR, values_K = _singular_rows(whitened_NR, gram(whitened_NR), top_k)

@@ -160,9 +160,12 @@ class Basis:
             name: zero_weak_axes(axes_KR, self.singular_values[name], tau_axis)[:k_use]
             for name, axes_KR in self.axes.items()
         }
-        values = {name: values_K[:k_use] for name, values_K in self.singular_values.items()}
-        votes = {name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()}
-        return replace(self, axes=axes, singular_values=values, votes=votes)
+        return replace(
+            self,
+            axes=axes,
+            singular_values={name: row_K[:k_use] for name, row_K in self.singular_values.items()},
+            votes={name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the basis as one safetensors file, replacing an older one in one step.
@@ -358,8 +361,8 @@ def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor
     if (values_K < 0).any() or (votes_K2 < 0).any():
         raise ValueError(f"{name} has negative singular values or votes")
     wide_KR = axes_KR.double()
-    used_K = wide_KR.any(dim=1)
-    error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
+    wanted_KK = torch.diag(wide_KR.any(dim=1).double())
+    error = float((wide_KR @ wide_KR.T - wanted_KK).abs().max())
     if error > _SKEW:
         raise ValueError(
             f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}"
@@ -396,9 +399,8 @@ def check_covered(gradients: Mapping[str, Tensor], basis: Basis) -> None:
         if name not in gradients or gradients[name].shape[1] != axes_KR.shape[1]
     ]
     if missing or not basis.axes:
-        seen = missing[0] if missing else "a basis without modules"
         raise UsageError(
-            seen,
+            missing[0] if missing else "a basis without modules",
             wanted="gradients of every module of the basis",
             do="compute the gradients and the basis with the same model, and the same rank",
         )

@@ -85,16 +85,16 @@ class PairGradients:
                 do="pass lists as long as the gradients",
             )
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
-        sides = (("hack", self.hack), ("clean", self.clean))
-        for side, name, rows_NR in ((side, *item) for side, rows in sides for item in rows.items()):
-            bad_N = ~torch.isfinite(rows_NR).all(dim=1)
-            if bad_N.any():
-                raise DataError(
-                    f"the gradient of pair {self.keys[int(bad_N.nonzero()[0])]}, {side} side, is "
-                    f"not finite in {name}",
-                    wanted="finite gradients",
-                    do="leave the pair out, or run the model in float32",
-                )
+        for side, gradients in (("hack", self.hack), ("clean", self.clean)):
+            for name, rows_NR in gradients.items():
+                bad_N = ~torch.isfinite(rows_NR).all(dim=1)
+                if bad_N.any():
+                    raise DataError(
+                        f"the gradient of pair {self.keys[int(bad_N.nonzero()[0])]}, {side} side, "
+                        f"is not finite in {name}",
+                        wanted="finite gradients",
+                        do="leave the pair out, or run the model in float32",
+                    )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -146,14 +146,13 @@ class PairGradients:
         values = {}
         votes = {}
         for name, gram_NN in self._grams.items():
-            rows_NR = self.differences(name)[index]
             clean = (
                 (self.clean[name][index], self._clean_grams[name][square])
                 if method == "lda"
                 else None
             )
             axes_KR, values[name], votes[name] = find_axes(
-                rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean
+                self.differences(name)[index], gram_NN[square], top_k=top_k, clean=clean
             )
             axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
         if not any(values_K.any() for values_K in values.values()):
@@ -180,9 +179,8 @@ class PairGradients:
 def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
     shapes = {name: tuple(rows.shape) for name, rows in hack.items()}
     counts = {shape[0] for shape in shapes.values()}
-    is_alike = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
     if (
-        not is_alike
+        shapes != {name: tuple(rows.shape) for name, rows in clean.items()}
         or len(counts) != 1
         or any(len(shape) != 2 for shape in shapes.values())
         or 0 in counts
@@ -269,11 +267,13 @@ def pair_gradients(
     captured = 1.0
     if rank is not None:
         first_pair = slice(None, None, len(differing))  # both sides of the first pair
-        gradients_of_first = partial(
-            gradients_of, samples[first_pair], model, names=side_names[first_pair]
-        )
         svd, captured = _truncated(
-            list(target_modules(model)), rank, svd or decompose, gradients_of_first, stages[0]
+            list(target_modules(model)),
+            rank,
+            svd,
+            decompose,
+            partial(gradients_of, samples[first_pair], model, names=side_names[first_pair]),
+            stages[0],
         )
     elif svd is None:
         svd = decompose(progress=stages[0])
@@ -392,7 +392,8 @@ def _nothing_left(count: int) -> DataError:
 def _truncated(
     names: Sequence[str],
     rank: int,
-    full: SVDCache | Callable[..., SVDCache],
+    full: SVDCache | None,
+    decompose: Callable[..., SVDCache],
     gradients_of: Callable[..., dict[str, torch.Tensor]],
     progress: Progress | None,
 ) -> tuple[SVDCache, float]:
@@ -401,16 +402,12 @@ def _truncated(
     The share needs the full factors. Where these are to be made, those of one part of the modules
     exist at a time, and each part takes a pass.
     """
-    rank_left = kept_rank(rank, full if isinstance(full, SVDCache) else None)
     factors: dict[str, Factors] = {}
     energy = energy_held = 0.0
-    size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
-    for part in (names[start : start + size] for start in range(0, len(names), size)):
-        svd = (
-            full
-            if isinstance(full, SVDCache)
-            else full(modules=part, progress=stage_progress(progress, len(factors), 0))
-        )
+    size = -(-len(names) // (1 if full else _PARTS))
+    for start in range(0, len(names), size):
+        part = names[start : start + size]
+        svd = full or decompose(modules=part, progress=stage_progress(progress, len(factors), 0))
         for rows in gradients_of(svd=svd, modules=part).values():
             energy += float(rows.square().sum())
             energy_held += float(rows[:, :rank].square().sum())
@@ -418,4 +415,5 @@ def _truncated(
         dtype = svd.dtype
         # Before those of the next part are made.
         del svd
-    return SVDCache(factors, rank=rank_left, dtype=dtype), energy_held / energy if energy else 1.0
+    cut = SVDCache(factors, rank=kept_rank(rank, full), dtype=dtype)
+    return cut, energy_held / energy if energy else 1.0

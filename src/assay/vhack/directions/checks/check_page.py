@@ -13,8 +13,11 @@ _CLEAN = SERIES[0]
 def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
     """Return the page of the five verdicts and their evidence; its footer names the command."""
     model = report.origin.get("model") or "Gradients at hand"
-    subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
-    page = Report("Are these hack directions real?", subtitle, command=command)
+    page = Report(
+        "Are these hack directions real?",
+        f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}",
+        command=command,
+    )
     _verdicts(page, report)
     _distributions(page, report)
     _settings(page, report)
@@ -39,16 +42,16 @@ def _verdicts(page: Report, report: CheckReport) -> None:
         level = max(
             (np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None
         )
-        shown: list[Cell] = (
-            [f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
-            if interval
-            else [None, None]
+        rows.append(
+            [
+                check.title,
+                None if interval is None else f"{interval.value:.3f}",
+                None if interval is None else f"{interval.low:.3f} to {interval.high:.3f}",
+                None if level is None else f"{level:.3f}",
+                None if largest is None else f"{largest:.2g}",
+                Badge(check.verdict, check.verdict),
+            ]
         )
-        shown += [
-            None if level is None else f"{level:.3f}",
-            None if largest is None else f"{largest:.2g}",
-        ]
-        rows.append([check.title, *shown, Badge(check.verdict, check.verdict)])
     page.table(
         (
             "check",
@@ -64,8 +67,10 @@ def _verdicts(page: Report, report: CheckReport) -> None:
     )
     with page.details("What each check asks, and what decided"):
         for check in report.checks:
-            badge = Badge(check.verdict, check.verdict)
-            page.paragraph(badge, f"  {check.title}. Value: {check.statistic}. {check.rule}")
+            page.paragraph(
+                Badge(check.verdict, check.verdict),
+                f"  {check.title}. Value: {check.statistic}. {check.rule}",
+            )
             page.paragraph(_sentence(check.reason))
 
 

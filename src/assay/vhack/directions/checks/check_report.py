@@ -216,8 +216,7 @@ class CheckReport:
 
 def p_value(observed: float, draws: Sequence[float]) -> float:
     """Return the p-value of an observation, which counts as a draw (Phipson and Smyth 2010)."""
-    reached = sum(draw >= observed - _TIE for draw in draws)
-    return (1 + reached) / (1 + len(draws))
+    return (1 + sum(draw >= observed - _TIE for draw in draws)) / (1 + len(draws))
 
 
 def bootstrap(
@@ -268,16 +267,16 @@ def judge(
         faults = [
             f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha
         ]
-        levels = {**nulls, "chance": [_VALUES[name][1]]}
-        verdict, reason = decide(faults, "interval", measured, levels, settings)
-    draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
+        verdict, reason = decide(
+            faults, "interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings
+        )
     return Check(
         name,
         TITLES[name],
         statistic,
         rule_of(name, nulls, settings),
         measured,
-        draws,
+        {null: tuple(map(float, values)) for null, values in nulls.items()},
         p_values,
         verdict,
         reason,
@@ -314,7 +313,8 @@ def decide(
 
 def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
     """Return the rule of :func:`judge` in words."""
-    (value_name, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
+    value_name, above = _VALUES[name]
+    others = [null for null in nulls if null != SWAPPED]
     interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
     quantile = f"1 − {settings.alpha:g} quantile"
     if len(others) > 1:

@@ -65,7 +65,7 @@ from assay.vhack.directions.checks.check_report import (
     undecided_check,
 )
 from assay.vhack.directions.checks.folds import Design, cross_fit, design_for_basis, draw_swaps
-from assay.vhack.directions.checks.geometry import FittedAxes, Geometry, cin_per_module
+from assay.vhack.directions.checks.geometry import FittedAxes, Geometry, cin_per_module, divisors
 from assay.vhack.directions.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import check_prompts
@@ -127,9 +127,8 @@ def check(
     gradients = pair_gradients(pairs, model, **options)
     report = check_gradients(gradients, basis=basis, settings=settings)
     sides = {pair.key: pair.samples() for pair in pairs}
-    samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
     evidence = collect_evidence(
-        samples,
+        [sides[key][side] for side in (0, 1) for key in gradients.keys],
         model,
         gradients={name: gradients.both_sides(name) for name in gradients.hack},
         tokenizer=options.get("tokenizer"),
@@ -219,21 +218,25 @@ def _judge_held_out(
     measured = bootstrap(
         score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings
     )
-    nulls = {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))}
     return judge(
-        name, statistic, measured, nulls, design.settings, design.smallest_p, details=details
+        name,
+        statistic,
+        measured,
+        {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))},
+        design.settings,
+        design.smallest_p,
+        details=details,
     )
 
 
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
-    details = {"pairs": len(design.tested)}
     return _judge_held_out(
         design,
         "heldout",
         "share of pairs whose hack side has the larger cin",
         lambda hack, clean: auroc(hack - clean, [0.0]),
-        details,
+        {"pairs": len(design.tested)},
     )
 
 
@@ -286,16 +289,15 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     haar_BS = haar_scores(
         gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator
     )
-    nulls = {
-        HAAR: _aurocs(design, haar_BS),
-        CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
-        SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
-    }
     return judge(
         "random_null",
         "AUROC of mean cin over modules",
         measured,
-        nulls,
+        {
+            HAAR: _aurocs(design, haar_BS),
+            CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
+            SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
+        },
         settings,
         design.smallest_p,
     )
@@ -323,8 +325,7 @@ def haar_scores(
                 len(draws), r, min(k, r), generator=generator, dtype=torch.float32
             )
             along_BSK = samples_SR.float() @ frames_BRK
-            ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
-            total_BS[draws] += ahead_BS / lengths_S
+            total_BS[draws] += along_BSK.clamp_min(0).norm(dim=2).double() / lengths_S
     return total_BS / len(lengths_MS)
 
 
@@ -341,10 +342,8 @@ def _clean_clean(design: Design) -> Tensor:
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
-            along_MKS = frame.along[:, :, samples]
-            scores_BS[draw, samples] = cin_per_module(
-                along_MKS, geometry.lengths_MS[:, samples]
-            ).mean(dim=0)
+            cin_MS = cin_per_module(frame.along[:, :, samples], geometry.lengths_MS[:, samples])
+            scores_BS[draw, samples] = cin_MS.mean(dim=0)
     return scores_BS
 
 
@@ -382,8 +381,10 @@ def _rule(settings: CheckSettings) -> str:
 
 def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
     generator = np.random.default_rng([settings.seed, 7])
-    orders = (generator.permutation(len(names)) for _ in range(settings.n_splits))
-    return [{names[i] for i in order[: len(names) // 2]} for order in orders]
+    return [
+        {names[i] for i in generator.permutation(len(names))[: len(names) // 2]}
+        for _ in range(settings.n_splits)
+    ]
 
 
 def _split(
@@ -432,8 +433,7 @@ def _agreement(
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, frame.fitted)
     second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other_frame.fitted)
     product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
-    lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
-    return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
+    return (product_BM / divisors(first_BMK.norm(dim=2) * second_BMK.norm(dim=2))).mean(dim=1)
 
 
 def _judge_stability(splits: list[dict[str, Tensor]], settings: CheckSettings) -> Check:

@@ -204,8 +204,7 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
         gradients.groups, settings.method, settings.seed, settings.alpha, basis.origin.groups
     )
     train, test = _rows(gradients.groups, set(basis.origin.groups))
-    differences = {name: gradients.differences(name) for name in basis.axes}
-    refuse_seen(basis, differences, "pairs", test)
+    refuse_seen(basis, {name: gradients.differences(name) for name in basis.axes}, "pairs", test)
     geometry = Geometry(gradients)
     used_basis = basis.slice(settings.k_use, settings.tau_axis)
     text = (

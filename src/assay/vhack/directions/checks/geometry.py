@@ -53,8 +53,7 @@ class Geometry:
         self.n = len(gradients)
         self.gram_MSS = torch.stack([gram(gradients.both_sides(name)) for name in self.names])
         self.ranks_M = torch.tensor([rows.shape[1] for rows in gradients.hack.values()])
-        lengths_MS = self.gram_MSS.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-        self.lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
+        self.lengths_MS = divisors(self.gram_MSS.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt())
 
     def fit_pairs(self, pairs_T: Tensor, settings: CheckSettings) -> FittedAxes:
         """Return the basis of hack minus clean of these pairs."""
@@ -101,8 +100,7 @@ class Geometry:
         n = len(samples_N)
         centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
         gram_MNN = centre_NN @ self.gram_MSS[:, samples_N][:, :, samples_N] @ centre_NN
-        ranks = self.ranks_M.tolist()
-        share_M = torch.tensor(list(map(shrinkage, gram_MNN, ranks))).double()
+        share_M = torch.tensor(list(map(shrinkage, gram_MNN, self.ranks_M.tolist()))).double()
         energy_M = gram_MNN.diagonal(dim1=1, dim2=2).sum(dim=1)
         floor_M1 = (share_M * energy_M / (n * self.ranks_M))[:, None]
         mix_MNN, values_MN = self._singular(gram_MNN, n, 0.0)
@@ -153,8 +151,9 @@ class Geometry:
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S], zero where a module has fewer axes."""
-        both_sides = self.gradients.both_sides
-        along = [axes[name].double() @ both_sides(name).double().T for name in self.names]
+        along = [
+            axes[name].double() @ self.gradients.both_sides(name).double().T for name in self.names
+        ]
         return pad_sequence(along, batch_first=True)
 
     def overlaps(self, frame: FittedAxes, other_frame: FittedAxes) -> Tensor:
@@ -169,8 +168,12 @@ class Geometry:
         samples.
         """
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
-        lengths_MQ = squares_MQ.clamp_min(0).sqrt()
-        return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)
+        return along_MKS @ weights_SQ, divisors(squares_MQ.clamp_min(0).sqrt())
+
+
+def divisors(lengths: Tensor) -> Tensor:
+    """Return lengths to divide by, infinite where they are 0: a share of nothing is 0."""
+    return torch.where(lengths > 0, lengths, torch.inf)
 
 
 def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
@@ -179,8 +182,5 @@ def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | Non
     back_MKS = along_MKS.clamp_max(0).square()
     if turn_BMK is None:
         return ahead_MKS.sum(dim=1).sqrt() / lengths_MS
-    forward_BMK = (turn_BMK + 1) / 2
-    squares_BMS = torch.einsum("bmk,mks->bms", forward_BMK, ahead_MKS - back_MKS) + back_MKS.sum(
-        dim=1
-    )
-    return squares_BMS.clamp_min(0).sqrt() / lengths_MS
+    turned_BMS = torch.einsum("bmk,mks->bms", (turn_BMK + 1) / 2, ahead_MKS - back_MKS)
+    return (turned_BMS + back_MKS.sum(dim=1)).clamp_min(0).sqrt() / lengths_MS

@@ -45,6 +45,7 @@ from assay.vhack.directions.checks.check_report import (
 )
 from assay.vhack.directions.checks.five_checks import compare_sides, haar_scores
 from assay.vhack.directions.checks.folds import refuse_seen
+from assay.vhack.directions.checks.geometry import divisors
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
@@ -232,10 +233,9 @@ def _score(
     """Return check 1 of the pools, and the cin of both."""
     scores = _split(cin_over_modules(gradients, basis), pools)
     lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
-    lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
     k = max(map(len, basis.axes.values()))
     generator = torch.Generator().manual_seed(settings.seed)
-    random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
+    random_BS = haar_scores(gradients.values(), divisors(lengths_MS), k, settings.n_null, generator)
     nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
     lengths = [[float(len(text_of(member.sample.completion))) for member in pool] for pool in pools]
     longer = auroc(*lengths)
