@@ -121,8 +121,8 @@ class SampleBatch:
     @classmethod
     def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "SampleBatch":
         """Return the batch of these samples on a device."""
-        longest = max(len(sample.ids) for sample in encoded)
-        sizes = [len(sample.ids) if packed else longest for sample in encoded]
+        lengths = [len(sample.ids) for sample in encoded]
+        sizes = lengths if packed else [max(lengths)] * len(lengths)
         counts = torch.tensor([len(sample.ids) - sample.n_prompt for sample in encoded])
         segments = Segments.of(sizes, device)
         spans = [
@@ -179,8 +179,7 @@ def encode(
     for index, name in enumerate(names):
         with _named_errors(name):
             ids, n_prompt = next(encodings)
-        counts = {"prompt": n_prompt, "completion": len(ids) - n_prompt}
-        for part, count in counts.items():
+        for part, count in (("prompt", n_prompt), ("completion", len(ids) - n_prompt)):
             if not count:
                 raise DataError(
                     f"{name}: empty {part}",
@@ -234,8 +233,9 @@ def find_chat_template(
 def context_length(module: PreTrained) -> int | None:
     """Return how many tokens a model is made for, or None where its configuration does not say."""
     config = module.config.get_text_config()
-    stated = (getattr(config, name, None) for name in _CONTEXTS)
-    return next((int(tokens) for tokens in stated if tokens), None)
+    return next(
+        (int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, 0)), None
+    )
 
 
 def plan_batches(

@@ -80,9 +80,11 @@ class DividedPass:
                     wanted="all logits in every process",
                     do="give the head ColwiseParallel(output_layouts=Replicate())",
                 )
-            logits_MV = logits.flatten(0, 1)[batch.label_rows.to(logits.device)]
-            losses_M = TokenLoss.apply(logits_MV, batch.labels.to(logits.device))  # type: ignore[no-untyped-call]
-            weights_M = batch.loss_weights.to(logits.device)
+            rows_M, labels_M, weights_M = (
+                part.to(logits.device)
+                for part in (batch.label_rows, batch.labels, batch.loss_weights)
+            )
+            losses_M = TokenLoss.apply(logits.flatten(0, 1)[rows_M], labels_M)  # type: ignore[no-untyped-call]
             # Not `backward`, which would leave gradients of weights, and have FSDP2 reduce them.
             torch.autograd.grad(losses_M, trigger, weights_M, allow_unused=True)
         together_BR = stack_rows(self._rows, self.lengths, len(encoded), device)

@@ -68,10 +68,10 @@ def division_of(model: nn.Module) -> Division | None:
     Raises:
         ModelError: It is divided in a way in which no matrix can be had whole.
     """
-    units = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    for unit in units:
-        # After a pass the root of FSDP2 keeps its whole weights until the next one.
-        unit.reshard()
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # After a pass the root of FSDP2 keeps its whole weights until the next one.
+            part.reshard()
     parameters = dict(model.named_parameters())
     shards = {name: value for name, value in parameters.items() if isinstance(value, DTensor)}
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
@@ -87,12 +87,10 @@ def division_of(model: nn.Module) -> Division | None:
         return Division(_place(embeddings) or devices[0], devices)
     meshes = {value.device_mesh for value in shards.values()}
     mesh = next(iter(meshes))
-    is_world = mesh.size() == dist.get_world_size()
-    if len(meshes) > 1 or not (mesh.ndim == 1 or is_world):
+    if len(meshes) > 1 or (mesh.ndim != 1 and mesh.size() != dist.get_world_size()):
         raise _refusal("several meshes, or one that leaves processes out", "divide it by one mesh")
     device = torch.device(mesh.device_type)
-    group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-    return Division(device, (device,), group)
+    return Division(device, (device,), mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD)
 
 
 @contextmanager

@@ -70,8 +70,9 @@ def segment_products(
             "Tensor",
             kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets),
         )
-    products_NR = left_NR.float() * right_NR
-    return torch.segment_reduce(products_NR, "sum", offsets=offsets, axis=0, unsafe=True)
+    return torch.segment_reduce(
+        left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
+    )
 
 
 class Norm(torch.autograd.Function):
@@ -155,9 +156,8 @@ class TokenLoss(torch.autograd.Function):
 def is_plain_norm(module: nn.Module) -> bool:
     """Return whether a module is the norm of a listed family, which is what `Norm` computes."""
     kind = type(module)
-    listed = any(kind.__name__ == f"{family.prefix}RMSNorm" for family in FAMILIES.values())
     return (
-        listed
+        kind.__name__ in [f"{family.prefix}RMSNorm" for family in FAMILIES.values()]
         and kind.__module__.startswith("transformers.models.")
         and "forward" not in vars(module)
     )

@@ -217,7 +217,7 @@ def _divided_batches(
 
 def batches_at_once(module: PreTrained) -> int:
     """Return the number of concurrent batches: one where hooks may keep state between calls."""
-    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
+    alone = module.device.type != "cpu" or any(map(has_hooks, module.modules()))
     return 1 if alone else torch.get_num_threads()
 
 
@@ -304,19 +304,13 @@ def check_finite(gradients: SampleGradients, encoded: list[Encoded]) -> None:
         for rows_NR in gradients.values()
     ]
     for sample in encoded if not torch.stack(fine_MN).all() else ():
-        if bad := next(
-            (
-                name
-                for name, fine_N in zip(gradients, fine_MN, strict=True)
-                if not fine_N[sample.index]
-            ),
-            "",
-        ):
-            raise DataError(
-                f"the loss or the gradient of {sample.name} in {bad} is not finite",
-                wanted="finite numbers",
-                do="leave the sample out, or load the model in float32",
-            )
+        for name, fine_N in zip(gradients, fine_MN, strict=True):
+            if not fine_N[sample.index]:
+                raise DataError(
+                    f"the loss or the gradient of {sample.name} in {name} is not finite",
+                    wanted="finite numbers",
+                    do="leave the sample out, or load the model in float32",
+                )
 
 
 def _store(gradients: SampleGradients, computed: Computed) -> None:

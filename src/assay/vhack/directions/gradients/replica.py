@@ -8,7 +8,7 @@ Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -88,8 +88,9 @@ def _is_listed(module: PreTrained) -> bool:
     if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
         return False
     replaced = [part for layer in layers for part in (layer.self_attn, layer.mlp)]
-    hooked = any(has_hooks(part) for part in replaced)
-    return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))
+    return not any(map(has_hooks, replaced)) and not any(
+        "forward" in vars(part) for part in (*layers, *replaced)
+    )
 
 
 class Computed(NamedTuple):
@@ -131,8 +132,7 @@ class Replica:
         # a large vocabulary it takes most of the memory. Whatever the model does with the logits
         # afterwards (scaling, capping) still happens. It comes before the hooks that the head has.
         head_of(self.module).register_forward_pre_hook(self._completions, prepend=True)
-        on_cpu = self.module.device.type == "cpu"
-        if recipe.packed and (self.kernels is not None or on_cpu):
+        if recipe.packed and (self.kernels is not None or self.module.device.type == "cpu"):
             for part in self.module.modules():
                 if is_plain_norm(part):
                     vars(part)["forward"] = partial(_normalised, part, self.kernels)
@@ -155,30 +155,26 @@ class Replica:
 
         Without memory it raises what torch raises.
         """
-        # In the dtype of the weights, also in a training loop that computes in another one.
-        with current(self.module.device), own_precision(self.module):
-            return self._computed(encoded)
-
-    def _computed(self, encoded: list[Encoded]) -> Computed:
-        self.batch = batch = SampleBatch.build(
-            encoded, self.module.device, packed=self.recipe.packed
-        )
+        device = self.module.device
+        self.batch = batch = SampleBatch.build(encoded, device, packed=self.recipe.packed)
         self._found.clear()
         self._tokens.clear()
         places = {} if batch.positions is None else {"position_ids": batch.positions}
-        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
-        losses_M = TokenLoss.apply(logits_MV, batch.labels)  # type: ignore[no-untyped-call]
-        del logits_MV
-        # Before the backward pass, in which layers that are computed again count again.
-        tokens = dict(self._tokens)
-        losses_M.backward(batch.loss_weights)
-        together_BR = stack_rows(self._found, self._lengths, len(encoded), self.module.device)
-        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
-        together_BR, losses_M = (
-            part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
-        )
-        if arrived is not None:
-            arrived.record(torch.cuda.current_stream(self.module.device))
+        # In the dtype of the weights, also in a training loop that computes in another one.
+        with current(device), own_precision(self.module):
+            logits = self.module(input_ids=batch.ids, use_cache=False, **places).logits
+            losses_M = TokenLoss.apply(logits.flatten(0, 1), batch.labels)  # type: ignore[no-untyped-call]
+            del logits
+            # Before the backward pass, in which layers that are computed again count again.
+            tokens = dict(self._tokens)
+            losses_M.backward(batch.loss_weights)
+            together_BR = stack_rows(self._found, self._lengths, len(encoded), device)
+            arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
+            together_BR, losses_M = (
+                part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
+            )
+            if arrived is not None:
+                arrived.record(torch.cuda.current_stream(device))
         return Computed(batch, together_BR, losses_M, arrived, tokens)
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -189,11 +185,9 @@ class Replica:
             name: linear for name, linear in target_modules(self.module).items() if name in factors
         }
         self._lengths = {name: factors[name].rank for name in modules}
-        labels_only = (
-            _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
-        )
-        labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
-        again = _prefixes(self.module, decoder_layers(self.module)) if self.checkpointing else ()
+        is_packed = self.recipe.packed
+        layers = _layer_names(self.module) if is_packed or self.checkpointing else ()
+        labels_only = tuple(f"{layers[-1]}{part}" for part in _LABELS_ONLY) if is_packed else ()
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
         taps: dict[str, Tap] = {}
         for name, linear in modules.items():
@@ -207,7 +201,7 @@ class Replica:
                 (lambda: self.batch.label_segments) if only else (lambda: self.batch.segments),
                 factored=name in factored,
                 together=self.recipe.together,
-                checkpointing=name.startswith(again),
+                checkpointing=self.checkpointing and name.startswith(layers),
                 kernels=None if is_expert else self.kernels,  # they want rows of every sample
             )
             if not is_expert:
@@ -237,10 +231,10 @@ def stack_rows(
     return torch.cat(parts, dim=1)
 
 
-def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Return what the names of all modules inside of these parts begin with, a dot at its end."""
-    wanted_ids = {id(part) for part in parts}
-    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted_ids)
+def _layer_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the decoder layers in order, a dot at the end of each."""
+    layer_ids = set(map(id, decoder_layers(module)))
+    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in layer_ids)
 
 
 def _shared_copy(module: PreTrained) -> PreTrained:
@@ -290,10 +284,14 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def recomputed_forward(plain: Callable[..., Any], module: PreTrained) -> Callable[..., Any]:
     """Return the forward function of a layer that the backward pass computes again."""
     # The backward pass is outside of the contexts of the forward pass, and must compute the same.
-    contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
     # The first layer's input requires no gradient, which only the newer kind of checkpointing
     # allows.
-    return partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
+    return partial(
+        checkpoint,
+        plain,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), wide_products(module)),
+    )
 
 
 def _normalised(norm: Any, kernels: ModuleType | None, hidden_states: Tensor) -> Tensor:

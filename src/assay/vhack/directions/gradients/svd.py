@@ -112,13 +112,14 @@ def factorise(
     parts = _by_gram(tall) if by_gram else None
     if parts is None:
         parts = _measured(tall, *torch.linalg.svd(tall, full_matrices=False))
-    left_factor, right_factor = (
-        (parts.left, parts.right) if is_tall else (parts.right.T, parts.left.T)
+    if not is_tall:
+        parts = replace(parts, left=parts.right.T, right=parts.left.T)
+    return replace(
+        parts,
+        left=parts.left.to(dtype).contiguous(),
+        values=parts.values.float(),
+        right=parts.right.to(dtype).contiguous(),
     )
-    left_factor, right_factor = (
-        part.to(dtype).contiguous() for part in (left_factor, right_factor)
-    )
-    return replace(parts, left=left_factor, values=parts.values.float(), right=right_factor)
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
@@ -140,9 +141,12 @@ def _by_gram(tall: Tensor) -> Factors | None:
 def _measured(weight: Tensor, left_factor: Tensor, values: Tensor, right: Tensor) -> Factors:
     size = weight.norm()
     error = ((left_factor * values) @ right).sub_(weight).norm()
-    residual = error / size if size > 0 else error
     return Factors(
-        left_factor, values, right, float(residual), max(_skew(left_factor), _skew(right.T))
+        left_factor,
+        values,
+        right,
+        residual=float(error / size if size > 0 else error),
+        orthogonality=max(_skew(left_factor), _skew(right.T)),
     )
 
 
@@ -178,9 +182,8 @@ def factors_of(
         known = factors.get(name, factors.get(name.removesuffix(".base_layer")))
         shape = None if known is None else (known.left.shape[0], known.right.shape[1])
         if known is None or shape != tuple(linear.weight.shape):
-            seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
             raise UsageError(
-                seen,
+                f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
                 wanted=f"factors of its weight, {list(linear.weight.shape)}",
                 do="compute them with weight_svd of this very model",
             )
@@ -228,8 +231,7 @@ def weight_svd(
         StorageError: A file cannot be written.
     """
     targets = chosen_modules(model, modules)
-    first = next(iter(targets.values())).weight
-    chosen = factor_dtype(dtype, first)
+    chosen = factor_dtype(dtype, next(iter(targets.values())).weight)
     check_choice("method", method, _METHODS)
     check_rank(rank)
     check_coverage(model, min_coverage)
@@ -346,26 +348,22 @@ def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
         check_tensors(path)
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
-            left_factor, values, right_factor = (
+            left, values, right = tensors = [
                 reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right")
-            )
-            factors = Factors(
-                left_factor,
-                values,
-                right_factor,
-                float(metadata["residual"]),
-                float(metadata["orthogonality"]),
+            ]
+            residual, orthogonality = (
+                float(metadata[name]) for name in ("residual", "orthogonality")
             )
     except (OSError, SafetensorError, KeyError, ValueError, DataError):
         return None
     rank = min(weight.shape)
-    fits = (left_factor.shape, values.shape, right_factor.shape) == (
-        (weight.shape[0], rank),
-        (rank,),
-        (rank, weight.shape[1]),
+    shapes = [(weight.shape[0], rank), (rank,), (rank, weight.shape[1])]
+    is_usable = (
+        [tensor.shape for tensor in tensors] == shapes
+        and all(bool(tensor.isfinite().all()) for tensor in tensors)
+        and left.dtype == right.dtype == dtype
     )
-    finite = all(bool(torch.isfinite(part).all()) for part in (left_factor, values, right_factor))
-    return factors if fits and finite and left_factor.dtype == right_factor.dtype == dtype else None
+    return Factors(left, values, right, residual, orthogonality) if is_usable else None
 
 
 def _write(path: Path, factors: Factors) -> None:
@@ -373,12 +371,6 @@ def _write(path: Path, factors: Factors) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(path.parent, error) from error
-    tensors = {"left": factors.left, "values": factors.values, "right": factors.right}
-    metadata = {
-        "residual": repr(factors.residual),
-        "orthogonality": repr(factors.orthogonality),
-        "format": _FORMAT,
-    }
-    write_atomic(
-        path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=metadata)
-    )
+    tensors = {name: getattr(factors, name).cpu() for name in ("left", "values", "right")}
+    metadata = {name: repr(getattr(factors, name)) for name in ("residual", "orthogonality")}
+    write_atomic(path, save(tensors, metadata=metadata | {"format": _FORMAT}))

@@ -189,9 +189,8 @@ def chosen_modules(model: AnyModel, names: Collection[str] | None) -> dict[str, 
         return targets
     unknown = sorted(set(names) - set(targets))
     if unknown or not names:
-        seen = f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all"
         raise UsageError(
-            seen,
+            f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all",
             wanted="names of target_modules, such as " + next(iter(targets)),
             do="name some of these, or leave the names out for all",
         )
@@ -214,9 +213,8 @@ def coverage(model: AnyModel) -> Coverage:
     }
     # A tensor of experts by any of them.
     covered = {*targets, *(name.rpartition(".")[0] for name in targets)}
-    left_out = tuple(name for name in sizes if name not in covered)
-    total = sum(sizes.values())
-    return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
+    left_out = {name: size for name, size in sizes.items() if name not in covered}
+    return Coverage(1 - sum(left_out.values()) / sum(sizes.values()), tuple(left_out))
 
 
 def check_coverage(model: AnyModel, least: float) -> None:
@@ -257,8 +255,7 @@ def weights_digest(model: AnyModel) -> str:
         owner_name, _, own_name = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         with loaded(owner):
-            parameter = gather_whole(getattr(owner, own_name))
-            return f"{name}\n{tensor_digest(parameter)}\n"
+            return f"{name}\n{tensor_digest(gather_whole(getattr(owner, own_name)))}\n"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Processes that gather must ask for one parameter after the other.
