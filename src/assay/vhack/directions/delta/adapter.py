@@ -32,11 +32,9 @@ from assay.vhack.directions.delta.groups import (
 )
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.taps import Passed
-from assay.vhack.directions.gradients.targets import check_whole, module_of, target_modules
+from assay.vhack.directions.gradients.targets import LORA, check_whole, module_of, target_modules
 
 _NAME = "delta_s"
-
-_LORA = "lora_"  # in the names of PEFT's modules
 
 
 class DeltaS(nn.Module):
@@ -318,7 +316,7 @@ def check_attachable(model: AnyModel) -> None:
     """
     check_whole(model)
     module_names = {name for name, _ in module_of(model).named_modules()}
-    if any(_LORA in name for name in module_names):
+    if any(LORA in name for name in module_names):
         raise UsageError(
             "δS beside LoRA",
             wanted="a model without LoRA, which no gate would hold back",

@@ -28,9 +28,8 @@ from assay.vhack.directions.gradients.division import (
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 
-# Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the
-# model.
-_ADAPTER = "lora_"
+LORA = "lora_"
+"""In the names of PEFT's modules, whose matrices are an update, not a part of the model."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +204,9 @@ def coverage(model: AnyModel) -> Coverage:
     sizes = {
         name if parameter_name == "weight" else f"{name}.{parameter_name}": parameter.numel()
         for name, part in module.named_modules()
-        if not isinstance(part, nn.Embedding | nn.ParameterList)
+        if not isinstance(part, nn.Embedding | nn.ParameterList)  # δS has lists of parameters
         and part is not head
-        and _ADAPTER not in name
+        and LORA not in name
         for parameter_name, parameter in part.named_parameters(recurse=False)
         if parameter.ndim > 1 and not parameter_name.endswith("bias")
     }
