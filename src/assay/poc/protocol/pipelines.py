@@ -338,8 +338,9 @@ def find_pipeline(name: str) -> Pipeline | None:
     fewest = _FEWEST_STEPS if row.output == "tokens" else 1
     if not fewest <= steps <= _MOST_STEPS:
         return None
-    summary = row.summary.replace(str(row.steps), counted[2])
-    return replace(row, name=name, summary=summary, steps=steps)
+    return replace(
+        row, name=name, summary=row.summary.replace(str(row.steps), counted[2]), steps=steps
+    )
 
 
 def runs_on_vllm(pipeline: Pipeline) -> bool:

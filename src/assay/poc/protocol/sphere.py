@@ -46,11 +46,13 @@ def sphere_points() -> NDArray[np.float32]:
 def chained_seeds(
     bases_B: UInt32[np.ndarray, " B"],
     previous_BT: UInt8[np.ndarray, "B T"],
-    steps: range,
+    first: int,
     salt: np.uint32,
 ) -> UInt32[np.ndarray, "B T"]:
-    """Return the seeds of steps, each of the nonce's seed, the step and the point before it."""
-    steps_T = np.asarray(steps, np.uint32)
+    """Return the seeds of the steps from ``first`` on, each of the nonce's seed, the step and the
+    point before it.
+    """
+    steps_T = np.arange(first, first + previous_BT.shape[1], dtype=np.uint32)
     keys_BT = previous_BT.astype(np.uint32) * _PREVIOUS_FACTOR + (steps_T * _STEP_FACTOR + salt)
     return definition.step_seeds(bases_B[:, None], keys_BT)
 
@@ -62,8 +64,7 @@ def coordinate_order(picks_MK: Int64[Tensor, "M K"]) -> Int64[Tensor, "M K"]:
     the largest of the chosen hashes last, and the others in ascending order. On a CPU the same call
     leaves another order.
     """
-    rest_MK = picks_MK[:, :-1].sort(dim=1).values
-    return torch.cat([rest_MK, picks_MK[:, -1:]], dim=1)
+    return torch.cat([picks_MK[:, :-1].sort(dim=1).values, picks_MK[:, -1:]], dim=1)
 
 
 class Chain:
@@ -98,8 +99,7 @@ class Chain:
         them.
         """
         count, length = previous_BT.shape
-        steps = range(first, first + length)
-        seeds_BT = chained_seeds(self._bases_B, previous_BT, steps, _INPUT_SALT)
+        seeds_BT = chained_seeds(self._bases_B, previous_BT, first, _INPUT_SALT)
         values = self._backend.normals(seeds_BT.reshape(-1), self._size, self._dtype)
         return as_tensor(values).view(count, length, self._size)
 
@@ -113,12 +113,10 @@ class Chain:
 
         ``previous_BT`` has the points of the steps before; step 0 has none, and any value there.
         """
-        steps = range(first, first + states_BTD.shape[1])
-        seeds_BT = chained_seeds(self._bases_B, previous_BT, steps, _PICK_SALT)
+        seeds_BT = chained_seeds(self._bases_B, previous_BT, first, _PICK_SALT)
         if first == 0:
             seeds_BT[:, 0] = self._first_B
         picks_MK = as_tensor(self._backend.picks(seeds_BT.reshape(-1), self._size, SPHERE_SIZE))
         order_MK = coordinate_order(picks_MK.to(self._device))
         read_MK = unit(states_BTD.float()).flatten(0, 1).gather(1, order_MK)
-        scores_MQ = project(unit(read_MK), self._points_QK)
-        return scores_MQ.view(*states_BTD.shape[:2], SPHERE_POINTS)
+        return project(unit(read_MK), self._points_QK).view(*states_BTD.shape[:2], SPHERE_POINTS)

@@ -192,8 +192,9 @@ class Transform:
             )
             self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
         if pipeline.output == "distance":
-            size = pipeline.output_size(hidden_size, vocab_size)
-            self._target_V = block_target(round, size, device)
+            self._target_V = block_target(
+                round, pipeline.output_size(hidden_size, vocab_size), device
+            )
 
     def reading(self, inputs: Sequence[Input], seq_len: int) -> Reading | None:
         """Return how the positions are read; None where the last one alone is, as it is."""
