@@ -127,10 +127,6 @@ class PublishedForm:
             for nonce, row in zip(nonces, rows, strict=True)
         ]
 
-    def is_valid(self, record: Record, r_target: float) -> bool:
-        """Return whether a record counts; everything that is no distance does."""
-        return True
-
     def fields(self, record: Record, r_target: float) -> dict[str, Any]:
         """Return the fields of a record's line in a proof, beside the nonce."""
         return {
@@ -192,10 +188,6 @@ class DistanceForm(PublishedForm):
             Record(nonce, distance=float(str(np.float32(distance))))
             for nonce, distance in zip(nonces, values["distance"], strict=True)
         ]
-
-    @override
-    def is_valid(self, record: Record, r_target: float) -> bool:
-        return is_valid(record.distance, r_target)
 
     @override
     def fields(self, record: Record, r_target: float) -> dict[str, Any]:
