@@ -34,4 +34,5 @@ def test_an_error_survives_pickling(error):
 def test_what_a_message_quotes_is_bounded_and_cannot_steer_a_terminal():
     error = AssayError("a" * 10**6, wanted="\x1b[2J one\nother line \u202e", do="grüße: 一二")
     assert len(error.seen) == assay.errors.LONGEST_PART + 1
-    assert (error.wanted, error.do) == ("\\x1b[2J one\nother line \\u202e", "grüße: 一二")
+    assert (error.wanted, error.do) == ("\\x1b[2J one\\nother line \\u202e", "grüße: 一二")
+    assert str(error).count("\n") == 2

@@ -22,7 +22,7 @@ class AssayError(Exception):
     """
 
     def __init__(self, seen: str, *, wanted: str, do: str, field: str = "") -> None:
-        self.seen, self.wanted, self.do = map(visible, (seen, wanted, do))
+        self.seen, self.wanted, self.do = map(in_one_line, (seen, wanted, do))
         self.field = field
         super().__init__(self.seen, self.wanted, self.do)
 
@@ -112,6 +112,14 @@ def visible(text: str, most: int = LONGEST_PART) -> str:
     if text.isprintable():
         return text
     return "".join(map(_escaped, text))
+
+
+def in_one_line(text: str, most: int = LONGEST_PART) -> str:
+    """Return a text as :func:`visible` does, with line breaks written out too.
+
+    Text from outside must not look like lines that assay wrote.
+    """
+    return visible(text, most).replace("\n", r"\n")
 
 
 def _escaped(char: str) -> str:

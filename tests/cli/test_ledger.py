@@ -42,6 +42,23 @@ def test_show(assay, told, refused, ledger):
     assert "audits of build H100, preset artifact" in text
 
 
+def test_what_a_strange_ledger_says_is_one_line_without_control_characters(assay, tmp_path):
+    path = tmp_path / "ledger.sqlite3"
+    with Ledger(path) as ledger:
+        ledger.append([update(1, key="node_A\nnode_B honest")])
+    hostile = "\x1b]0;title\x07\n9 entries"
+    with sqlite3.connect(path) as database:
+        for trigger in ("updates_never_update", "ledger_counts_up"):
+            database.execute(f"DROP TRIGGER {trigger}")
+        for table in ("updates", "ledger"):
+            database.execute(f"UPDATE {table} SET hash = ?", [hostile])
+    database.close()
+    shown = assay("poc", "ledger", "show", path)
+    assert shown.code == 0, shown.err
+    assert not set("\x1b\x07") & set(shown.out)
+    assert len(shown.out.splitlines()) == 3
+
+
 @pytest.mark.parametrize("key", ["caf\u00e9", "cafe\u0301"])
 def test_show_finds_a_key_in_either_spelling(told, tmp_path, key):
     path = tmp_path / "ledger.sqlite3"

@@ -48,8 +48,8 @@ def test_a_width_that_is_none_is_not_taken(columns, capsys, monkeypatch):
 
 
 def test_what_others_wrote_does_not_steer_the_terminal(capsys):
-    hostile = "\x1b]0;title\x07 of a key\r"
-    _output.table(("key", "why"), [(hostile, "µ ≤ 2\nand more")])
+    hostile = "\x1b]0;title\x07 of a key\r\nnode_B  honest"
+    _output.table(("key", "why"), [(hostile, _output.Lines("µ ≤ 2\nand more"))], title=hostile)
     _output.errors(UsageError(hostile, wanted="a key", do="pass another"))
     _output.say(hostile)
     said = capsys.readouterr()
@@ -57,6 +57,7 @@ def test_what_others_wrote_does_not_steer_the_terminal(capsys):
         assert r"\x1b]0;title\x07 of a key\r" in text
         assert not set("\x1b\x07\r") & set(text)
     assert "µ ≤ 2" in said.out
+    assert not any(line.startswith("node_B") for line in said.out.splitlines())
 
 
 def test_what_others_wrote_takes_a_bounded_place(capsys):

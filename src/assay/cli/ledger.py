@@ -12,7 +12,7 @@ from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FileSettings, Limit
 from assay.cli.poc import poc
-from assay.errors import UsageError, visible
+from assay.errors import UsageError, in_one_line
 from assay.files.names import normal_form
 from assay.framework.output import emit_json, show_tables, show_values, table
 from assay.settings import Settings
@@ -112,9 +112,10 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
             [_row(entry) for entry in entries],
         )
         click.echo(
-            visible(f"audits of build {_cut(account.build)}, preset {_cut(account.preset)}") + "\n"
+            in_one_line(f"audits of build {_cut(account.build)}, preset {_cut(account.preset)}")
+            + "\n"
         )
-    click.echo(f"{count} entries, head {head}")
+    click.echo(f"{count} entries, head {in_one_line(head)}")
 
 
 @ledger.add(

@@ -21,7 +21,7 @@ from assay.cli.flags import (
 )
 from assay.cli.poc import pins
 from assay.errors import UsageError
-from assay.framework.output import show_tables, show_values
+from assay.framework.output import Lines, show_tables, show_values
 
 
 class NewPinsSettings(FileSettings, AgreedSettings):
@@ -151,7 +151,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
             for name, value in promise.items()
         ],
     }
-    shown = values | {name: "\n".join(texts) or "nothing" for name, texts in lines.items()}
+    shown = values | {name: Lines("\n".join(texts) or "nothing") for name, texts in lines.items()}
     if chosen.proof is not None:
         shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
     rows = [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()]

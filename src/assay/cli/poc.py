@@ -36,6 +36,7 @@ from assay.errors import UsageError
 from assay.files.storage import check_folder
 from assay.framework.groups import Group
 from assay.framework.output import (
+    Lines,
     emit_document,
     in_column,
     progress_bar,
@@ -370,7 +371,7 @@ def _print_verdict(verdict: "assay.poc.ProofVerdict", standing: "Standing | None
         ("number format", header.fingerprint.dtype),
         ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
         ("pinned", in_column(", ".join(verdict.pins.given) or "nothing")),
-        ("on the prover's word", "\n".join(believed) or "nothing"),
+        ("on the prover's word", Lines("\n".join(believed) or "nothing")),
         (
             "checked",
             f"{verdict.checked} of {verdict.proved} nonces, {verdict.work:.0%} of the node's work",

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from assay.errors import AssayError, visible
+from assay.errors import AssayError, in_one_line, visible
 from assay.loading_progress import listening
 
 # Columns of a file or a pipe, which have no width of their own.
@@ -122,15 +122,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     boxed = _is_terminal(sys.stdout)
     # Rich itself takes COLUMNS=0 for a width, and a dumb terminal for one of 80 columns.
     console = Console(width=get_terminal_size().columns if boxed else WIDEST, height=HEIGHT)
-    texts = [
-        ["" if cell is None else visible(str(cell), LONGEST_CELL) for cell in row] for row in rows
-    ]
+    texts = [["" if cell is None else _text_of(cell) for cell in row] for row in rows]
     shown = Table(header_style="bold", box=HEAVY_HEAD if boxed else None)
     for index, column in enumerate(columns):
         cells = [text[index] for text in texts if text[index]]
         is_numbers = index > 0 and all(NUMBER.match(cell) for cell in cells)
         shown.add_column(
-            Text(visible(column, LONGEST_CELL)),
+            Text(in_one_line(column, LONGEST_CELL)),
             justify="right" if is_numbers else "left",
             overflow="fold",
             no_wrap=index == 0 and all(len(cell) <= console.width // 2 for cell in cells),
@@ -140,7 +138,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         for cells in zip(columns, *texts, strict=True)
     )
     # Rich would fold a title at the width of the table.
-    click.echo(visible(title), file=sys.stdout, nl=bool(title))
+    click.echo(in_one_line(title), file=sys.stdout, nl=bool(title))
     if len(columns) > 2 and needed > console.width:
         for row in rows:
             table((columns[0], str(row[0])), list(zip(columns[1:], row[1:], strict=True)))
@@ -154,11 +152,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     click.echo("\n".join(map(str.rstrip, capture.get().splitlines())), file=sys.stdout)
 
 
+class Lines(str):
+    """Text of a cell in several lines; line breaks of other cells are written out."""
+
+    __slots__ = ()
+
+
 def in_column(text: str) -> str:
     """Return a text in lines of whole words for a file; a terminal folds it at its own width."""
     if _is_terminal(sys.stdout):
         return text
-    return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
+    return Lines(fill(text, COLUMN, break_on_hyphens=False, break_long_words=False))
+
+
+def _text_of(cell: object) -> str:
+    if isinstance(cell, Lines):
+        return visible(cell, LONGEST_CELL)
+    return in_one_line(str(cell), LONGEST_CELL)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
