@@ -429,8 +429,11 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
     with refuses(CalibrationError, "a calibration is measured written and held to its engines, 3"):
         read.check(replace(receipts.header, digest="0" * 64))
     (tmp_path / "responses.json").write_text('{"kind":"assay.poc.calibration","schema":2}\n')
-    with refuses(CalibrationError, "a calibration is measured written and held to its engines, 4"):
+    with refuses(
+        CalibrationError, "a calibration is measured written and held to its engines, 4"
+    ) as refused:
         ResponseCalibration.load(tmp_path / "responses.json")
+    assert refused.value.seen.startswith(str(tmp_path / "responses.json"))
 
 
 @pytest.mark.slow

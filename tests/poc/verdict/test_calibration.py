@@ -238,7 +238,8 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
     ]
     for text in (*map(json.dumps, broken), "", "[]", "NaN", "{"):
         path.write_text(text)
-        with pytest.raises(CalibrationError):
+        with pytest.raises(CalibrationError) as refused:
             Calibration.load(path)
+        assert refused.value.seen.startswith(str(path))
     with pytest.raises(CalibrationError):
         Calibration.load(tmp_path / "missing")

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, PlainValidator
 
 from assay import stats
-from assay.errors import AssayError, CalibrationError, UsageError, reason_of
+from assay.errors import AssayError, CalibrationError, DataError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_jsonl
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -153,7 +153,7 @@ class ResponseCalibration:
             return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
             raise CalibrationError(
-                reason_of(error),
+                error.seen if isinstance(error, DataError) else f"{path}: {reason_of(error)}",
                 wanted=f"a calibration of responses, schema {SCHEMA}",
                 do="write one with `assay poc calibrate-responses`",
             ) from None

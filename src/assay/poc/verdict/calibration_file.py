@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from assay.errors import AssayError, CalibrationError, UsageError
+from assay.errors import AssayError, CalibrationError, DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_atomic
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -149,10 +149,10 @@ class Calibration:
             OverflowError,
             AssayError,
         ) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
+            reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "seen", error)
             raise CalibrationError(
-                seen,
+                # What cannot be read is called by its path already.
+                str(reason) if isinstance(error, DataError) else f"{path}: {reason}",
                 wanted=f"a calibration file, schema {SCHEMA}",
                 do="write one with `assay poc calibrate`",
             ) from None
