@@ -129,6 +129,7 @@ def test_a_log_is_continued_where_a_checkpoint_is(tmp_path):
         "{}\n",
         '{"kind":"run","schema":"other"}\n',
         '{"kind"\n{"kind":"step"}\n',
+        f'{{"kind":"run","schema":"{LOG}"}}\n{{"kind":"source","step":"0"}}\n',
         # Damaged in the middle, and torn at the end.
         f'{{"kind":"run","schema":"{LOG}"}}\n{{"kind"\n{{"kind":"end"}}\n{{"kind"',
     ],

@@ -9,7 +9,7 @@ from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.names import LOG
 
-LARGEST = 1e150  # number in a step, whose square is finite too
+LARGEST = 1e150  # number in a step: its square is finite too
 
 
 class TrainLog:
@@ -115,7 +115,12 @@ def read_records(path: Path) -> list[JsonObject]:
         raise DataError(
             f"{path} is not a training log", wanted=f"schema {LOG}", do="choose another directory"
         )
-    check_steps((record for record in records if record["kind"] == "step"), str(path))
+    # Of other lines the number of their step alone is read as a number.
+    numbers = (
+        record if record["kind"] == "step" else {"step": record.get("step", 0)}
+        for record in records
+    )
+    check_steps(numbers, str(path))
     return records
 
 
