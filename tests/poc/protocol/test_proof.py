@@ -43,14 +43,23 @@ def test_any_nonces_of_a_share_read_back(nonces, small_model, tmp_path: Path):
     assert [record.nonce for record in Proof.load(tmp_path / "proof.jsonl").records] == list(nonces)
 
 
-@pytest.mark.parametrize("part", [b"[],", b"{},", b"0,"])
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [
+        (b'"nonces":[', b"[]," * 2**23),
+        (b'"nonces":[', b"{}," * 2**23),
+        (b'"nonces":[', b"0," * 2**23),
+        (b"{", b'"":0,' * 2**15),  # each unknown key takes a thousand times its room
+    ],
+    ids=["lists", "objects", "numbers", "keys"],
+)
 def test_a_line_of_too_many_parts_is_refused_before_it_is_parsed(
-    part, proof: Proof, tmp_path: Path, monkeypatch
+    place, parts, proof: Proof, tmp_path: Path, monkeypatch
 ):
     path = tmp_path / "proof.jsonl"
     proof.save(path)
     header, *rest = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(header.replace(b'"nonces":[', b'"nonces":[' + part * 2**23) + b"".join(rest))
+    path.write_bytes(header.replace(place, place + parts, 1) + b"".join(rest))
     monkeypatch.setattr(
         "assay.poc.protocol.proof.read_as", lambda *_: pytest.fail("the line was parsed")
     )

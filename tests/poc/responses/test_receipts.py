@@ -180,6 +180,12 @@ def test_hostile_lines_take_little_memory(fill: bytes):
     assert peak < 100 * 2**20
 
 
+def test_a_line_of_far_more_keys_than_a_receipt_has_is_not_parsed(lines: list[str]):
+    with pytest.raises(ProofFormatError) as caught:
+        parse_receipt(lines[GOOD].replace("{", "{" + '"":0,' * 2**15, 1).encode() + b"\n")
+    assert "colons" in caught.value.seen
+
+
 def test_a_line_that_is_too_long_is_not_parsed():
     with refuses(ProofFormatError, "a line that is too long is not parsed"):
         parse_receipt(b" " * (LONGEST_LINE + 1))

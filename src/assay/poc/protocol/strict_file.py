@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self, TypeVar, cast
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from assay.errors import AssayError, DataError, ProofFormatError
-from assay.files.jsonl import dumps, read_lines
+from assay.files.jsonl import MOST_COLONS, dumps, read_lines
 from assay.files.storage import write_lines
 from assay.poc.protocol.checks import MAX_NAME
 
@@ -76,6 +76,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def read_as(kind: type[T], text: bytes) -> T:
     """Return JSON as a :data:`STRICT` type; a ProofFormatError names the wrong field."""
+    if (count := text.count(b":")) > MOST_COLONS:
+        raise format_error(f"{count} colons", f"at most {MOST_COLONS}, for its keys and texts")
     try:
         parsed: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:

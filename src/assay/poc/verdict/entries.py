@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps
+from assay.files.jsonl import check_colons, dumps
 from assay.files.names import normal_form
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.round import Round
@@ -54,6 +54,7 @@ class CanonicalModel(BaseModel):
     @classmethod
     def parse(cls, text: str, source: str) -> Self:
         """Read canonical JSON; a DataError unless :attr:`line` would write it alike."""
+        check_colons(text, source)
         try:
             # It forgives a key given twice, which the next line refuses.
             parsed = cls.model_validate_json(text)
@@ -236,12 +237,12 @@ class Entry(CanonicalModel):
     proof: Hash | None
     sample_seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None
     law: Hash
-    nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
-    residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
+    nonces: Annotated[list[Count], Field(fail_fast=True, min_length=1, max_length=MOST_NONCES)]
+    residuals: Annotated[list[float | None], Field(fail_fast=True, max_length=MOST_NONCES)]
     profiles: Annotated[str, Field(max_length=MOST_PROFILES)] | None
-    positions: Annotated[list[Count], Field(max_length=MOST_NONCES)] | None = None
+    positions: Annotated[list[Count], Field(fail_fast=True, max_length=MOST_NONCES)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=MAX_NONCE)] | None = None
-    excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
+    excluded: Annotated[list[tuple[Count, Name]], Field(fail_fast=True, max_length=MOST_NONCES)]
     fault: Text | None
     outcome: AccountEvidence
 

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import DataError
-from assay.files.jsonl import loads
+from assay.files.jsonl import check_colons, loads
 from assay.files.sqlite import Database
 from assay.poc.verdict.entries import Account, Entry, Genesis, sha256
 from assay.poc.verdict.response_noise import AnyNoise, noise_from_dict
@@ -112,7 +112,9 @@ def read_noise(connection: sa.Connection, law: str) -> AnyNoise:
 
 @lru_cache(maxsize=1024)
 def _parse_noise(text: str) -> AnyNoise:
-    return noise_from_dict(loads(text, f"the law {sha256(text)[:12]}"))
+    name = f"the law {sha256(text)[:12]}"
+    check_colons(text, name)
+    return noise_from_dict(loads(text, name))
 
 
 def text_of(value: object) -> str:
