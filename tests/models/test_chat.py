@@ -39,6 +39,20 @@ def rendered(template: str, messages=USER, answer: Chat | None = None, **options
     return render_chat(read_chat(messages, **options), chat_tokenizer(template), answer=answer)
 
 
+@pytest.mark.parametrize(
+    ("messages", "options"),
+    [
+        ([1] * 9, {}),
+        ([USER[0] | {"tool_calls": [1] * 9}], {}),
+        (USER, {"tools": [1] * 9}),
+    ],
+)
+def test_of_a_list_of_wrong_values_the_first_is_looked_at(messages, options):
+    with pytest.raises(UsageError) as caught:
+        read_chat(messages, **options)
+    assert caught.value.__context__.error_count() == 1
+
+
 def test_messages_end_where_the_answer_begins_and_know_no_date():
     assert rendered(TEMPLATE).endswith("<user>Hi;<assistant>")
     assert rendered(TEMPLATE, answer=read_chat(ANSWER, is_answer=True)) == "Hello;"

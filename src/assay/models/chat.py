@@ -60,7 +60,7 @@ class _Message(TypedDict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
     name: NotRequired[str]
-    tool_calls: NotRequired[list[_Call]]
+    tool_calls: NotRequired[Annotated[list[_Call], Field(fail_fast=True)]]
     tool_call_id: NotRequired[str]
 
 
@@ -76,9 +76,10 @@ def _plain(message: Any) -> Any:
 @with_config(extra="forbid", strict=True)  # which holds for the parts too
 class _Fields(TypedDict):
     messages: Annotated[
-        list[Annotated[_Message, BeforeValidator(_plain)]], Field(min_length=1, max_length=2**12)
+        list[Annotated[_Message, BeforeValidator(_plain)]],
+        Field(fail_fast=True, min_length=1, max_length=2**12),
     ]
-    tools: NotRequired[Annotated[list[dict[str, Any]], Field(min_length=1)]]
+    tools: NotRequired[Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]]
     chat_template_kwargs: NotRequired[dict[str, Any]]
 
 

@@ -17,6 +17,7 @@ import pytest
 import structlog
 import uvicorn
 from fastapi import FastAPI, Request
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from assay.errors import UsageError
@@ -27,6 +28,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import bounded_config, listen, run_app
 from assay.poc.service import ServiceSettings, create_receiver
 from assay.poc.service.receiver import Received
+from assay.poc.service.request_bodies import Artifact, ValidateRequest, Validation
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.poc.service.listening import on_port
 from tests.waiting import until
@@ -397,6 +399,22 @@ def test_bodies_are_read_strictly(service, body, word):
     assert (answer.status_code, word in answer.text) == (422, True)
     assert {"detail", "wanted", "do", "errors"} <= answer.json().keys()
     assert service.status()["config"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ValidateRequest, BLOCK | {"nonces": [0], "dist": [""] * 9, "node_id": 0}),
+        (ValidateRequest, BLOCK | {"nonces": [""] * 9, "dist": [1.4], "node_id": 0}),
+        (Validation, {"artifacts": [0] * 9}),
+        (Artifact, {"nonce": 0, "k_points_steps": [""] * 9}),
+    ],
+)
+def test_of_a_list_of_wrong_values_the_first_is_looked_at(kind, body):
+    """All of them would take three hundred times the memory of their body."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() == 1
 
 
 def test_a_call_without_a_body_takes_whatever_comes_with_it(service):

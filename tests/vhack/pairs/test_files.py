@@ -46,6 +46,12 @@ def test_a_bad_line_is_refused_by_its_number(tmp_path, bad, match):
         read_pairs(written(tmp_path, GOOD, bad))
 
 
+def test_of_a_list_of_wrong_tags_the_first_is_looked_at(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read_pairs(written(tmp_path, GOOD | {"tags": [1] * 9}))
+    assert caught.value.__context__.__context__.error_count() == 1
+
+
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path):
     with refuses(DataError, "an empty file and a missing one are refused"):
         read_pairs(written(tmp_path))

@@ -50,7 +50,7 @@ class Fingerprint:
     threads: Size
     torch: Text
     library: Text
-    kernels: tuple[str, ...] = ()
+    kernels: Annotated[tuple[str, ...], Field(fail_fast=True)] = ()
 
     def __post_init__(self) -> None:
         library, *kernels = self.library.split(SEPARATOR)

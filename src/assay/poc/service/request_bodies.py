@@ -163,8 +163,8 @@ class ValidateRequest(BaseModel):
     public_key: Name
     block_hash: Name
     block_height: Index
-    nonces: list[Nonce]
-    dist: list[Distance]
+    nonces: Annotated[list[Nonce], Field(fail_fast=True)]
+    dist: Annotated[list[Distance], Field(fail_fast=True)]
     node_id: Annotated[int, Field(ge=-1, le=MAX_NONCE)]
 
 
@@ -173,7 +173,9 @@ class Artifact(BaseModel):
 
     nonce: Nonce
     vector_b64: Annotated[str, StringConstraints(max_length=65_536)] = ""
-    k_points_steps: Annotated[list[int], Field(max_length=MOST_POINTS)] | None = None
+    k_points_steps: Annotated[list[int], Field(fail_fast=True, max_length=MOST_POINTS)] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _pack(self) -> "Artifact":
@@ -192,7 +194,7 @@ class Artifact(BaseModel):
 class Validation(BaseModel):
     """The vectors to compare with recomputed ones."""
 
-    artifacts: list[Artifact]
+    artifacts: Annotated[list[Artifact], Field(fail_fast=True)]
 
 
 class StatTest(BaseModel):
@@ -217,7 +219,7 @@ class StatTest(BaseModel):
 class GenerateRequest(_Vectors):
     """An artifact job: compute vectors, or check them where ``validation`` is given."""
 
-    nonces: Annotated[list[Nonce], Field(min_length=1)]
+    nonces: Annotated[list[Nonce], Field(fail_fast=True, min_length=1)]
     wait: bool = False
     validation: Validation | None = None
     stat_test: StatTest | None = None

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, InstanceOf, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, TypeAdapter, ValidationError
 
 from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, read_jsonl
@@ -52,7 +52,7 @@ class Pair:
     hack: str | InstanceOf[Chat]
     clean: str | InstanceOf[Chat]
     group: Annotated[str, AfterValidator(normal_form)]
-    tags: tuple[str, ...] = ()
+    tags: Annotated[tuple[str, ...], Field(fail_fast=True)] = ()
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     @property
