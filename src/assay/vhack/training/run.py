@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import fmean
@@ -51,7 +50,16 @@ BASIS = "basis.safetensors"
 PAGE = "page.html"
 
 LAST_STEPS = 10  # of which a result has the means
-_DAMAGE = (OSError, EOFError, UnpicklingError, RuntimeError, JSONDecodeError, DataError)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    DataError,
+)
 """What reading a damaged checkpoint raises."""
 
 
