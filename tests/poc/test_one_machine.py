@@ -2,7 +2,7 @@
 
 import pytest
 
-from assay.errors import CalibrationError
+from assay.errors import CalibrationError, DataError
 from assay.models import load_model
 from assay.poc import Calibration, Round, calibrate_model, cheats, prove, verify
 from assay.poc.engines.hf.engine import HFEngine
@@ -63,6 +63,11 @@ def test_what_was_kept_of_another_measurement_is_not_taken(small_checkpoint, tmp
     computed.clear()
     calibrate_model(str(small_checkpoint), **how | {"seq_len": 8})
     assert sum(computed) == first
+    for damaged in ("{}", '{"values":null}', '{"values":["nan"]}', '{"values":[1.0,2.0]}'):
+        for kept in how["partial"].glob("*.json"):
+            kept.write_text(damaged)
+        with refuses(DataError, "what was kept of another measurement is not taken"):
+            calibrate_model(str(small_checkpoint), **how)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from assay.files.jsonl import dumps, read_json
+from assay.files.reading import malformed
 from assay.files.storage import check_folder, check_new_file, write_atomic
 from assay.models.catalogue import model_info
 from assay.models.frame import POSITIONS, SEQUENCES
@@ -352,27 +353,34 @@ class _Store:
             return [float(error) for error in errors_N]
 
         headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
-        return np.array(self._once(headers, replayed))
+        return np.array(self._once(headers, len(proof.records), replayed))
 
     def effective_dimension(self, engine: HFEngine, model: Model, round: Round) -> float:
         """Return the effective dimension of the states of an engine."""
         header = describe_proof(model, round, range(1), engine)
         (dimension,) = self._once(
             ["states", header.as_dict()],
+            1,
             lambda: [read_block_factor(engine, round).effective_dimension],
         )
         return dimension
 
-    def _once(self, key: Sequence[Any], measure: Callable[[], list[float]]) -> list[float]:
-        """Return the numbers that a key stands for; measure and write them where the file is
-        missing.
+    def _once(
+        self, key: Sequence[Any], count: int, measure: Callable[[], list[float]]
+    ) -> list[float]:
+        """Return the ``count`` numbers that a key stands for; measure and write them where the file
+        is missing.
         """
         if self._folder is None:
             return measure()
         path = self._folder / f"{sha256(dumps(key))[:32]}.json"
         if not path.exists():
             write_atomic(path, dumps({"values": measure()}))
-        return [float(value) for value in read_json(path)["values"]]
+        values = read_json(path).get("values")
+        is_whole = isinstance(values, list) and len(values) == count
+        if not is_whole or not all(type(value) in (int, float) for value in values):
+            raise malformed(path, "not what an earlier run measured", f"{count} numbers")
+        return [float(value) for value in values]
 
 
 def _fit(

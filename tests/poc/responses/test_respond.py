@@ -149,8 +149,9 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
     (tmp_path / "receipts.jsonl.partial").write_text(
         lines[0] + lines[1].replace('"output":[', '"output":[-1,')
     )
-    with refuses(ProofFormatError, "another run s partial file is refused, 2"):
+    with refuses(ProofFormatError, "another run s partial file is refused, 2") as refused:
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
+    assert "receipts.jsonl.partial, line 2" in refused.value.seen
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines))  # ended before it got its name
     again = respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     assert again.receipts[0].line() == made.receipts[0].line()

@@ -136,7 +136,7 @@ def respond(
 
     def read_left(number: int, line: bytes) -> Receipt:
         """Read a receipt that an interrupted run left; refuse one of another request."""
-        receipt = parse_receipt(line, source=str(output), number=number)
+        receipt = parse_receipt(line, source=f"{output}.partial", number=number)
         request = requests[number - 2]
         answer = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
         if receipt.line() != receipt_of(request, **answer).line():
