@@ -377,8 +377,11 @@ class _Store:
         if not path.exists():
             write_atomic(path, dumps({"values": measure()}))
         values = read_json(path).get("values")
-        is_whole = isinstance(values, list) and len(values) == count
-        if not is_whole or not all(type(value) in (int, float) for value in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or not all(type(value) in (int, float) for value in values)
+        ):
             raise malformed(path, "not what an earlier run measured", f"{count} numbers")
         return [float(value) for value in values]
 

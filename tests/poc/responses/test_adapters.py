@@ -169,7 +169,7 @@ def test_adapters_that_do_more_and_ranks_that_cannot_be_are_refused(
     for more in ({name: value} for name, value in odd.items()):
         with pytest.raises(UsageError, match=next(iter(more))):
             load_adapter(write_adapter(tmp_path, small_model, **more))
-    for rank in ({"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}):
+    for rank in ({"r": 0}, {"r": -4, "use_rslora": True}, {"r": "four"}, {"lora_alpha": "nan"}):
         with refuses(ModelError, "adapters that do more and ranks that cannot be are refused"):
             load_adapter(write_adapter(tmp_path, small_model, **rank))
 

@@ -105,8 +105,10 @@ def load_adapter(path: str | Path) -> Lora:
     try:
         config = read_json(Path(path) / ADAPTER_CONFIG)
         tensors = load_file(Path(path) / ADAPTER_WEIGHTS)
-        rank = int(config["r"])
-        alpha = float(config["lora_alpha"])
+        rank = config["r"]
+        alpha = config["lora_alpha"]
+        if type(rank) is not int or type(alpha) not in (int, float):  # "nan" would be a number
+            raise TypeError(f"r {rank!r:.20} and lora_alpha {alpha!r:.20}")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
         raise ModelError(
