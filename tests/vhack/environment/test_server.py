@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -236,3 +237,18 @@ def test_the_next_server_removes_the_folders_of_killed_ones_only(backend, isolat
         subprocess.run([sys.executable, "-c", SUCCESSOR, backend], check=True, env=environment)
         assert folders() == of_the_living
         assert target.exists()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_a_job_wrote_in_time_counts_where_the_reader_is_late(ended):
+    reader, writer = os.pipe()
+    os.write(writer, b"answer")
+    try:
+        if ended:
+            os.close(writer)
+        result = server.pump({"stdout": (reader, 100)}, time.monotonic() - 1)
+    finally:
+        os.close(reader)
+        if not ended:
+            os.close(writer)
+    assert (result.output["stdout"], result.timed_out) == (b"answer", not ended)

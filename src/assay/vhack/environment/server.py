@@ -33,6 +33,7 @@ _CHUNK = 65536
 _START_SECONDS = 20
 _END_SECONDS = 10
 _STATUS_BYTES = 64
+_LATE_ROUNDS = 64
 _PREFIX = "assay-sandbox-"
 _FULL = b"full"  # a status: the job kept more than it may
 # A sandbox that works keeps a program from the source text of the tasks, beside this file.
@@ -101,15 +102,21 @@ def descriptors(
 
 
 def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
-    """Read every pipe to its end, until the deadline or an overflow."""
+    """Read every pipe to its end, until the deadline or an overflow.
+
+    Where this process was late itself, a job that ended in time is not one that timed out: what
+    waits in the pipes is read after the deadline too, in so many rounds that no job gains by it.
+    """
     output = {name: bytearray() for name in pipes}
-    timed_out = overflowed = False
+    late = 0
+    overflowed = False
     with selectors.DefaultSelector() as selector:
         for name, (descriptor, _) in pipes.items():
             selector.register(descriptor, selectors.EVENT_READ, name)
         while selector.get_map() and not overflowed:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if timed_out := time.monotonic() >= deadline:
+            late += time.monotonic() >= deadline
+            if late > (_LATE_ROUNDS if ready else 0):
                 break
             for key, _ in ready:
                 read = output[key.data]
@@ -119,6 +126,7 @@ def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
                 read += chunk
                 overflowed |= len(read) > bound
                 del read[bound:]
+        timed_out = bool(late and selector.get_map() and not overflowed)
     return Ended({name: bytes(read) for name, read in output.items()}, timed_out, overflowed)
 
 
