@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-FEWER = {True: 4, False: 8}  # times fewer examples, with slow tests and without them
+FEWER = {True: 6, False: 8}  # times fewer examples, with slow tests and without them
 SOAK = "ASSAY_SOAK" in os.environ
 choice = {"slow": True}
 """Whether slow tests are among those that were asked for; conftest.py says so."""

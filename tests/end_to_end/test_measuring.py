@@ -14,7 +14,7 @@ from tests.end_to_end.server import PRELOAD, run_forked
 from tests.usual import tries
 from tests.waiting import until
 
-KILLS = tries(10, 4)
+KILLS = tries(10, 3)
 SHAPE = ("--preset", "poc-2.0", "--seq-len", "16", "--dtype", "bfloat16,float32", "--device", "cpu")
 
 

@@ -14,6 +14,7 @@ from assay.errors import ModelError, UsageError
 from assay.poc.vllm.nonce_streams import NonceStream, sampling_parameters
 from assay.poc.vllm.rows import Spec, new_key, request_id
 from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine
+from tests.usual import tries
 from tests.vllm.conftest import RUNNER, SEQ_LEN, SMALL_ENGINE, make_round
 from tests.wordings import refuses
 
@@ -199,17 +200,18 @@ def test_inputs_of_a_client_that_are_not_finite_spoil_nothing(engine):
     assert np.abs(published(before) - published(after)).max() <= COMPANY
 
 
-def test_ten_thousand_nonces_leave_no_rows(engine):
+def test_thousands_of_nonces_leave_no_rows(engine):
     """Short nonces, in one batch of more than the workers would hold: what counts is how many come
     and go.
     """
-    small = replace_shape(engine, seq_len=4, batch_size=10_000)
+    wanted = tries(10_000, 5_000)
+    small = replace_shape(engine, seq_len=4, batch_size=wanted)
     count = 0
-    inputs = make_round(seq_len=4, key="soak").inputs(range(10_000))
+    inputs = make_round(seq_len=4, key="soak").inputs(range(wanted))
     for values in small.run(inputs, poc.get_pipeline("artifact")):
         count += len(values["vector"])
         assert np.isfinite(values["vector"]).all()
-    assert count == 10_000
+    assert count == wanted
     assert nothing_is_held(engine)
 
 
