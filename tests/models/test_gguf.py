@@ -41,12 +41,19 @@ def write(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def written(*, architecture="llama", more=(), tensors=(), pieces=()):
+    def written(
+        *,
+        architecture="llama",
+        more=(),
+        tensors=(),
+        pieces=(),
+        epsilon="attention.layer_norm_rms_epsilon",
+    ):
         writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
         named = {f"{architecture}.{name}": value for name, value in SIZES.items()} | dict(more)
         for name, value in named.items():
             (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
-        writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_float32(f"{architecture}.{epsilon}", 1e-5)
         vocabulary = [piece for piece, _, _ in pieces] or VOCAB
         writer.add_tokenizer_model("llama" if pieces else "gpt2")
         writer.add_token_list(vocabulary)
@@ -232,6 +239,8 @@ def test_a_file_and_the_folder_that_is_made_of_it_are_one_model(write, checkpoin
         ({"more": {"llama.expert_count": 8}}, "expert_count"),
         ({"more": {"llama.attention.key_length": 64}}, "key_length"),
         ({"more": {"llama.attention.causal": 0}}, "attention.causal"),
+        ({"epsilon": "rope.freq_base"}, "no epsilon"),
+        ({"more": {"llama.rope.freq_base": 0}}, "rope_theta = 0"),
         ({"more": {"general.type": "adapter"}}, "adapter"),
         ({"more": {"split.count": 3}}, "3 parts"),
         ({"tensors": {"rope_freqs.weight": np.ones(16, np.float32)}}, "rope_freqs"),

@@ -2,6 +2,7 @@
 refused.
 """
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,6 +176,8 @@ def test_an_unreadable_configuration(checkpoint, text):
         ({"model_type": "vit"}, "vit"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_labels": 10**6}, "num_labels = 1000000"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps = inf"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta = 0"),
         (
             {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**6}},
             "num_hidden_layers = 1000000",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
         for key, value in published.items()
         if key not in ("model_type", "quantization_config")
     }
-    _check_lengths(name, settings)
+    _check_numbers(name, settings)
     try:
         with silence_transformers():
             config = AutoConfig.for_model(published["model_type"], **settings)
@@ -117,23 +118,37 @@ def build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     return config
 
 
-def _check_lengths(name: str, settings: Any) -> None:
-    """Refuse a number at any depth of which the library makes a list, unchecked."""
+def _check_numbers(name: str, settings: Any) -> None:
+    """Refuse a number at any depth that makes a list without bound, or states that are no numbers.
+
+    The library checks neither.
+    """
     pending = [settings]
     while pending:
         part = pending.pop()
         pending += parts(part)
         for key, value in part.items() if isinstance(part, dict) else ():
-            # Gemma 3n has a vocabulary of 262 144, vocab_size_per_layer_input.
-            is_length = key == "num_labels" or (
-                any(word in key for word in _LISTS) and "size" not in key
-            )
-            if is_length and isinstance(value, int) and value > _MOST_LAYERS:
+            if wanted := _wanted_of(key, value):
                 raise ModelError(
                     f"the configuration of {name!r} says {key} = {value}",
-                    wanted=f"at most {_MOST_LAYERS} layers, blocks or labels",
+                    wanted=wanted,
                     do="compare it with the published one",
                 )
+
+
+def _wanted_of(key: str, value: Any) -> str:
+    """Return what a number should be that it is not, in words; empty where it may be so."""
+    # Gemma 3n has a vocabulary of 262 144, vocab_size_per_layer_input.
+    is_length = key == "num_labels" or (any(word in key for word in _LISTS) and "size" not in key)
+    if is_length and isinstance(value, int) and value > _MOST_LAYERS:
+        return f"at most {_MOST_LAYERS} layers, blocks or labels"
+    if not isinstance(value, int | float):
+        return ""
+    if key.endswith(("eps", "epsilon")) and not 0 <= value < math.inf:
+        return "a finite number, not below 0"
+    if key == "rope_theta" and not 0 < value < math.inf:
+        return "a finite number above 0"
+    return ""
 
 
 def _check_causal(name: str, config: "PreTrainedConfig") -> None:

@@ -253,6 +253,12 @@ def _check_settings(file: Path, header: GGUFHeader, config: "PreTrainedConfig") 
     model_type = str(config.model_type).removesuffix("_text")
     mapping: dict[str, Any] = GGUF_CONFIG_MAPPING
     read = mapping.get(architecture, {}) | mapping.get(model_type, {})
+    if not any(key.endswith("epsilon") for key in header.values):
+        raise BadWeights(
+            f"{file} says no epsilon of its norms",
+            wanted="the number that the model was trained with",
+            do="take the file as it was published, or the checkpoint as safetensors",
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for key, value in header.values.items():
         name = key.removeprefix(f"{architecture}.")
